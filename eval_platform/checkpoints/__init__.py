@@ -1,0 +1,1 @@
+"""Which model is it? Find, complete?, identify, bring to local disk."""

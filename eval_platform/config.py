@@ -1,0 +1,211 @@
+"""One settings object: where checkpoints arrive, where results go, which tasks. One TOML file plus environment.
+
+The file is found by, in this order: the `path` given, `$EVAL_PLATFORM_CONFIG`, `./eval_platform.toml`. Without any,
+defaults apply: checkpoints arrive in `./checkpoints`, results go to `./results`. Relative paths are relative to the
+folder of the file (without one: to the working directory). `docs/configuration.md` shows every field.
+
+Environment variables win over the file: EVAL_PLATFORM_RESULTS, EVAL_PLATFORM_STATE, EVAL_PLATFORM_DEVICE,
+EVAL_PLATFORM_DTYPE, EVAL_PLATFORM_WEBHOOK.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from eval_platform.errors import ConfigError
+from eval_platform.values import RunSettings
+
+CONFIG_NAME = "eval_platform.toml"
+LOCK_NAME = "eval_platform.lock.json"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Root(_Section):
+    """A place where checkpoints arrive: `[[checkpoints]]`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="first part of every key found here")
+    path: str = Field(description="folder; every folder below it that holds a model is a checkpoint")
+    pattern: str | None = Field(
+        default=None,
+        description="how run and step stand in the path, e.g. '{run}/step_{step}'; "
+        "checkpoint.json and trainer_state.json win over it",
+    )
+    require_success: bool = Field(default=False, description="wait for a file _SUCCESS beside the weights")
+    quiet_seconds: float = Field(default=10.0, ge=0, description="without _SUCCESS: unchanged for this long")
+
+
+class Tasks(_Section):
+    """Which tasks every checkpoint is asked: `[tasks]`."""
+
+    include: tuple[str, ...] = Field(default=(), description="names of tasks; empty: every task of `folders`")
+    folders: tuple[str, ...] = Field(default=(), description="folders of task files of your own")
+    on_task_change: Literal["new_only", "backfill"] = "new_only"
+
+
+class Engine(_Section):
+    """How the model runs: `[engine]`."""
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_length: int | None = Field(default=None, gt=0)
+    seed: int = 0
+    batch_tokens: int | None = Field(default=None, gt=0, description="tokens in one forward pass; default by device")
+    trust_remote_code: bool = Field(default=False, description="run the checkpoint's own Python; recorded when set")
+
+
+class Worker(_Section):
+    """How work is shared out: `[worker]`."""
+
+    slots: int = Field(default=1, ge=1, description="workers at once; each loads one checkpoint")
+    lease_seconds: float = Field(default=30.0, gt=0, description="a worker silent for this long is taken over")
+    retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
+
+
+class Sensor(_Section):
+    """How often Dagster looks: `[sensor]`."""
+
+    interval_seconds: int = Field(default=5, ge=1)
+    new_per_tick: int = Field(default=25, ge=1)
+    sweep_per_tick: int = Field(default=500, ge=1, description="known folders looked at again in one tick")
+
+
+class Alerts(_Section):
+    """Who is told: `[alerts]`."""
+
+    webhook: str | None = Field(default=None, description="URL that gets a JSON POST for a held or failed evaluation")
+
+
+class Ui(_Section):
+    """`[ui]`: the Dagster web server of `eval-platform up`."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, description="default: a free one")
+
+
+class Config(_Section):
+    """Everything that is configured. Paths are absolute after `load_config`."""
+
+    folder: Path
+    file: Path | None = None
+    results: str = "results"
+    state: str = Field(default=".eval_platform", description="this machine's own: Dagster home, catalog, cache, logs")
+    checkpoints: tuple[Root, ...] = (Root(name="checkpoints", path="checkpoints"),)
+    tasks: Tasks = Tasks()
+    engine: Engine = Engine()
+    worker: Worker = Worker()
+    sensor: Sensor = Sensor()
+    alerts: Alerts = Alerts()
+    ui: Ui = Ui()
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _names_differ(cls, roots: tuple[Root, ...]) -> tuple[Root, ...]:
+        names = [root.name for root in roots]
+        if len(set(names)) != len(names) or "adhoc" in names:
+            raise ValueError("the name of every [[checkpoints]] root must be its own, and not 'adhoc'")
+        return roots
+
+    @property
+    def state_dir(self) -> Path:
+        return Path(self.state)
+
+    @property
+    def catalog_path(self) -> Path:
+        return self.state_dir / "catalog.duckdb"
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.state_dir / "cache"
+
+    @property
+    def dagster_home(self) -> Path:
+        return self.state_dir / "dagster"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.folder / LOCK_NAME
+
+    def run_settings(self, *, limit: int | None = None, trust_remote_code: bool | None = None) -> RunSettings:
+        """The engine's settings of this configuration, not yet resolved against a checkpoint."""
+        engine = self.engine
+        return RunSettings(
+            dtype=engine.dtype,
+            device=engine.device,
+            max_length=engine.max_length,
+            seed=engine.seed,
+            limit=limit,
+            trust_remote_code=engine.trust_remote_code if trust_remote_code is None else trust_remote_code,
+            batch_tokens=engine.batch_tokens,
+        )
+
+
+def _absolute(text: str, folder: Path) -> str:
+    if "://" in text:
+        return text
+    return str((folder / Path(text).expanduser()).resolve())
+
+
+def load_config(path: str | Path | None = None) -> Config:
+    """Read the configuration; see the module's text for where it is looked for.
+
+    Raises ConfigError naming the file, the field and what it should be.
+    """
+    named = path or os.environ.get("EVAL_PLATFORM_CONFIG")
+    file = Path(named) if named else Path(CONFIG_NAME)
+    raw: dict[str, Any] = {}
+    if file.is_file():
+        try:
+            raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not TOML: {error}", remedy="mend the line it names") from error
+        folder, used = file.resolve().parent, file.resolve()
+    elif named:
+        raise ConfigError(f"no configuration file at {file}", remedy="give --config the path of an eval_platform.toml")
+    else:
+        folder, used = Path.cwd(), None
+
+    for variable, section, field in (
+        ("EVAL_PLATFORM_RESULTS", None, "results"),
+        ("EVAL_PLATFORM_STATE", None, "state"),
+        ("EVAL_PLATFORM_DEVICE", "engine", "device"),
+        ("EVAL_PLATFORM_DTYPE", "engine", "dtype"),
+        ("EVAL_PLATFORM_WEBHOOK", "alerts", "webhook"),
+    ):
+        value = os.environ.get(variable)
+        if value:
+            target = raw.setdefault(section, {}) if section else raw
+            target[field] = value
+
+    try:
+        config = Config(**raw, folder=folder, file=used)
+    except (ValidationError, TypeError) as error:
+        raise ConfigError(_explain(error, used), remedy="see docs/configuration.md for every field") from error
+    return config.model_copy(
+        update={
+            "results": _absolute(config.results, folder),
+            "state": _absolute(config.state, folder),
+            "checkpoints": tuple(
+                root.model_copy(update={"path": _absolute(root.path, folder)}) for root in config.checkpoints
+            ),
+            "tasks": config.tasks.model_copy(
+                update={"folders": tuple(_absolute(text, folder) for text in config.tasks.folders)}
+            ),
+        }
+    )
+
+
+def _explain(error: ValidationError | TypeError, file: Path | None) -> str:
+    where = str(file) if file else "the configuration"
+    if isinstance(error, TypeError):
+        return f"{where}: {error}"
+    lines = [f"{where} is not a valid configuration:"]
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        lines.append(f"  field {field}: {problem['msg']}")
+    return "\n".join(lines)

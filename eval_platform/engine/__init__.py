@@ -1,0 +1,1 @@
+"""What does it answer? Score and generate."""

@@ -1,0 +1,69 @@
+"""What can go wrong, in words a person can act on.
+
+Every error names the thing (file, field, key) and the remedy. The class says who should act: `class_` is what a
+try records (contract: deterministic | infrastructure | gone) and so decides whether it is tried again.
+"""
+
+from typing import ClassVar, Literal
+
+ErrorClass = Literal["deterministic", "infrastructure", "gone"]
+
+
+class EvalPlatformError(Exception):
+    """An error whose message is meant for the user: what is wrong, where, and what to do."""
+
+    class_: ClassVar[ErrorClass] = "deterministic"
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(f"{message}\n  remedy: {remedy}" if remedy else message)
+        self.remedy = remedy
+
+
+class ConfigError(EvalPlatformError):
+    """The configuration file or an environment variable is wrong."""
+
+
+class TaskError(EvalPlatformError):
+    """A task file, its documents or its templates are wrong."""
+
+
+class CheckpointError(EvalPlatformError):
+    """A complete checkpoint that cannot be evaluated (pickle only, unknown model class, no tokenizer)."""
+
+
+class CheckpointGone(EvalPlatformError):
+    """The checkpoint was deleted before it could be staged."""
+
+    class_ = "gone"
+
+
+class CheckpointChanged(EvalPlatformError):
+    """The checkpoint's files changed while it was staged or evaluated; this try is dropped."""
+
+    class_ = "infrastructure"
+
+
+class StoreError(EvalPlatformError):
+    """The results root cannot be read or written (permissions, disk full, network)."""
+
+    class_ = "infrastructure"
+
+
+class SchemaError(EvalPlatformError):
+    """A stored file was written by a newer version than this one, or is not what its name says."""
+
+
+class QueryError(EvalPlatformError):
+    """A user's SQL was refused or failed."""
+
+
+def classify(error: BaseException) -> ErrorClass:
+    """The class under which a try records `error`: what may pass by itself is infrastructure."""
+    if isinstance(error, EvalPlatformError):
+        return error.class_
+    if isinstance(error, OSError | MemoryError | ConnectionError | TimeoutError):
+        return "infrastructure"
+    # torch's own type, without importing torch here.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "infrastructure"
+    return "deterministic"

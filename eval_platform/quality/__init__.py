@@ -1,0 +1,1 @@
+"""May we publish it? Checks and decisions."""

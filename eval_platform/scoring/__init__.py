@@ -1,0 +1,1 @@
+"""Was it right? Extraction, exact match, F1, choices."""

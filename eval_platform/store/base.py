@@ -1,0 +1,41 @@
+"""The store's face: a flat space of keys, most of them created once and never changed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One listed object, or (with a delimiter) one common prefix ending in the delimiter, size 0 and etag ""."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Store(Protocol):
+    """Every method raises StoreError, naming key and remedy, when the storage fails; KeyError when a key is absent."""
+
+    uri: str
+
+    def list(self, prefix: str, delimiter: str | None = None, after: str | None = None) -> Iterator[Entry]:
+        """Entries whose key begins with `prefix`, in the order of their keys, those greater than `after` only."""
+        ...
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """The object's bytes, or the range [start, end)."""
+        ...
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        """Write or replace, atomically: a reader sees the old body or the new one."""
+        ...
+
+    def create(self, key: str, body: bytes | Path) -> bool:
+        """Write if absent, atomically; False, and nothing changed, when the key exists."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove; absent already is no error."""
+        ...

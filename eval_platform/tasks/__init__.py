@@ -1,0 +1,1 @@
+"""What do we ask? Task files, documents, prompts, requests."""
