@@ -1,0 +1,134 @@
+"""Tiny random Hugging Face checkpoints with a trained byte-level BPE tokenizer, made in well under a second.
+
+The weights are random but sharpened (a larger spread than transformers' default), so that the best token is not a
+coin toss between near ties and greedy flags mean something.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+Architecture = Literal["llama", "gpt2", "qwen3", "gpt_neox"]
+ARCHITECTURES: tuple[Architecture, ...] = ("llama", "gpt2", "qwen3", "gpt_neox")
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+_TEXT = """the of and to in a is that it was for on are as with his they at be this from have or by one had not but
+what all were when we there can an your which their said if do will each about how up out them then she many some so
+these would other into has more her two like him see time could no make than first been its who now people my made
+over did down only way find use may water long little very after words called just where most know Question: Answer:
+Yes No True False A. B. C. D. Paris London river mountain seven twelve 0 1 2 3 4 5 6 7 8 9 10 42 100 + - * / = ( ) [ ]
+copy sort compare add bracket larger smaller equal naïve café Größe 東京 мир"""
+
+
+def _corpus() -> Iterator[str]:
+    words = _TEXT.split()
+    # A fixed linear congruential walk over the words: no global random state is touched, and it never changes.
+    state = 12345
+    for _ in range(300):
+        line = []
+        for _ in range(12):
+            state = (1103515245 * state + 12345) % 2**31
+            line.append(words[state % len(words)])
+        yield " ".join(line) + ".\n"
+
+
+@cache
+def _tokenizer_json(vocab: int, adds_bos: bool) -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        )
+    return tokenizer.to_str()
+
+
+def make_tokenizer(*, vocab: int = 512, max_length: int = 256, adds_bos: bool = False) -> Any:
+    """A `PreTrainedTokenizerFast` over a byte-level BPE; with `adds_bos` it puts BOS before every text, as Llama's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json(vocab, adds_bos)),
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(architecture: Architecture, tokenizer: Any, *, seed: int = 0, max_length: int = 256) -> Any:
+    """A random float32 model of the named architecture: 2 layers, hidden size 32, 4 heads."""
+    import torch
+    import transformers
+
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": max_length,
+        "initializer_range": 0.3,
+    }
+    config: Any
+    if architecture == "llama":
+        config = transformers.LlamaConfig(**special, **sizes, num_key_value_heads=2, tie_word_embeddings=False)
+    elif architecture == "qwen3":
+        config = transformers.Qwen3Config(
+            **special, **sizes, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True
+        )
+    elif architecture == "gpt_neox":
+        config = transformers.GPTNeoXConfig(**special, **sizes, tie_word_embeddings=False)
+    elif architecture == "gpt2":
+        config = transformers.GPT2Config(
+            **special, n_embd=32, n_layer=2, n_head=4, n_positions=max_length, initializer_range=0.3
+        )
+    else:
+        raise ValueError(f"no tiny model of architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    architecture: Architecture = "llama",
+    vocab: int = 512,
+    max_length: int = 256,
+    adds_bos: bool = False,
+    nan: bool = False,
+) -> Path:
+    """Write a checkpoint as `save_pretrained` does and return `folder`. With `nan`, one weight matrix is all NaN."""
+    import torch
+
+    tokenizer = make_tokenizer(vocab=vocab, max_length=max_length, adds_bos=adds_bos)
+    model = make_model(architecture, tokenizer, seed=seed, max_length=max_length)
+    if nan:
+        with torch.no_grad():
+            next(
+                p for name, p in model.named_parameters() if p.dim() == 2 and ("layers." in name or ".h." in name)
+            ).fill_(float("nan"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
