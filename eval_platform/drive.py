@@ -1,0 +1,86 @@
+"""The driver's road for one arrival: launch a worker, put what it commits through the gate, say how each task ended.
+
+The Dagster op and `eval-platform run` both call `drive`; neither adds anything to the numbers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from eval_platform import adopt, launch, quality
+from eval_platform.config import Config
+from eval_platform.plan import Plan
+from eval_platform.store import Store, commits
+from eval_platform.values import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one planned task ended. `record` is the commit, `decision` what the gate said of it."""
+
+    task: str
+    status: Literal["published", "held", "failed", "waiting"]
+    reasons: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    decision: Decision | None = None
+    linked: bool = False
+
+
+def drive(
+    plan: Plan,
+    config: Config,
+    store: Store,
+    *,
+    actor: str,
+    on_message: Callable[[dict[str, Any]], None] = lambda message: None,
+) -> Iterator[Outcome]:
+    """One Outcome per planned task, each as soon as it is known; tasks that no message spoke of come last, failed.
+
+    The worker is stopped when the iterator is closed or an error passes through it.
+    """
+    quality.warm()  # Great Expectations takes seconds to import: meanwhile the worker starts
+    left = {task.name for task in plan.tasks}
+    handle = launch.launch(plan, config, lambda: on_message({"type": "slot", "waiting": True}))
+    whole: dict[str, Any] | None = None  # a failure of the arrival itself
+    last_failure: dict[str, str] = {}
+    waiting: set[str] = set()
+    try:
+        for message in handle.messages():
+            on_message(message)
+            task = message.get("task")
+            match message["type"]:
+                case "committed" | "linked" if task in left:
+                    left.discard(task)
+                    yield _adopted(store, config, message, actor)
+                case "failed" if task is None:
+                    whole = message
+                case "failed":
+                    last_failure[task] = message["reason"]
+                case "waiting":
+                    waiting.add(task)
+        code = handle.poll()
+    finally:
+        handle.stop()
+    for task in plan.tasks:
+        if task.name not in left:
+            continue
+        if whole is not None:
+            yield Outcome(task.name, "failed", (whole["reason"],))
+        elif task.name in last_failure:
+            yield Outcome(task.name, "failed", (last_failure[task.name],))
+        elif task.name in waiting:
+            yield Outcome(task.name, "waiting", ("another worker is answering it",))
+        else:
+            reason = f"the worker ended with code {code} before it got there; its last words:\n{handle.last_words()}"
+            yield Outcome(task.name, "failed", (reason,))
+
+
+def _adopted(store: Store, config: Config, message: Mapping[str, Any], actor: str) -> Outcome:
+    evaluation_id, attempt = message["evaluation_id"], message["attempt"]
+    decision = adopt.adopt(store, config.catalog_path, evaluation_id, attempt, actor)
+    record = commits.read(store, evaluation_id, attempt)
+    if record is None:
+        raise RuntimeError(f"evaluation {evaluation_id} attempt {attempt} was committed and is gone from the store")
+    return Outcome(
+        message["task"], decision.status, decision.reasons, record, decision, linked=message["type"] == "linked"
+    )

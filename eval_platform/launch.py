@@ -1,0 +1,116 @@
+"""Starts a worker process on a free device slot and reads its messages as they come.
+
+A slot is a locked file: the worker inherits the lock, so the kernel frees the slot when the worker ends, however it
+ends, and not before. A worker whose parent was killed goes on and commits; the next one finds its work done.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from eval_platform.config import Config
+from eval_platform.plan import Plan
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+
+
+@dataclass
+class Handle:
+    """A running worker. `folder` holds plan.json, messages.jsonl and worker.log."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "worker.log"
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal), or None while it runs."""
+        return self.process.poll()
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Every message, each as soon as it is written; ends when the worker has ended and all is read."""
+        path = self.folder / "messages.jsonl"
+        rest, offset = b"", 0
+        while True:
+            ended = self.poll() is not None  # looked at before reading, so that the last lines are not missed
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    new = file.read()
+                offset += len(new)
+                *lines, rest = (rest + new).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)["params"]["payload"]
+            if ended:
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Ask the worker to flush and leave; end it after STOP_SECONDS. Harmless when it has ended."""
+        if self.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("worker %s did not leave in %s s: killed", self.process.pid, STOP_SECONDS)
+                self.process.kill()
+                self.process.wait()
+
+    def last_words(self, n: int = 20) -> str:
+        """The end of the worker's log, for an error message."""
+        if not self.log_path.exists():
+            return ""
+        return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-n:])
+
+
+def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: None) -> Handle:
+    """Wait for a free slot (calling `waiting` now and then), then start a worker on it."""
+    folder = config.state_dir / "workers" / f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    slot = _free_slot(config, waiting)
+    try:
+        with (folder / "worker.log").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "eval_platform.worker", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(slot.fileno(),),
+                # A group of its own: a Ctrl-C meant for the parent reaches the worker as our orderly stop.
+                start_new_session=True,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )
+    finally:
+        slot.close()  # the worker has its own copy of the lock
+    return Handle(process, folder)
+
+
+def _free_slot(config: Config, waiting: Callable[[], None]) -> IO[bytes]:
+    folder = config.state_dir / "slots"
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        for index in range(config.worker.slots):
+            file = (folder / str(index)).open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            return file
+        waiting()
+        time.sleep(5 * _POLL_SECONDS)

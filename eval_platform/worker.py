@@ -1,0 +1,468 @@
+"""The worker: a process of its own that stages one checkpoint, loads the model once and answers the planned tasks.
+
+    python -m eval_platform.worker <folder with plan.json>
+
+It appends messages to `messages.jsonl` in that folder, in Dagster Pipes' envelope (see docs/architecture.md), and
+commits every task as it finishes. What was answered before a crash is read from the journal and not asked again; what
+another worker holds is done last. The exit codes are EXIT_*.
+"""
+
+import json
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyarrow as pa
+
+from eval_platform import checkpoints, engine, scoring, tasks
+from eval_platform.errors import ErrorClass, EvalPlatformError, classify
+from eval_platform.identity import content_id, ordered_id
+from eval_platform.plan import Plan, PlannedTask, read_plan
+from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
+from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_FAULT = 70
+EXIT_TRY_AGAIN = 75
+EXIT_WAITING = 76
+
+FLUSH_RESPONSES = 64
+FLUSH_SECONDS = 1.0
+
+Message = dict[str, Any]
+Emit = Callable[[Message], None]
+Load = Callable[[Path, RunSettings], engine.Engine]
+
+log = logging.getLogger("eval_platform.worker")
+
+
+class Stopped(BaseException):
+    """SIGTERM: flush and leave. Not an Exception, so that no task's handler takes it for a failure."""
+
+
+@dataclass
+class _Model:
+    """The staged checkpoint and, once something must be asked, its loaded engine."""
+
+    plan: Plan
+    store: Store
+    checkpoint: Checkpoint
+    path: Path
+    settings: RunSettings
+    tokenizer_id: str
+    load: Load
+    emit: Emit
+    engine: engine.Engine | None = None
+
+    def loaded(self) -> engine.Engine:
+        if self.engine is None:
+            started = time.monotonic()
+            with _arrival_try(self.store, self.plan):
+                self.engine = self.load(self.path, self.settings)
+            self.emit(
+                {"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(self.engine.info)},
+            )
+        return self.engine
+
+
+def work(plan: Plan, store: Store, emit: Emit, load: Load = engine.load) -> int:
+    """Do everything in `plan`; returns the exit code. Failures are recorded as tries and emitted, not raised."""
+    try:
+        model = _prepare(plan, store, emit, load)
+    except Exception as error:  # noqa: BLE001 -- recorded as the arrival's failure, whatever it was
+        return _failed(emit, None, error)
+
+    worst = EXIT_DONE
+    leased_elsewhere: list[PlannedTask] = []
+    todo = deque((task, 0) for task in plan.tasks)
+    while todo:
+        task, round_ = todo.popleft()
+        if round_:
+            # A round of retries starts when everything else is done; every round waits twice as long.
+            time.sleep(plan.retry_wait_seconds * 2 ** (round_ - 1))
+        code = _one_task(model, task)
+        if code == EXIT_WAITING:
+            leased_elsewhere.append(task)
+        elif code == EXIT_TRY_AGAIN:
+            todo.append((task, round_ + 1))
+        worst = max(worst, code) if code == EXIT_FAILED else worst
+
+    if leased_elsewhere:
+        model.engine = None
+        codes = [_after_others(model, task) for task in leased_elsewhere]
+        if EXIT_FAILED in codes:
+            worst = EXIT_FAILED
+        elif EXIT_WAITING in codes and worst == EXIT_DONE:
+            worst = EXIT_WAITING
+    return worst
+
+
+def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
+    with _arrival_try(store, plan):
+        checkpoint = checkpoints.stage(
+            plan.arrival,
+            Path(plan.cache),
+            lambda done, total: emit({"type": "staging", "done": done, "total": total}),
+            trust_remote_code=plan.settings.trust_remote_code,
+        )
+        path = checkpoint.path
+        if path is None:
+            raise EvalPlatformError(f"checkpoint {plan.arrival.key} has no local files", remedy="stage it first")
+        settings = engine.resolve_settings(plan.settings, path)
+        arrivals.record_identity(store, plan.arrival, checkpoint)
+    emit(
+        {"type": "staged", "checkpoint_id": checkpoint.checkpoint_id, "weights_id": checkpoint.weights_id},
+    )
+    return _Model(plan, store, checkpoint, path, settings, checkpoints.tokenizer_id(path), load, emit)
+
+
+@contextmanager
+def _arrival_try(store: Store, plan: Plan) -> Iterator[None]:
+    """What fails before any task can be asked is recorded under the arrival."""
+    subject = tries.arrival_subject(plan.arrival)
+    with _recorded(tries.start(store, subject), done="done"):
+        yield
+
+
+@contextmanager
+def _recorded(a_try: tries.Try, *, done: str | None) -> Iterator[None]:
+    """End the try as `done`, or with the class and reason of what was raised."""
+    try:
+        yield
+    except Stopped:
+        a_try.end("interrupted")
+        raise
+    except Exception as error:
+        a_try.end("failed", Failure(classify(error), str(error)), detail=traceback.format_exc())
+        raise
+    if done:
+        a_try.end(done)
+
+
+def _failed(emit: Emit, task: str | None, error: Exception) -> int:
+    class_: ErrorClass = classify(error)
+    if not isinstance(error, EvalPlatformError):
+        log.error("%s", "".join(traceback.format_exception(error)))
+    reason = str(error) if isinstance(error, EvalPlatformError) else f"{type(error).__name__}: {error}"
+    emit({"type": "failed", "task": task, "class": class_, "reason": reason})
+    return EXIT_TRY_AGAIN if class_ == "infrastructure" else EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The ids of one planned task on the staged checkpoint."""
+
+    evaluation_id: str
+    answers_id: str
+    settings_id: str
+    attempt: int
+
+
+def _identify(model: _Model, task: PlannedTask) -> _Evaluation:
+    settings_id = content_id(model.settings.identity())
+    checkpoint_id = model.checkpoint.checkpoint_id
+    evaluation_id = content_id({"checkpoints": [checkpoint_id], "task_id": task.task_id, "settings_id": settings_id})
+    answers_id = content_id({"checkpoint": checkpoint_id, "ask_id": task.ask_id, "settings_id": settings_id})
+    return _Evaluation(evaluation_id, answers_id, settings_id, commits.slot(model.store, evaluation_id))
+
+
+def _one_task(model: _Model, task: PlannedTask) -> int:
+    """Answer one task unless someone has, or is at it. Returns EXIT_DONE, _FAILED, _TRY_AGAIN or _WAITING."""
+    ids = _identify(model, task)
+    store = model.store
+    if commits.read(store, ids.evaluation_id, ids.attempt) is not None:
+        model.emit(
+            {"type": "linked", "task": task.name, "evaluation_id": ids.evaluation_id, "attempt": ids.attempt},
+        )
+        return EXIT_DONE
+    subject = tries.evaluation_subject(ids.evaluation_id, ids.attempt)
+    failure = tries.state(store, subject)
+    if failure is not None:
+        reason = f"{failure.reason}\n  it has failed for good; `eval-platform retry` tries it again"
+        model.emit({"type": "failed", "task": task.name, "class": failure.class_, "reason": reason})
+        return EXIT_FAILED
+    lease = leases.acquire(store, ids.evaluation_id, model.plan.lease_seconds)
+    if lease is None:
+        model.emit({"type": "waiting", "task": task.name})
+        return EXIT_WAITING
+    with lease.keep():
+        # Someone may have committed between the look and the lease.
+        if commits.read(store, ids.evaluation_id, ids.attempt) is not None:
+            return _one_task_again(model, task)
+        a_try = tries.start(store, subject, evaluation=_subject_fields(model, task, ids))
+        try:
+            with _recorded(a_try, done=None):
+                won = _evaluate(model, task, ids, lease, a_try)
+        except Exception as error:  # noqa: BLE001 -- one task's failure never takes the others with it
+            code = _failed(model.emit, task.name, error)
+            return EXIT_FAILED if tries.state(store, subject) is not None else code
+        a_try.end("committed" if won else "lost")
+    return EXIT_DONE if won else _one_task_again(model, task)
+
+
+def _one_task_again(model: _Model, task: PlannedTask) -> int:
+    """Another worker's commit stands: adopt it."""
+    ids = _identify(model, task)
+    record = commits.read(model.store, ids.evaluation_id, ids.attempt)
+    if record is None:  # we lost the lease and nobody has committed yet
+        model.emit({"type": "waiting", "task": task.name})
+        return EXIT_WAITING
+    model.emit({"type": "linked", "task": task.name, "evaluation_id": ids.evaluation_id, "attempt": ids.attempt})
+    return EXIT_DONE
+
+
+def _after_others(model: _Model, task: PlannedTask) -> int:
+    """Watch another worker's lease for one ttl: take over when it stays silent, leave when it lives."""
+    ids = _identify(model, task)
+    watch = leases.LeaseWatch(model.store, ids.evaluation_id)
+    deadline = time.monotonic() + 1.5 * model.plan.lease_seconds
+    while time.monotonic() < deadline:
+        if commits.read(model.store, ids.evaluation_id, ids.attempt) is not None or watch.may_take_over(
+            model.plan.lease_seconds
+        ):
+            return _one_task(model, task)
+        if watch.beats_seen > 1:
+            break
+        time.sleep(min(0.5, model.plan.lease_seconds / 10))
+    return EXIT_WAITING
+
+
+def _subject_fields(model: _Model, task: PlannedTask, ids: _Evaluation) -> dict[str, Any]:
+    """What a failed try says of itself, so that the catalog can show it without a commit."""
+    return {
+        "key": model.plan.arrival.key,
+        "arrival": model.plan.arrival.n,
+        "checkpoint_id": model.checkpoint.checkpoint_id,
+        "weights_id": model.checkpoint.weights_id,
+        "task": task.name,
+        "task_id": task.task_id,
+        "ask_id": task.ask_id,
+        "settings_id": ids.settings_id,
+        "answers_id": ids.answers_id,
+        "limit": model.settings.limit,
+    }
+
+
+def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leases.Lease, a_try: tries.Try) -> bool:
+    """Ask what is not answered yet, score, write the samples and commit. False when another try won the slot."""
+    started_at, started = utc_now(), time.monotonic()
+    store = model.store
+    task = tasks.load_task(store, planned.task_id)
+    items = list(tasks.render(task, limit=model.settings.limit))
+    requests = _requests(items, task.repeats)
+    model.emit(
+        {
+            "type": "started",
+            "task": planned.name,
+            "evaluation_id": ids.evaluation_id,
+            "attempt": ids.attempt,
+            "total": len(requests),
+        }
+    )
+    stored = _stored_answers(store, planned, ids, task, items)
+    origin = "asked" if stored is None else "rescored"
+    answer_seconds = 0.0
+    if stored is None:
+        answers, answer_seconds = _ask(model, planned, ids, lease, a_try, requests)
+    else:
+        answers = stored
+
+    rows = [row for item in items for row in scoring.score_item(task, item, answers)]
+    scores = scoring.aggregate(task, rows)
+    prompts = tasks.write_prompts(store, items)
+    samples = commits.write_samples(
+        store, ids.evaluation_id, a_try.try_id, pa.Table.from_pylist(rows, schema=scoring.SAMPLE_SCHEMA)
+    )
+    primary = next(
+        (s for s in scores if s.metric == task.primary_metric and s.subset == "" and s.subject is None), None
+    )
+    info = model.engine.info if model.engine is not None else None
+    responses = [answers[request.request_id, request.repeat] for request in requests]
+    record = {
+        **_subject_fields(model, planned, ids),
+        "evaluation_id": ids.evaluation_id,
+        "attempt": ids.attempt,
+        "try": a_try.try_id,
+        "tokenizer_id": model.tokenizer_id,
+        "dataset_id": task.dataset_id,
+        "prompts_id": prompts,
+        "settings": model.settings.identity(),
+        "trust_remote_code": model.settings.trust_remote_code,
+        "dtype": model.settings.dtype,
+        "devices": [info.device] if info else [],
+        "engine_path": info.engine_path if info else None,
+        "numerics_version": info.numerics_version if info else None,
+        "versions": dict(info.versions) if info else {},
+        "started_at": started_at,
+        "finished_at": utc_now(),
+        "seconds": time.monotonic() - started,
+        "answer_seconds": answer_seconds,
+        "n_requests": len(requests),
+        "n_tokens": sum(response.n_tokens for response in responses),
+        "truncated": sum(response.truncated_left_tokens > 0 for response in responses),
+        "origin": origin,
+        "planned": {
+            "items": len(items),
+            "samples": len(items) * task.repeats,
+            "sample_ids": ordered_id(item.document.sample_id for item in items),
+        },
+        "answers_digest": _digest(responses),
+        "samples": samples,
+        "scores": [asdict(score) for score in scores],
+        "primary": {
+            "metric": task.primary_metric,
+            "value": primary.value if primary else None,
+            "higher_is_better": task.higher_is_better,
+            "chance": task.chance,
+        },
+    }
+    # An overwrite in place shows through hard links: what was answered may be half one model, half another.
+    checkpoints.verify_unchanged(model.checkpoint)
+    won = commits.commit(store, record, lease)
+    if won:
+        model.emit(
+            {
+                "type": "committed",
+                "task": planned.name,
+                "evaluation_id": ids.evaluation_id,
+                "attempt": ids.attempt,
+                "origin": origin,
+            }
+        )
+    return won
+
+
+def _requests(items: Sequence[Item], repeats: int) -> list[Request]:
+    """Every distinct request, once per repeat, in the order of the items."""
+    distinct = {request.request_id: request for item in items for request in item.requests}
+    return [replace(request, repeat=repeat) for repeat in range(repeats) for request in distinct.values()]
+
+
+def _stored_answers(
+    store: Store, planned: PlannedTask, ids: _Evaluation, task: tasks.Task, items: Sequence[Item]
+) -> dict[tuple[str, int], Response] | None:
+    """The answers of a published evaluation that asked the same, if only the scoring differs; else None."""
+    if ids.attempt > 1:  # a rerun truly asks again
+        return None
+    by_sample = {item.document.sample_id: item for item in items}
+    for evaluation_id, attempt in commits.answered(store, ids.answers_id):
+        if evaluation_id == ids.evaluation_id:
+            continue
+        standing = decisions.standing(store, evaluation_id, attempt)
+        record = commits.read(store, evaluation_id, attempt)
+        if record is None or standing is None or standing.status != "published":
+            continue
+        other = tasks.load_task(store, record["task_id"])
+        if other.repeats < task.repeats:
+            continue
+        answers = {
+            (response.request_id, response.repeat): response
+            for row in commits.read_samples(store, record).to_pylist()
+            for response in scoring.responses_from_sample(other, by_sample[row["sample_id"]], row)
+        }
+        log.info("%s: scored from the stored answers of evaluation %s", planned.name, evaluation_id)
+        return answers
+    return None
+
+
+def _ask(
+    model: _Model,
+    planned: PlannedTask,
+    ids: _Evaluation,
+    lease: leases.Lease,
+    a_try: tries.Try,
+    requests: Sequence[Request],
+) -> tuple[dict[tuple[str, int], Response], float]:
+    """All answers, and the seconds spent inside the engine. Journals as it goes."""
+    book = journal.Journal(model.store, ids.answers_id, ids.attempt, a_try.try_id)
+    wanted = {(request.request_id, request.repeat) for request in requests}
+    answers = {key: response for key, response in book.finished().items() if key in wanted}
+    missing = [request for request in requests if (request.request_id, request.repeat) not in answers]
+    if not missing:
+        return answers, 0.0
+    running = model.loaded()
+    answer_seconds, pending, flushed = 0.0, [], time.monotonic()
+
+    def flush() -> None:
+        nonlocal flushed
+        if pending:
+            book.append(pending)
+            pending.clear()
+        flushed = time.monotonic()
+        progress = {"task": planned.name, "done": len(answers), "total": len(requests)}
+        lease.progress = progress
+        model.emit({"type": "progress", **progress})
+
+    flush()
+    replies = running.answer(missing)
+    try:
+        while True:
+            before = time.monotonic()
+            response = next(replies, None)
+            answer_seconds += time.monotonic() - before
+            if response is None:
+                break
+            answers[response.request_id, response.repeat] = response
+            pending.append(response)
+            if len(pending) >= FLUSH_RESPONSES or time.monotonic() - flushed > FLUSH_SECONDS:
+                flush()
+    finally:
+        flush()
+    return answers, answer_seconds
+
+
+def _digest(responses: Sequence[Response]) -> str | None:
+    """The id of the log-likelihoods' exact bits, in order; None when nothing was scored by likelihood."""
+    values = [response.log_likelihood for response in responses if response.log_likelihood is not None]
+    return ordered_id(float(value).hex() for value in values) if values else None
+
+
+def pipes_line(message: Mapping[str, Any]) -> str:
+    """One message in Dagster Pipes' envelope, so that a Pipes reader on any side understands it."""
+    envelope = {
+        "__dagster_pipes_version": "0.1",
+        "method": "report_custom_message",
+        "params": {"payload": message},
+    }
+    return json.dumps(envelope) + "\n"
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def main(folder: Path) -> int:
+    """The program: plan.json in, messages.jsonl out."""
+    signal.signal(signal.SIGTERM, _stop)
+    with (folder / "messages.jsonl").open("a", encoding="utf-8") as messages:
+
+        def emit(message: Message) -> None:
+            messages.write(pipes_line(message))
+            messages.flush()
+
+        try:
+            plan = read_plan(folder / "plan.json")
+            code = work(plan, open_store(plan.store), emit)
+        except Stopped:
+            log.warning("stopped; what was answered is in the journal")
+            code = EXIT_TRY_AGAIN
+        except Exception as error:  # noqa: BLE001 -- the last word of a process: say it, end with its code
+            _failed(emit, None, error)
+            code = EXIT_FAULT
+        emit({"type": "end", "code": code})
+    return code
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    sys.exit(main(Path(sys.argv[1])))
