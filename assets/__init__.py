@@ -1,0 +1,1 @@
+"""What Dagster materializes. Every asset is a few lines that call the library."""

@@ -1,0 +1,1 @@
+"""What starts things: new checkpoints, repairs and mirroring, alerts."""

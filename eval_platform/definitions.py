@@ -1,0 +1,54 @@
+"""Gathers what Dagster loads: assets, checks, sensors, resources. Nothing else, and no torch."""
+
+import dagster as dg
+
+from assets.boards import boards
+from assets.results import dataset_specs, evaluate_asset
+from eval_platform.config import load_config
+from eval_platform.identity import content_id
+from eval_platform.tasks import read_lock
+from resources.evaluator import EvaluatorResource
+from resources.store import StoreResource
+from resources.warehouse import WarehouseResource
+from sensors.alerts import alert_sensor
+from sensors.arrivals import new_checkpoints_sensor
+from sensors.reconciliation import reconciliation_sensor
+
+
+def _definitions() -> dg.Definitions:
+    config = load_config()
+    lock = read_lock(config.lock_path)
+    settings = content_id(config.engine.model_dump())[:8]
+    results = evaluate_asset(lock, lambda name: f"{lock.tasks[name].task_id[:16]}-{settings}")
+    job = dg.define_asset_job(
+        "evaluate",
+        selection=dg.AssetSelection.assets(results),
+        tags={"eval/kind": "evaluate"},
+        description="Evaluates one checkpoint on every task of the lock.",
+    )
+    store = StoreResource(config_file=str(config.file or ""))
+    return dg.Definitions(
+        assets=dg.with_source_code_references([*dataset_specs(lock), results, boards]),
+        jobs=[job],
+        sensors=[
+            new_checkpoints_sensor(job, config.sensor.interval_seconds),
+            reconciliation_sensor(job),
+            alert_sensor(job),
+            dg.AutomationConditionSensorDefinition(
+                "boards_follow",
+                target=dg.AssetSelection.assets(boards),
+                default_status=dg.DefaultSensorStatus.RUNNING,
+                minimum_interval_seconds=5,
+            ),
+        ],
+        resources={
+            "store": store,
+            "evaluator": EvaluatorResource(store=store),
+            "warehouse": WarehouseResource(store=store),
+        },
+        # A run has one step: a process of its own for it would only cost two seconds.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = _definitions()

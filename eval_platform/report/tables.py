@@ -1,0 +1,41 @@
+"""The leaderboard as a table: one row a checkpoint, one column a task."""
+
+from typing import Any
+
+import pyarrow as pa
+
+MARKDOWN_ROWS = 100
+
+
+def leaderboard_markdown(board: pa.Table) -> str:
+    """`board`: rows of the view `leaderboard`. Newest step first, each cell the score and half its interval.
+
+    No mean over tasks: tasks have different scales, and a mean over whatever exists compares nothing.
+    """
+    rows = board.to_pylist()
+    if not rows:
+        return "_Nothing is published yet._"
+    tasks = sorted({row["task"] for row in rows})
+    by_key: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        by_key.setdefault((row["run"], row["key"]), {"step": row["step"], "cells": {}})["cells"][row["task"]] = row
+    ordered = sorted(by_key.items(), key=lambda entry: (entry[0][0], -(entry[1]["step"] or 0), entry[0][1]))
+    metrics = {row["task"]: row["metric"] for row in rows}
+    lines = [
+        "| checkpoint | step | " + " | ".join(f"{task} ({metrics[task]})" for task in tasks) + " |",
+        "|---|---:|" + "---:|" * len(tasks),
+    ]
+    for (_, key), entry in ordered[:MARKDOWN_ROWS]:
+        cells = [_cell(entry["cells"].get(task)) for task in tasks]
+        lines.append(f"| {key} | {'' if entry['step'] is None else entry['step']} | " + " | ".join(cells) + " |")
+    if len(ordered) > MARKDOWN_ROWS:
+        lines.append(f"\n{len(ordered) - MARKDOWN_ROWS} more: `eval-platform leaderboard`")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or row["value"] is None:
+        return ""
+    if row["ci_low"] is None or row["ci_high"] is None:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} ± {(row['ci_high'] - row['ci_low']) / 2:.3f}"

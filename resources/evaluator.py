@@ -1,0 +1,32 @@
+"""Where the model runs: a worker process per device slot, as a Dagster resource."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import dagster as dg
+
+from eval_platform.drive import Outcome, drive
+from eval_platform.plan import plan
+from eval_platform.tasks import read_lock
+from eval_platform.values import Arrival
+from resources.store import StoreResource
+
+
+class EvaluatorResource(dg.ConfigurableResource):
+    """Evaluates one arrival and puts every answer through the gate."""
+
+    store: dg.ResourceDependency[StoreResource]
+
+    def evaluate(
+        self,
+        arrival: Arrival,
+        tasks: Sequence[str],
+        *,
+        actor: str,
+        on_message: Callable[[dict[str, Any]], None],
+    ) -> Iterator[Outcome]:
+        """One Outcome per task, each as soon as the gate has decided."""
+        config = self.store.config()
+        store = self.store.open()
+        todo = plan(arrival, read_lock(config.lock_path), config, store, tasks=tasks)
+        yield from drive(todo, config, store, actor=actor, on_message=on_message)
