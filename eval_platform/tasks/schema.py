@@ -1,0 +1,479 @@
+"""What a task file may say. Keys are lm-evaluation-harness's (0.4.13, `config/task.py`) where the meaning is the same.
+
+`reading.read_task_file` makes a TaskFile out of YAML; defaults are filled in here, so that two files that mean the
+same have equal definitions, and so equal ids. What cannot be meant (a metric of another output type, a regex that
+does not compile, shots that would show the answer) is refused here, before any document is read.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from eval_platform.tasks.metrics import DEFAULT_METRICS, FILTERS, METRIC_ARGUMENTS, METRICS, OUTPUT_TYPES, OutputType
+from eval_platform.values import Generation
+
+# Local formats that `dataset_path` may name; anything else is a dataset on the hub.
+LOCAL_FORMATS = ("json", "csv", "parquet")
+DEFAULT_MAX_NEW_TOKENS = 256  # lm-evaluation-harness, `defaults.py:DEFAULT_MAX_GEN_TOKS`
+
+# Keys of lm-evaluation-harness that are refused, and why.
+REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "process_docs": "it is a Python function, and task files run no code; write the processed documents to a file",
+        "process_results": "it is a Python function, and task files run no code; use filter_list and metric_list",
+        "custom_dataset": "it is a Python function, and task files run no code; write the documents to a file",
+        "unsafe_code": "executing a model's code needs a sandbox, which this version does not have",
+        "use_prompt": "promptsource templates are not supported; write the template in doc_to_text",
+        "doc_to_image": "only text is supported",
+        "doc_to_audio": "only text is supported",
+        "group": "a group is no task here; make it one task with `documents: {subset: <field>}`",
+        "task_list": "one file is one task here; write a file for each",
+        "aggregate_metric_list": "a group is no task here; make it one task with `documents: {subset: <field>}`",
+    }
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class GeneratorSource(_Section):
+    """Seeded documents of `eval_platform.tasks.generators`. The splits `test` and `train` share no item."""
+
+    name: str
+    n: int = Field(gt=0)
+    seed: int = 0
+    split: Literal["test", "train"] = "test"
+
+
+class HubSource(_Section):
+    """A dataset on the Hugging Face hub. `config` is the hub's name for a configuration (lm-eval: dataset_name)."""
+
+    name: str
+    split: str
+    config: str | None = None
+    revision: str | None = None
+
+
+class Source(_Section):
+    """Where documents come from: one of file, files, generator, hub. Paths are relative to the task file."""
+
+    file: str | None = None
+    files: list[str] | None = Field(default=None, min_length=1)
+    generator: GeneratorSource | None = None
+    hub: HubSource | None = None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Which of the sources are named."""
+        return tuple(key for key in ("file", "files", "generator", "hub") if getattr(self, key) is not None)
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Self:
+        if len(self.named) > 1:
+            raise ValueError(f"name one source, not {' and '.join(self.named)}")
+        return self
+
+
+class Documents(Source):
+    """What is asked about. `sample` documents are drawn with `seed`, keeping their order; absent: all of them.
+
+    subset and cluster name fields: scores are also given for each subset, and items of one cluster (a shared
+    passage) are not counted as independent. fewshot: where shots are drawn from; absent: from these documents, never
+    the one that is asked.
+    """
+
+    sample: int | None = Field(default=None, gt=0)
+    seed: int = 0
+    subset: str | None = None
+    cluster: str | None = None
+    fewshot: Source | None = None
+
+
+class DatasetKwargs(_Section):
+    """lm-eval's dataset_kwargs. data_files: split -> path or paths; without splits the split is called `train`."""
+
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    revision: str | None = None
+
+
+class Fewshot(_Section):
+    """lm-eval's fewshot_config: how shots are drawn, and how they are written where that differs from the question.
+
+    sampler: `default` draws anew for every document with one random.Random(1234) over the whole task; `first_n` takes
+    the first ones, which makes the shots a prefix shared by all documents, and so cheap.
+    """
+
+    sampler: Literal["default", "first_n"] = "default"
+    split: str | None = None
+    samples: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    doc_to_text: str | int | None = None
+    doc_to_choice: str | list[str] | dict[str, str] | None = None
+    doc_to_target: str | int | list[str] | list[int] | None = None
+    gen_prefix: str | None = None
+    fewshot_delimiter: str | None = None
+    target_delimiter: str | None = None
+
+
+class GenerationKwargs(_Section):
+    """lm-eval's generation_kwargs. Greedy unless temperature is above 0."""
+
+    until: str | list[str] | None = None
+    max_gen_toks: int | None = Field(default=None, gt=0)
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_completion_tokens: int | None = Field(default=None, gt=0)
+    do_sample: bool | None = None
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("do_sample: true needs a temperature above 0; leave it out for greedy decoding")
+        lengths = [
+            k for k in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens") if _set(self, k)
+        ]
+        if len(lengths) > 1:
+            raise ValueError(f"{' and '.join(lengths)} say the same; keep one")
+        if "" in ([self.until] if isinstance(self.until, str) else self.until or []):
+            raise ValueError("until: an empty stop string would stop before the first token; remove it")
+        return self
+
+
+class MetricEntry(_Section):
+    """One entry of metric_list. aggregation and higher_is_better follow from the metric; said, they must agree."""
+
+    metric: str
+    aggregation: str | None = None
+    higher_is_better: bool | None = None
+    hf_evaluate: Literal[False] | None = None
+    ignore_case: bool | None = None
+    ignore_punctuation: bool | None = None
+    ignore_numbers: bool | None = None
+    regexes_to_ignore: list[str] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the metric's function that are set."""
+        return {key: getattr(self, key) for key in _ARGUMENTS if getattr(self, key) is not None}
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METRICS:
+            raise ValueError(f"no metric is called {name!r}{did_you_mean(name, METRICS)}; there are {_and(METRICS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        metric = METRICS[self.metric]
+        if self.aggregation not in (None, metric.aggregation):
+            raise ValueError(f"{metric.name} is aggregated by {metric.aggregation}, not by {self.aggregation}")
+        if self.higher_is_better not in (None, metric.higher_is_better):
+            better = "higher" if metric.higher_is_better else "lower"
+            raise ValueError(f"of {metric.name} {better} is better; remove higher_is_better")
+        for argument in self.arguments:
+            if argument not in METRIC_ARGUMENTS.get(metric.name, ()):
+                raise ValueError(f"{metric.name} takes no {argument}")
+        for pattern in self.regexes_to_ignore or ():
+            _compile(pattern)
+        return self
+
+
+class FilterStep(_Section):
+    """One function of a filter pipeline, with its arguments."""
+
+    function: str
+    regex_pattern: str | None = None
+    group_select: int | None = None
+    fallback: str | None = None
+    mapping_dict: dict[str, str] | None = None
+    default_value: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that are set."""
+        return {
+            key: value
+            for key in type(self).model_fields
+            if (value := getattr(self, key)) is not None and key != "function"
+        }
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.function not in FILTERS:
+            near = did_you_mean(self.function, FILTERS)
+            raise ValueError(f"no filter is called {self.function!r}{near}; there are {_and(FILTERS)}")
+        for argument in self.arguments:
+            if argument not in FILTERS[self.function]:
+                raise ValueError(f"the filter {self.function} takes no {argument}")
+        if self.regex_pattern is not None:
+            _compile(self.regex_pattern)
+        return self
+
+
+class FilterPipeline(_Section):
+    """A named way from a completion to what is scored. Several give several scores, `<metric>,<name>` each."""
+
+    name: str = Field(min_length=1)
+    filter: list[FilterStep] = Field(min_length=1)
+
+
+class Quality(_Section):
+    """What the gate shall make of this task's answers. Shares are of all samples, from 0 to 1.
+
+    raise_: names of warnings that hold the result here. empty, truncated and unparsed: the share above which the gate
+    warns; absent, its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    raise_: list[str] = Field(default=[], alias="raise")
+    empty_share: float | None = Field(default=None, ge=0, le=1)
+    truncated_share: float | None = Field(default=None, ge=0, le=1)
+    unparsed_share: float | None = Field(default=None, ge=0, le=1)
+
+
+class TaskFile(_Section):
+    """One task. See `docs/tasks.md` for each key with an example.
+
+    After validation metric_list, filter_list, primary_metric and higher_is_better are always filled in.
+    """
+
+    task: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)
+    # For people; part of no id.
+    task_alias: str | None = None
+    tag: str | list[str] | None = None
+    title: str = ""
+    about: str = ""
+    source: str = ""
+    licence: str = ""
+    citation: str = ""
+    metadata: dict[str, Any] | None = None
+
+    # Documents: ours, or lm-eval's.
+    documents: Documents | None = None
+    dataset_path: str | None = None
+    dataset_name: str | None = None
+    dataset_kwargs: DatasetKwargs | None = None
+    training_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    fewshot_split: str | None = None
+
+    # What is asked.
+    output_type: OutputType = "generate_until"
+    doc_to_text: str | int | None = None
+    doc_to_choice: str | list[str] | dict[str, str] | None = None
+    doc_to_target: str | int | list[str] | list[int] | None = None
+    description: str = ""
+    target_delimiter: str = " "
+    fewshot_delimiter: str = "\n\n"
+    gen_prefix: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+    fewshot_config: Fewshot = Fewshot()
+    generation_kwargs: GenerationKwargs | None = None
+    repeats: int = Field(default=1, ge=1)
+
+    # How it is scored.
+    metric_list: list[MetricEntry] = Field(default=[], validate_default=True)
+    filter_list: list[FilterPipeline] = Field(default=[], validate_default=True)
+    primary_metric: str = ""
+    higher_is_better: bool | None = None
+    chance: float | None = None
+    quality: Quality = Quality()
+
+    # Read by lm-eval 0.4 and used for nothing there; accepted so that its files load unchanged.
+    should_decontaminate: bool | None = None
+    doc_to_decontamination_query: str | None = None
+
+    @property
+    def shots(self) -> int:
+        """Shots asked for. Rolling log-likelihoods have no prompt to put them in (lm-eval drops them too)."""
+        return 0 if self.output_type == "loglikelihood_rolling" else self.num_fewshot or 0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(entry.metric for entry in self.metric_list)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Every score this task gives, primary or not: `<metric>`, or `<metric>,<filter>` for a named filter."""
+        return tuple(score_name(metric, pipeline.name) for pipeline in self.filter_list for metric in self.metrics)
+
+    @property
+    def wants_unconditional(self) -> bool:
+        """Whether each choice is also asked after nothing at all."""
+        return "acc_mutual_info" in self.metrics
+
+    @property
+    def generation(self) -> Generation | None:
+        """How completions are drawn, as lm-eval 0.4.13 resolves it (`config/task.py`, `normalize_gen_kwargs`)."""
+        if self.output_type != "generate_until":
+            return None
+        said = self.generation_kwargs or GenerationKwargs()
+        until = said.until if said.until is not None else [self.fewshot_delimiter]
+        length = said.max_gen_toks or said.max_new_tokens or said.max_tokens or said.max_completion_tokens
+        return Generation(
+            max_new_tokens=length or DEFAULT_MAX_NEW_TOKENS,
+            stop=(until,) if isinstance(until, str) else tuple(until),
+            temperature=0.0 if said.do_sample is False else said.temperature,
+            top_p=said.top_p,
+            top_k=said.top_k,
+        )
+
+    @property
+    def evaluated_split(self) -> str | None:
+        """The split of `dataset_path` that is asked: lm-eval takes test before validation."""
+        return self.test_split or self.validation_split
+
+    @property
+    def shots_split(self) -> str | None:
+        """The split of `dataset_path` that shots come from; None where they come from elsewhere, or there are none."""
+        if self.dataset_path is None or not self.shots:
+            return None
+        named = self.fewshot_config.split or self.fewshot_split
+        if named is None and self.fewshot_config.samples is not None:
+            return None
+        return named or self.training_split or self.validation_split or self.test_split
+
+    @property
+    def excludes_asked(self) -> bool:
+        """Whether a shot may not be the asked document.
+
+        lm-eval's rule is whether the shots' split *as written* is `test_split` (`api/task.py:fewshot_context`), both
+        absent included; it also decides how many random numbers the default sampler draws. Ours: where the shots
+        have no source of their own.
+        """
+        if self.dataset_path is None:
+            return self.documents is not None and self.documents.fewshot is None and self.fewshot_config.samples is None
+        return (self.fewshot_config.split or self.fewshot_split) == self.test_split
+
+    @field_validator("fewshot_config", mode="before")
+    @classmethod
+    def _no_dead_key(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("fewshot_indices") is not None:
+            raise ValueError("fewshot_indices has no effect in lm-eval 0.4.13; list the documents in `samples`")
+        if isinstance(value, dict) and value.get("process_docs") is not None:
+            raise ValueError(f"process_docs is refused: {REFUSED_KEYS['process_docs']}")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        """Defaults that depend on other keys. A key without a value is an absent key, as in lm-eval."""
+        if not isinstance(raw, dict):
+            return raw
+        filled = {key: value for key, value in raw.items() if value is not None}
+        output_type = filled.get("output_type", "generate_until")
+        if not filled.get("metric_list") and output_type in OUTPUT_TYPES:
+            filled["metric_list"] = [{"metric": name} for name in DEFAULT_METRICS[output_type]]
+        if not filled.get("filter_list"):
+            filled["filter_list"] = [{"name": "none", "filter": [{"function": "take_first"}]}]
+        return filled
+
+    @model_validator(mode="after")
+    def _documents_once(self) -> Self:
+        ours = self.documents is not None and bool(self.documents.named)
+        if ours == (self.dataset_path is not None):
+            raise ValueError("say where the documents are, once: `documents: {file: ...}` or `dataset_path`")
+        if ours:
+            for key in ("dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} belongs to `dataset_path`; with `documents` remove it")
+            if self.fewshot_split or self.fewshot_config.split:
+                raise ValueError("a few-shot split belongs to `dataset_path`; name `documents: {fewshot: ...}` instead")
+            return self
+        if self.documents is not None and self.documents.fewshot is not None:
+            raise ValueError("documents.fewshot goes with our own `documents`; with `dataset_path` say `fewshot_split`")
+        if self.evaluated_split is None:
+            raise ValueError("say which split is asked: `test_split` (or `validation_split`)")
+        if self.dataset_path in LOCAL_FORMATS and (self.dataset_kwargs is None or not self.dataset_kwargs.data_files):
+            raise ValueError(f"dataset_path: {self.dataset_path} needs `dataset_kwargs: {{data_files: ...}}`")
+        if self.shots_split == self.evaluated_split and not self.excludes_asked:
+            raise ValueError(
+                f"shots would be drawn from the split that is asked ({self.shots_split}) without leaving out the asked "
+                f"document, so that its answer may stand in its own prompt (as it does in lm-eval); say `test_split: "
+                f"{self.shots_split}` and `fewshot_split: {self.shots_split}`, or name another fewshot_split"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _templates_there(self) -> Self:
+        if self.doc_to_target is None:
+            raise ValueError("doc_to_target is missing: say which field or template is the right answer")
+        if self.doc_to_text is None and self.output_type != "loglikelihood_rolling":
+            raise ValueError("doc_to_text is missing: say which field or template is the question")
+        if self.output_type == "multiple_choice" and self.doc_to_choice is None:
+            raise ValueError("doc_to_choice is missing: a multiple_choice task needs a list, a field or a template")
+        if self.generation_kwargs is not None and self.output_type != "generate_until":
+            raise ValueError(f"generation_kwargs has no meaning for output_type {self.output_type}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _scoring_fits(self) -> Self:
+        for name in self.metrics:
+            if self.output_type not in METRICS[name].output_types:
+                fitting = [metric.name for metric in METRICS.values() if self.output_type in metric.output_types]
+                raise ValueError(f"metric_list: {name} does not apply to {self.output_type}; use {_and(fitting)}")
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metric_list names a metric twice; keep one")
+        names = [pipeline.name for pipeline in self.filter_list]
+        if len(set(names)) != len(names):
+            raise ValueError("filter_list has two filters of one name; rename one")
+        if names != ["none"] and self.output_type != "generate_until":
+            raise ValueError(f"filter_list applies to completions, and {self.output_type} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _primary(self) -> Self:
+        primary = self.primary_metric or self.score_names[0]
+        if primary not in self.score_names:
+            raise ValueError(
+                f"primary_metric: this task has no score {primary!r}{did_you_mean(primary, self.score_names)}; it has "
+                f"{_and(self.score_names)}"
+            )
+        metric = METRICS[primary.partition(",")[0]]
+        if self.higher_is_better not in (None, metric.higher_is_better):
+            better = "higher" if metric.higher_is_better else "lower"
+            raise ValueError(f"higher_is_better: of {metric.name} {better} is better; correct it or leave it out")
+        if self.chance is not None and not metric.low <= self.chance <= metric.high:
+            raise ValueError(f"chance: {self.chance} is outside the range of {metric.name}")
+        object.__setattr__(self, "primary_metric", primary)
+        object.__setattr__(self, "higher_is_better", metric.higher_is_better)
+        return self
+
+
+def score_name(metric: str, filter_name: str) -> str:
+    """How a score is called: the metric, and the filter where it has a name of its own (lm-eval's `metric,filter`)."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_ARGUMENTS = sorted(set().union(*METRIC_ARGUMENTS.values()))
+
+
+def _set(model: BaseModel, key: str) -> bool:
+    return getattr(model, key) is not None
+
+
+def _and(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _compile(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
