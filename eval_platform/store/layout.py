@@ -1,10 +1,13 @@
-"""Where each file of the store lies: the one place that knows key names. Pure functions, no store touched.
+"""Where each file of the store lies: the one place that knows key names.
 
 An arrival key holds slashes (`<root>/<path>`) and one key may lie below another (`runs/a` and `runs/a/b`), so the
 files of a key are always listed with the delimiter `/`, which leaves deeper keys out.
 """
 
 import re
+from collections.abc import Iterator
+
+from eval_platform.store.base import Store
 
 LAYOUT_VERSION = 1
 
@@ -13,13 +16,27 @@ ARRIVALS = "arrivals/"
 LOG = "log/"
 
 _ARRIVAL = re.compile(r"arrivals/(?P<key>.+)/(?P<n>[1-9][0-9]*)\.json")
-_NUMBERED = re.compile(r"(?:.*/)?(?P<n>[1-9][0-9]*)(?P<rest>[.-].*)")
+_DECISION = re.compile(r"decisions/[^/]+/(?P<attempt>[1-9][0-9]*)-(?P<n>[1-9][0-9]*)\.json")
+_NUMBERED = re.compile(r"(?:.*/)?(?P<n>[1-9][0-9]*)(?P<rest>\..*)")
 
 
 def numbered(key: str) -> tuple[int, str] | None:
-    """(12, ".json") for ".../12.json", (1, "-3.json") for ".../1-3.json"; None for a name without a leading number."""
+    """(12, ".json") for ".../12.json"; None where the name does not begin with a number and a dot."""
     match = _NUMBERED.fullmatch(key)
     return (int(match["n"]), match["rest"]) if match else None
+
+
+def numbers(store: Store, folder: str, suffix: str = ".json") -> Iterator[tuple[int, str]]:
+    """(n, store key) of every `<n><suffix>` directly in `folder` (which ends in a slash), in no order of n."""
+    for entry in store.list(folder, delimiter="/"):
+        found = numbered(entry.key)
+        if found and found[1] == suffix:
+            yield found[0], entry.key
+
+
+def newest_numbered(store: Store, folder: str) -> tuple[int, str] | None:
+    """(n, store key) of the `<n>.json` with the highest n directly in `folder`; None when there is none."""
+    return max(numbers(store, folder), default=None)
 
 
 def root_registration(name: str) -> str:
@@ -48,9 +65,46 @@ def parse_arrival(store_key: str) -> tuple[str, int] | None:
     return (match["key"], int(match["n"])) if match else None
 
 
+def task(task_id: str) -> str:
+    return f"tasks/{task_id}.json"
+
+
+def task_names(name: str) -> str:
+    """Folder of `<n>.json`: which task_id the name has stood for; the highest n is current."""
+    return f"tasks/by-name/{name}/"
+
+
+def task_name(name: str, n: int) -> str:
+    return f"{task_names(name)}{n}.json"
+
+
+def dataset_documents(dataset_id: str) -> str:
+    return f"datasets/{dataset_id}/documents.parquet"
+
+
+def dataset_card(dataset_id: str) -> str:
+    return f"datasets/{dataset_id}/dataset.json"
+
+
+def prompts(prompts_id: str) -> str:
+    return f"prompts/{prompts_id}.parquet"
+
+
 def try_folder(subject: tuple[str, str, int]) -> str:
     kind, name, number = subject
     return f"tries/{kind}/{name}/{number}/"
+
+
+def try_start(subject: tuple[str, str, int], k: int) -> str:
+    return f"{try_folder(subject)}{k}.start.json"
+
+
+def try_end(subject: tuple[str, str, int], k: int) -> str:
+    return f"{try_folder(subject)}{k}.end.json"
+
+
+def retry(subject: tuple[str, str, int], k: int) -> str:
+    return f"{try_folder(subject)}retry-{k}.json"
 
 
 def journal_folder(answers_id: str, attempt: int) -> str:
@@ -108,6 +162,12 @@ def decision_folder(evaluation_id: str) -> str:
 
 def decision(evaluation_id: str, attempt: int, n: int) -> str:
     return f"{decision_folder(evaluation_id)}{attempt}-{n}.json"
+
+
+def parse_decision(store_key: str) -> tuple[int, int] | None:
+    """(attempt, n) of a decision's file; None for any other."""
+    match = _DECISION.fullmatch(store_key)
+    return (int(match["attempt"]), int(match["n"])) if match else None
 
 
 def log_folder(date: str) -> str:
