@@ -1,1 +1,26 @@
 """Which model is it? Find, complete?, identify, bring to local disk."""
+
+from eval_platform.checkpoints.discovery import Found, discover, locate
+from eval_platform.checkpoints.hashing import Progress
+from eval_platform.checkpoints.identification import Identity, identify, tokenizer_id
+from eval_platform.checkpoints.inspection import Inspection, inspect
+from eval_platform.checkpoints.staging import hold, release, release_hold, stage, verify_unchanged
+from eval_platform.checkpoints.watch import Watch
+
+__all__ = [
+    "Found",
+    "Identity",
+    "Inspection",
+    "Progress",
+    "Watch",
+    "discover",
+    "hold",
+    "identify",
+    "inspect",
+    "locate",
+    "release",
+    "release_hold",
+    "stage",
+    "tokenizer_id",
+    "verify_unchanged",
+]

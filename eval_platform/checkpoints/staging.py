@@ -1,0 +1,292 @@
+"""Bring an arrival to local disk, so that neither its trainer's rotation nor an overwrite can spoil an evaluation.
+
+In the cache folder (one per machine):
+    held/<id of key and n>/       hard links made when the arrival was registered, while it waits
+    staged/<random>/<checkpoint_id>/   the model as the worker loads it; beside it manifest.json and a lock, which
+                                       lives as long as the process: what a killed worker left is removed by the next
+    hashes/                       see hashing.py
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eval_platform.checkpoints.files import Listing, list_folder
+from eval_platform.checkpoints.hashing import Meter, Progress, hash_file, read_through
+from eval_platform.checkpoints.identification import identify_files, identity_of
+from eval_platform.checkpoints.inspection import inspect
+from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone, StoreError
+from eval_platform.identity import content_id
+from eval_platform.values import Arrival, Checkpoint
+
+# The file system will not link: another device, another owner (protected_hardlinks), too many links, not supported.
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_MANIFEST = "manifest.json"
+_AGAIN = "the folder is looked at again and, if it differs, evaluated as a new arrival"
+
+# Open lock files of this process: staged/<random> -> descriptor. The kernel lets go of them when the process ends.
+_locks: dict[Path, int] = {}
+
+
+def hold(arrival: Arrival, cache: Path) -> bool:
+    """Keep the arrival's model-defining files by hard links, so that it may be deleted while it waits for a worker.
+
+    True when they are held. False where the file system will not link, or when the folder is gone or no longer what
+    arrived: `stage` will then say which. Costs no bytes, but keeps the trainer's deletion from freeing any until
+    `release_hold`. Raises StoreError when the cache cannot be written.
+    """
+    final = _held(arrival, cache)
+    if final.is_dir():
+        return True
+    source = _source(arrival)
+    aside = final.with_name(f".{uuid.uuid4().hex}")
+    try:
+        listing = list_folder(source)
+        aside.mkdir(parents=True)
+        for name in listing.defining:
+            if not _link(source / name, aside / name):
+                return False
+        # Links show what was there when they were made, which need not be what was listed.
+        if list_folder(aside).fingerprint != arrival.fingerprint:
+            return False
+        try:
+            os.rename(aside, final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # else another process held it first
+                raise
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _cache_error(error, cache) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def release_hold(arrival: Arrival, cache: Path) -> None:
+    """Let go of what `hold` kept; nothing held is no error."""
+    with _cache_errors(cache):
+        _remove(_held(arrival, cache))
+
+
+def stage(arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The arrival's model on local disk, with its content ids: from the hold if there is one, else from its folder.
+
+    Hard links where the file system allows, else copies. Every byte is hashed unless this machine has read the file
+    before. `progress` is told bytes done and in all. Give it back with `release`.
+
+    Raises CheckpointGone when the folder was deleted; CheckpointChanged when it no longer is what arrived, or changes
+    while it is read; CheckpointError when it cannot be evaluated (pickle only, no tokenizer, its own Python code
+    without `trust_remote_code`); StoreError when the cache cannot be written.
+    """
+    held = _held(arrival, cache)
+    source = held if held.is_dir() else _source(arrival)
+    try:
+        listing = list_folder(source)
+        _must_be(arrival, listing, source)
+        found = inspect(source, listing)
+        if not found.complete:
+            raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
+        _must_run_without_its_own_code(source, arrival, trust_remote_code)
+    except FileNotFoundError as error:
+        raise _gone(arrival, error) from error
+
+    with _cache_errors(cache):
+        place = _reserve(cache / "staged")
+    try:
+        base_files = inspect(found.base).listing if found.base else Listing({})
+        meter = Meter(progress, listing.size + base_files.size)
+        incoming = place / "incoming"
+        with _cache_errors(cache):
+            incoming.mkdir()
+        # All links first: hashing takes long, and the trainer may delete the folder meanwhile. The states are taken
+        # before the files are hashed, so that a change at any moment after shows in `verify_unchanged`.
+        copied = {name: _bring(source / name, incoming / name, cache, meter) for name in listing.defining}
+        states = _states(incoming, listing)
+        base_states = _states(found.base, base_files) if found.base else {}
+        base = identify_files(found.base, cache, meter) if found.base else None
+        digests = {name: digest or hash_file(incoming / name, cache, meter) for name, digest in copied.items()}
+        _must_be(arrival, list_folder(incoming), source)
+        identity = identity_of(digests, base)
+        path = place / identity.checkpoint_id
+        with _cache_errors(cache):
+            os.rename(incoming, path)
+            manifest = {str(path / name): state for name, state in states.items()}
+            manifest |= {str(found.base / name): state for name, state in base_states.items()} if found.base else {}
+            (place / _MANIFEST).write_text(json.dumps(manifest))
+    except FileNotFoundError as error:
+        _discard(place)
+        raise _gone(arrival, error) from error
+    except BaseException:
+        _discard(place)
+        raise
+    return Checkpoint(identity.checkpoint_id, identity.weights_id, path, found.kind)
+
+
+def verify_unchanged(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointChanged when a staged file (or one of an adapter's base) is no longer the one that was hashed.
+
+    Compares device, inode, size and mtime: an overwrite in place shows through a hard link, a replacement does not.
+    """
+    if checkpoint.path is None:
+        return
+    try:
+        files = json.loads((checkpoint.path.parent / _MANIFEST).read_bytes())
+        for file, state in files.items():
+            if _state(Path(file)) != state:
+                raise CheckpointChanged(f"{Path(file).name} was overwritten during the evaluation", remedy=_AGAIN)
+    except FileNotFoundError as error:
+        raise CheckpointChanged(f"{error.filename} was deleted during the evaluation", remedy=_AGAIN) from error
+
+
+def release(checkpoint: Checkpoint) -> None:
+    """Remove what `stage` made; a second time is no error. A process that ends without leaves it to the next stage."""
+    if checkpoint.path is not None:
+        _discard(checkpoint.path.parent)
+
+
+def _held(arrival: Arrival, cache: Path) -> Path:
+    return cache / "held" / content_id([arrival.key, arrival.n])
+
+
+def _source(arrival: Arrival) -> Path:
+    if "://" in arrival.uri:
+        raise CheckpointError(f"{arrival.uri}: only checkpoints in local folders can be staged")
+    return Path(arrival.uri)
+
+
+def _must_be(arrival: Arrival, listing: Listing, source: Path) -> None:
+    if listing.fingerprint == arrival.fingerprint:
+        return
+    if not listing.files:  # the trainer's deletion is under way: files first, then the folder
+        raise FileNotFoundError(errno.ENOENT, "no files left", str(source))
+    raise CheckpointChanged(f"{arrival.uri} is no longer what arrived as {arrival.key}@{arrival.n}", remedy=_AGAIN)
+
+
+def _gone(arrival: Arrival, error: FileNotFoundError) -> CheckpointGone | CheckpointChanged:
+    source = Path(arrival.uri)
+    if not source.is_dir() or not list_folder(source).files:
+        return CheckpointGone(
+            f"{arrival.uri} was deleted before it was evaluated",
+            remedy="keep checkpoints longer (save_total_limit), or put the state folder on the checkpoints' file "
+            "system, where hard links hold them",
+        )
+    return CheckpointChanged(f"{error.filename} disappeared while {arrival.uri} was staged", remedy=_AGAIN)
+
+
+def _must_run_without_its_own_code(source: Path, arrival: Arrival, trust_remote_code: bool) -> None:
+    """A model type that transformers does not know, defined by Python files of its own, needs a person's word."""
+    if trust_remote_code or not (source / "config.json").is_file():
+        return
+    config = json.loads((source / "config.json").read_bytes())
+    if "auto_map" not in config:
+        return
+    # Heavy, and needed for the few checkpoints that bring code.
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{arrival.uri}: config.json field auto_map: the model runs Python code of its own",
+            remedy="read that code; then set trust_remote_code = true under [engine], or give --trust-remote-code",
+        )
+
+
+def _bring(source: Path, target: Path, cache: Path, meter: Meter) -> str | None:
+    """Link one file (None), or copy it and give its SHA-256. A copy keeps the mtime: it is part of the fingerprint."""
+    with _cache_errors(cache):
+        if _link(source, target):
+            return None
+        with target.open("wb") as sink:
+            digest, state = read_through(source, meter, sink)
+        os.utime(target, ns=(state.st_mtime_ns, state.st_mtime_ns))
+    return digest
+
+
+def _link(source: Path, target: Path) -> bool:
+    """False where the file system will not. Links what a symbolic link points at, never the symbolic link."""
+    target.parent.mkdir(exist_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        raise
+    return True
+
+
+def _state(file: Path) -> list[int]:
+    state = file.stat()
+    return [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns]
+
+
+def _states(folder: Path, listing: Listing) -> dict[str, list[int]]:
+    return {name: _state(folder / name) for name in listing.defining}
+
+
+def _reserve(staged: Path) -> Path:
+    """A new folder below `staged`, locked by this process; removes the folders of processes that are no more."""
+    staged.mkdir(parents=True, exist_ok=True)
+    # Making a folder with its lock, and looking for unlocked ones, must not meet.
+    with (staged / ".lock").open("w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        for left in staged.iterdir():
+            if left.is_dir() and not _is_locked(left):
+                _remove(left)
+        place = staged / uuid.uuid4().hex
+        place.mkdir()
+        descriptor = os.open(place / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks[place] = descriptor
+    return place
+
+
+def _is_locked(place: Path) -> bool:
+    try:
+        descriptor = os.open(place / "lock", os.O_RDWR)
+    except FileNotFoundError:  # its process died between making the folder and the lock
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _discard(place: Path) -> None:
+    _remove(place)
+    descriptor = _locks.pop(place, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:  # removed already, or by another process at the same time
+        return
+
+
+@contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """A full disk or a missing right under the cache is told as that; a missing source stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _cache_error(error, cache) from error
+
+
+def _cache_error(error: OSError, cache: Path) -> StoreError:
+    return StoreError(
+        f"cannot stage under {cache}: {error.strerror or error} ({error.filename or 'no file named'})",
+        remedy="free space there and give this user the right to write, or set `state` to another disk",
+    )
