@@ -67,6 +67,8 @@ def _read_mapping(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, An
         raise TaskError(f"{path} is not UTF-8: {error}", remedy="save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise TaskError(f"{path} is not YAML: {error}", remedy="mend the line it names") from error
+    except RecursionError as error:
+        raise TaskError(f"{path} is nested too deeply", remedy=_REMEDY) from error
     if not isinstance(node, yaml.MappingNode):
         raise TaskError(f"{path} is not a mapping of keys to values", remedy=_REMEDY)
     places: dict[Path_, _Place] = {}
@@ -125,6 +127,8 @@ def _check(node: yaml.Node, at: Path_, path: Path, places: dict[Path_, _Place]) 
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for name, value in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise TaskError(f"{_place(name, path)}: a key must be a text", remedy=_REMEDY)
             if name.value in seen and name.value != "<<":
                 raise TaskError(
                     f"{_place(name, path)}: the key {name.value} stands twice", remedy="remove one of the two"

@@ -1,0 +1,108 @@
+"""A task ready to be asked: its definition, its documents, and the ids that follow from them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eval_platform.identity import content_id
+from eval_platform.tasks.metrics import SCORER_VERSION
+from eval_platform.tasks.schema import TaskFile
+from eval_platform.values import Document
+
+# Part of every ask_id: raise it when the same definition and documents would give other prompts.
+RENDERER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task with its frozen documents.
+
+    shots: what few-shot examples are drawn from, empty when none are asked for. fewshot_dataset_id: their snapshot.
+    chance: the primary score of guessing, None where that has no meaning or is not known.
+    """
+
+    name: str
+    definition: TaskFile
+    task_id: str
+    ask_id: str
+    dataset_id: str
+    fewshot_dataset_id: str | None
+    documents: tuple[Document, ...]
+    shots: tuple[Mapping[str, Any], ...]
+    chance: float | None
+
+    @property
+    def repeats(self) -> int:
+        return self.definition.repeats
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return self.definition.metrics
+
+    @property
+    def primary_metric(self) -> str:
+        """The score that boards show, with its filter: `acc`, or `exact_match,strict-match`."""
+        return self.definition.primary_metric
+
+    @property
+    def higher_is_better(self) -> bool:
+        return bool(self.definition.higher_is_better)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Every field that some document has: what a key like doc_to_text may name instead of being a template."""
+        return frozenset().union(*(document.fields for document in self.documents))
+
+
+def ask_id(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None) -> str:
+    """The id of what is asked (contract section 1): everything that can change a request, and nothing else."""
+    said = definition.model_dump(mode="json")
+    asked: dict[str, Any] = {
+        key: said[key]
+        for key in (
+            "output_type",
+            "doc_to_text",
+            "doc_to_choice",
+            "doc_to_target",
+            "description",
+            "target_delimiter",
+            "gen_prefix",
+        )
+    }
+    generation = definition.generation
+    asked["generation"] = None if generation is None else asdict(generation)
+    asked["unconditional"] = definition.wants_unconditional
+    asked["dataset_id"] = dataset_id
+    # Without shots it does not matter how they would be drawn.
+    asked["shots"] = None
+    if definition.shots:
+        asked["shots"] = {
+            "n": definition.shots,
+            "dataset_id": fewshot_dataset_id,
+            "excludes_asked": definition.excludes_asked,
+            "delimiter": definition.fewshot_delimiter,
+            **{key: value for key, value in said["fewshot_config"].items() if key not in ("split", "samples")},
+        }
+    asked["renderer"] = RENDERER_VERSION
+    return content_id(asked)
+
+
+def task_id(definition: TaskFile, ask_id: str, chance: float | None) -> str:
+    """The id of a task: what is asked, how often, and what is made of the answers."""
+    documents = definition.documents
+    said = definition.model_dump(mode="json", by_alias=True)
+    return content_id(
+        {
+            "ask_id": ask_id,
+            "repeats": definition.repeats,
+            "scorer": SCORER_VERSION,
+            # aggregation and higher_is_better follow from the metric, said or not.
+            "metrics": [[entry.metric, entry.arguments] for entry in definition.metric_list],
+            "filters": [[p.name, [[s.function, s.arguments] for s in p.filter]] for p in definition.filter_list],
+            "primary_metric": definition.primary_metric,
+            "chance": chance,
+            "quality": said["quality"],
+            "subset": documents.subset if documents else None,
+            "cluster": documents.cluster if documents else None,
+        }
+    )
