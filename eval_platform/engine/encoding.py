@@ -1,0 +1,106 @@
+"""Text to tokens, exactly as lm-evaluation-harness 0.4.13 does it (api/model.py, models/huggingface.py, utils.py).
+
+The boundary between context and continuation is where two correct programs come to differ, so each rule is a
+function of its own. Tokens are plain lists of vocabulary indices.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from eval_platform.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = list[int]
+
+
+def prefix_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """What stands before a text without context: BOS, else EOS. Raises CheckpointError when there is neither."""
+    found = _prefix_or_none(tokenizer)
+    if found is None:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer.name_or_path} has neither a BOS nor an EOS token, "
+            "so a text without context has nothing to stand on",
+            remedy="name bos_token or eos_token in tokenizer_config.json",
+        )
+    return found
+
+
+def _prefix_or_none(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            # transformers types these as possibly a list, which they are only for extra special tokens.
+            assert isinstance(token, int)
+            return token
+    return None
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tokens:
+    """Tokens of `text` with the special tokens the tokenizer adds, unless the text already begins with the prefix."""
+    prefix = _prefix_or_none(tokenizer)
+    if prefix is not None and text.startswith(str(tokenizer.decode([prefix]))):
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text)
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tokens:
+    """Tokens of a prompt to be completed. Here lm-evaluation-harness looks for BOS only, not for EOS in its place.
+
+    It looks at the first prompt of a batch only; here every prompt is looked at, so no neighbour changes it.
+    An empty prompt becomes the prefix token (there: an error).
+    """
+    if tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token)):
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        tokens = tokenizer.encode(text)
+    return tokens or [prefix_token(tokenizer)]
+
+
+def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation: str) -> tuple[Tokens, Tokens]:
+    """Tokens of context and continuation. The continuation's may be empty: the caller must refuse that.
+
+    Spaces at the end of the context move to the continuation; context and whole are encoded separately, and the
+    continuation is what the whole has beyond the context's length. A context that is empty, or empty once its
+    spaces have moved and no special token stands for it (there: an assertion fails), is the prefix token, unless the
+    continuation begins with just that token, which then serves as the context.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    context_tokens = encode(tokenizer, stripped) if context else []
+    if context_tokens:
+        return context_tokens, encode(tokenizer, stripped + continuation)[len(context_tokens) :]
+    prefix = prefix_token(tokenizer)
+    tokens = tokenizer.encode(continuation, add_special_tokens=False)
+    if tokens and tokens[0] == prefix:
+        return tokens[:1], tokens[1:]
+    return [prefix], tokens
+
+
+def model_input(context: Tokens, continuation: Tokens, max_length: int) -> tuple[Tokens, int]:
+    """What the model reads to score `continuation`, and how many context tokens were cut off on the left to fit.
+
+    The last max_length + 1 tokens are kept, and the very last is never read: it is only predicted. The prediction of
+    continuation[j] is thus at position len(input) - len(continuation) + j.
+    """
+    tokens = context + continuation
+    cut = max(0, len(tokens) - (max_length + 1))
+    return tokens[cut:-1], cut
+
+
+def rolling_windows(tokens: Tokens, prefix: int, max_length: int) -> Iterator[tuple[Tokens, Tokens]]:
+    """Cut a document into (input, targets) windows in which every token is predicted exactly once.
+
+    The first window predicts the first max_length tokens after `prefix`; each later one up to max_length more, given
+    the token before them (context length 1). The last is shorter in targets but not in input: it is filled up with
+    the tokens before, so its first target still has as much context as fits.
+    """
+    if not tokens:
+        return
+    first = tokens[:max_length]
+    yield [prefix, *first[:-1]], first
+    done = len(first)
+    while done < len(tokens):
+        end = min(len(tokens), done + max_length)
+        yield tokens[end - max_length - 1 : end - 1], tokens[done:end]
+        done = end

@@ -1,0 +1,50 @@
+"""The engine's face: what every way of running a model offers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from eval_platform.values import Request, Response
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What ran: recorded with every evaluation, never hashed. max_length in tokens, vocab_size in logits per position.
+
+    numerics_version rises when a change of ours may move log-likelihoods; comparisons across it are flagged.
+    """
+
+    device: str
+    dtype: str
+    max_length: int
+    engine_path: str  # "plain" | "tree"
+    n_parameters: int
+    numerics_version: int
+    versions: Mapping[str, str]
+    architecture: str
+    vocab_size: int
+
+
+class Engine(Protocol):
+    """A loaded checkpoint that answers."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[Response]:
+        """Answer every request once, in any order, each as soon as it is known; an empty sequence gives nothing.
+
+        choice: log_likelihood of the continuation after the context (nats, natural logarithm, summed over n_tokens
+        continuation tokens) and is_greedy, whether every one of them was the most probable token.
+        rolling: log_likelihood of all n_tokens tokens of `context`; is_greedy is None.
+        generate: text up to the first stop string, n_tokens drawn (a final end-of-sequence token included),
+        finish_reason "stop", "eos" or "length".
+
+        A NaN is a value here: log_likelihood NaN with is_greedy False, and for completions, whose log_likelihood is
+        otherwise None, log_likelihood NaN and finish_reason "non_finite" with the text drawn before.
+
+        Raises, when iterated: TaskError for a request that no answer exists for (empty continuation, longer than
+        the model's window), naming it, before anything is computed; CheckpointError for a tokenizer that cannot
+        encode it for this model; MemoryError when a single request does not fit.
+        """
+        ...

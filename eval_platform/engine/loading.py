@@ -1,0 +1,178 @@
+"""Brings a checkpoint into memory, and refuses one whose weights are not all there."""
+
+import logging
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval_platform.engine.face import Engine
+from eval_platform.engine.settings import read_json_object, resolve_settings
+from eval_platform.errors import CheckpointError, ConfigError
+from eval_platform.values import RunSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+def load(path: Path, settings: RunSettings) -> Engine:
+    """Load the checkpoint in the folder `path`, from its files alone: nothing is fetched, no pickle is opened.
+
+    `settings` need not be resolved. Raises CheckpointError for a model class transformers does not know, a tokenizer
+    that does not load, and weights that are missing, left over, of another shape or unreadable; ConfigError for a
+    device this machine does not have. Memory and I/O errors pass through: they may pass by themselves.
+    """
+    settings = resolve_settings(settings, path)
+    import safetensors
+    import tokenizers
+    import torch
+    import transformers
+
+    from eval_platform.engine.plain import PlainEngine
+
+    device = _device(settings.device)
+    tokenizer = _load_tokenizer(path, settings)
+    model = _load_model(path, settings, getattr(torch, settings.dtype)).to(device)
+    model.eval()
+    _make_nan_visible(model, path)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    return PlainEngine(model, tokenizer, settings, versions)
+
+
+def _device(asked: str) -> Any:
+    import torch
+
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    remedy = "set [engine] device to auto, cpu or cuda (cuda:0, cuda:1, ...)"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ConfigError(f"{asked!r} is no device", remedy=remedy) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"the engine does not run on {asked!r}", remedy=remedy)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {asked!r}: this machine has {torch.cuda.device_count()} CUDA devices", remedy=remedy)
+    return device
+
+
+def _load_tokenizer(path: Path, settings: RunSettings) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=settings.trust_remote_code
+        )
+    except Exception as error:
+        # transformers, tokenizers and a checkpoint's own code raise whatever they like for a bad file.
+        if _may_pass(error):
+            raise
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {path}: {_first_line(error)}", remedy=remedy
+        ) from error
+    # For some model types transformers makes an empty tokenizer when the files are not there, without a word.
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise CheckpointError(f"the tokenizer in {path} gives no tokens for 'a': its files are missing", remedy=remedy)
+    return tokenizer
+
+
+def _load_model(path: Path, settings: RunSettings, dtype: Any) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    model_type = read_json_object(path / "config.json").get("model_type")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # transformers, safetensors and a checkpoint's own code raise whatever they like for a bad file.
+        if _may_pass(error):
+            raise
+        text = str(error)
+        if "custom code" in text:
+            raise CheckpointError(
+                f"{path}: model type {model_type!r} needs the checkpoint's own Python code",
+                remedy="if you trust it, set [engine] trust_remote_code = true",
+            ) from error
+        if "does not recognize this architecture" in text or "Unrecognized" in text:
+            raise CheckpointError(
+                f"{path / 'config.json'}: field model_type: {model_type!r} is no causal language model that "
+                "this version of transformers knows",
+                remedy="correct model_type, or install a version of transformers that has the model",
+            ) from error
+        raise CheckpointError(
+            f"no model could be loaded from {path} (model type {model_type!r}): {_first_line(error)}",
+            remedy="write the checkpoint again with save_pretrained (safetensors)",
+        ) from error
+    model, report = loaded
+    _refuse_partial(path, report)
+    return model
+
+
+def _refuse_partial(path: Path, report: Mapping[str, Any]) -> None:
+    """transformers fills missing weights with random numbers and goes on; a number from such a model is worthless.
+
+    Tied weights (a head that is the embedding) are not in its report of missing keys.
+    """
+    problems = []
+    for kind, words in (
+        ("missing_keys", "weights missing"),
+        ("unexpected_keys", "weights the model has no place for"),
+        ("mismatched_keys", "weights of another shape"),
+        ("error_msgs", "errors"),
+    ):
+        found = sorted(str(name) for name in report.get(kind) or ())
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            problems.append(f"{len(found)} {words}: {', '.join(found[:3])}{more}")
+    if problems:
+        raise CheckpointError(
+            f"{path}: its weights do not fit its config.json; " + "; ".join(problems),
+            remedy="write the checkpoint again with the config of the model that was trained",
+        )
+
+
+def _make_nan_visible(model: "PreTrainedModel", path: Path) -> None:
+    """Where a weight is not finite, compute attention step by step, so that its NaN reaches the output.
+
+    torch 2.13's fused attention on CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys, so a model
+    with a ruined query projection would answer short prompts with plausible numbers.
+    """
+    import torch
+
+    for name, weight in model.named_parameters():
+        # aminmax passes a NaN on and needs no second tensor of the weight's size.
+        if weight.is_floating_point() and weight.numel():
+            low, high = torch.aminmax(weight.detach())
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                _log.warning("%s: weight %s is not finite (NaN or infinity)", path, name)
+                model.set_attn_implementation("eager")
+                return
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try could succeed: memory, or the file system (transformers' own OSErrors have no errno)."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, MemoryError | OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return True
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,127 @@
+"""Which dtype and window does a checkpoint run with? Read from its JSON files only, without torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eval_platform.errors import CheckpointError, ConfigError
+from eval_platform.values import RunSettings
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_MAX_LENGTH = 2048  # lm-evaluation-harness's, where neither config nor tokenizer says a length
+# lm-evaluation-harness 0.4.13 models/utils.py:resolve_max_length asks in this order.
+_LENGTH_FIELDS = ("n_positions", "max_position_embeddings", "n_ctx")
+# transformers writes int(1e30) for "no limit"; nothing near it is a window.
+_NO_LIMIT = 10**15
+
+
+def resolve_settings(settings: RunSettings, path: Path) -> RunSettings:
+    """`settings` with nothing left open for the checkpoint at `path`: dtype, max_length and quantization as they run.
+
+    dtype "auto" is config.json's `dtype` (or `torch_dtype`), else float32. max_length None is the model's window as
+    lm-evaluation-harness finds it. The device stays as it was given: it is no part of identity.
+    Raises CheckpointError when the checkpoint's files do not say something usable, ConfigError when `settings` asks
+    for what this engine does not have.
+    """
+    _refuse_unsupported(settings)
+    config_file = path / "config.json"
+    config = read_json_object(config_file)
+    text_config = config.get("text_config")
+    text_config = text_config if isinstance(text_config, dict) else config
+
+    method = _quantization(config, config_file)
+    if settings.quantization not in (None, method):
+        raise ConfigError(
+            f"quantization {settings.quantization!r} was asked for, but {config_file} says {method!r}",
+            remedy="quantize the checkpoint itself and leave the setting out; the engine runs what is stored",
+        )
+    window = _window(text_config, config_file, path / "tokenizer_config.json")
+    if settings.max_length is not None and settings.max_length > window:
+        raise ConfigError(
+            f"max_length {settings.max_length} is longer than the model's window of {window} tokens ({config_file})",
+            remedy=f"set [engine] max_length to at most {window}, or leave it out",
+        )
+    return replace(
+        settings,
+        dtype=_dtype(settings.dtype, config, text_config, config_file),
+        max_length=settings.max_length or window,
+        quantization=method,
+    )
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises CheckpointError when it is absent or something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist", remedy="save the model with save_pretrained") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}", remedy="write the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object", remedy="write the checkpoint again")
+    return value
+
+
+def _refuse_unsupported(settings: RunSettings) -> None:
+    # A setting that is hashed into settings_id but changes nothing would be a lie.
+    if settings.backend != "transformers":
+        raise ConfigError(f"unknown back end {settings.backend!r}", remedy="use 'transformers'")
+    if settings.chat or settings.system_prompt is not None:
+        raise ConfigError("chat mode and system prompts are not supported yet", remedy="leave both unset")
+    if settings.dtype != "auto" and settings.dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {settings.dtype!r}", remedy=f"use auto, {', '.join(DTYPES)}")
+
+
+def _dtype(asked: str, config: Mapping[str, Any], text_config: Mapping[str, Any], file: Path) -> str:
+    if asked != "auto":
+        return asked
+    for source in (config, text_config):
+        for field in ("dtype", "torch_dtype"):
+            stored = source.get(field)
+            if stored is None:
+                continue
+            name = str(stored).removeprefix("torch.")
+            if name not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: field {field}: {stored!r} is no dtype the engine runs in ({', '.join(DTYPES)})",
+                    remedy="set [engine] dtype to one of them",
+                )
+            return name
+    return "float32"
+
+
+def _window(config: Mapping[str, Any], file: Path, tokenizer_file: Path) -> int:
+    for field in _LENGTH_FIELDS:
+        if config.get(field) is not None:
+            return _length(config[field], field, file)
+    if tokenizer_file.is_file():
+        stored = read_json_object(tokenizer_file).get("model_max_length")
+        if stored is not None:
+            length = _length(stored, "model_max_length", tokenizer_file)
+            if length < _NO_LIMIT:
+                return length
+    return DEFAULT_MAX_LENGTH
+
+
+def _length(value: Any, field: str, file: Path) -> int:
+    # json reads 1e30 as a float, which is how some tokenizers write "no limit".
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 2 or value != value // 1:
+        raise CheckpointError(
+            f"{file}: field {field}: {value!r} is no length of a window (a whole number of tokens, at least 2)",
+            remedy="mend the file, or set [engine] max_length once it is mended",
+        )
+    return int(value)
+
+
+def _quantization(config: Mapping[str, Any], file: Path) -> str | None:
+    stored = config.get("quantization_config")
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if not isinstance(method, str):
+        raise CheckpointError(
+            f"{file}: field quantization_config: it names no quant_method", remedy="write the checkpoint again"
+        )
+    return method
