@@ -54,8 +54,11 @@ def register(
         if own is not None and own.fingerprint == fingerprint:
             return own, False
         n = newest_one.n + 1 if newest_one else 1
-        if n == tried:  # neither created nor there: the store does not keep its promise for this key
-            raise StoreError(f"cannot number the arrival of {key}: {layout.arrival(key, n)} exists but is not listed")
+        if n == tried:
+            raise StoreError(
+                f"cannot number the arrival of {key}: {layout.arrival(key, n)} exists but is not listed",
+                remedy="a network file system may list late: it is tried again at the next look",
+            )
         arrival = Arrival(
             key=key,
             n=n,
