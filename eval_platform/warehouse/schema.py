@@ -1,0 +1,213 @@
+"""Which tables and views does the catalog have? The one place that names their columns.
+
+Tables hold one row per record of the store; views say what people ask. Times are UTC; values are in the metric's own
+unit; `settings`, `versions` and `observed` are JSON text (`settings ->> 'dtype'`).
+"""
+
+import pyarrow as pa
+
+# A catalog of another version is built anew: it is only a mirror.
+CATALOG_VERSION = 1
+
+_TEXT = pa.string()
+_TEXTS = pa.list_(pa.string())
+_TIME = pa.timestamp("us", tz="UTC")
+
+TABLES: dict[str, pa.Schema] = {
+    "arrivals": pa.schema(
+        {
+            "key": _TEXT,
+            "n": pa.int32(),
+            "fingerprint": _TEXT,
+            "checkpoint_id": _TEXT,  # null until the checkpoint was staged
+            "weights_id": _TEXT,
+            "uri": _TEXT,
+            "run": _TEXT,
+            "step": pa.int64(),
+            "tokens_seen": pa.int64(),
+            "tags": pa.map_(_TEXT, _TEXT),
+            "arrived_at": _TIME,
+            "watcher": _TEXT,
+            "failed": pa.bool_(),  # it failed for good before it could be asked anything
+            "failure_class": _TEXT,  # deterministic | infrastructure | gone
+            "failure_reason": _TEXT,
+        }
+    ),
+    "evaluations": pa.schema(
+        {
+            "evaluation_id": _TEXT,
+            "attempt": pa.int32(),
+            "status": _TEXT,  # published | held | failed
+            "stale": pa.bool_(),  # its task's current task_id is another
+            "reasons": _TEXTS,  # why it is held or failed
+            "warnings": _TEXTS,  # what the standing decision warned of
+            "task": _TEXT,
+            "task_id": _TEXT,
+            "ask_id": _TEXT,
+            "answers_id": _TEXT,
+            "dataset_id": _TEXT,
+            "prompts_id": _TEXT,
+            "answers_digest": _TEXT,
+            "checkpoint_id": _TEXT,
+            "weights_id": _TEXT,
+            "tokenizer_id": _TEXT,
+            "settings_id": _TEXT,
+            "settings": _TEXT,
+            "item_limit": pa.int64(),  # `--limit`: for trying out, never on a board
+            "key": _TEXT,  # the arrival that it was first asked for
+            "arrival": pa.int32(),
+            "primary_metric": _TEXT,
+            "primary_value": pa.float64(),
+            "higher_is_better": pa.bool_(),
+            "chance": pa.float64(),
+            "origin": _TEXT,  # asked | rescored | imported
+            "dtype": _TEXT,
+            "devices": _TEXTS,
+            "engine_path": _TEXT,
+            "numerics_version": _TEXT,
+            "versions": _TEXT,
+            "trust_remote_code": pa.bool_(),
+            "started_at": _TIME,
+            "finished_at": _TIME,
+            "seconds": pa.float64(),
+            "answer_seconds": pa.float64(),
+            "n_requests": pa.int64(),
+            "n_tokens": pa.int64(),
+            "truncated": pa.int64(),
+            "planned_items": pa.int64(),
+            "planned_samples": pa.int64(),
+            "planned_sample_ids": _TEXT,
+            "samples_key": _TEXT,
+            "samples_rows": pa.int64(),
+            "failure_class": _TEXT,  # deterministic | infrastructure | gone, of a failed one
+        }
+    ),
+    "scores": pa.schema(
+        {
+            "evaluation_id": _TEXT,
+            "attempt": pa.int32(),
+            "task": _TEXT,
+            "subset": _TEXT,  # '' is the whole task
+            "metric": _TEXT,
+            "subject": _TEXT,
+            "value": pa.float64(),
+            "standard_error": pa.float64(),
+            "ci_low": pa.float64(),
+            "ci_high": pa.float64(),
+            "interval_method": _TEXT,
+            "n": pa.int64(),
+            "n_clusters": pa.int64(),
+        }
+    ),
+    "decisions": pa.schema(
+        {
+            "evaluation_id": _TEXT,
+            "attempt": pa.int32(),
+            "n": pa.int32(),
+            "stands": pa.bool_(),  # the highest n of the attempt
+            "status": _TEXT,
+            "action": _TEXT,
+            "actor": _TEXT,
+            "reasons": _TEXTS,
+            "gate_version": _TEXT,
+            "time": _TIME,
+        }
+    ),
+    "checks": pa.schema(
+        {
+            "evaluation_id": _TEXT,
+            "attempt": pa.int32(),
+            "n": pa.int32(),  # the decision's
+            "name": _TEXT,
+            "passed": pa.bool_(),
+            "severity": _TEXT,
+            "reason": _TEXT,
+            "observed": _TEXT,
+        }
+    ),
+    # One row per definition that a name has had; `current` is the one that boards show.
+    "tasks": pa.schema(
+        {
+            "name": _TEXT,
+            "n": pa.int32(),
+            "task_id": _TEXT,
+            "current": pa.bool_(),
+            "primary_metric": _TEXT,
+            "higher_is_better": pa.bool_(),
+            "chance": pa.float64(),
+        }
+    ),
+    "datasets": pa.schema({"dataset_id": _TEXT, "source": _TEXT, "licence": _TEXT, "n": pa.int64(), "record": _TEXT}),
+    # Records that could not be read (damaged, or from a newer version): the rest of the catalog stands without them.
+    "problems": pa.schema({"subject": _TEXT, "reason": _TEXT}),
+}
+
+# The catalog's own memory, in a schema of its own so that SHOW TABLES leaves it out.
+INTERNAL: dict[str, pa.Schema] = {
+    "bookkeeping.meta": pa.schema({"version": pa.int32(), "root": _TEXT, "refreshed_on": _TEXT}),
+    # Log entries seen. `expects` is the store key that an entry announced, null once it was found there.
+    "bookkeeping.log": pa.schema({"log_key": _TEXT, "date": _TEXT, "subject": _TEXT, "expects": _TEXT}),
+    # Subjects that may change without a log entry; `digest` is of the rows that they made when last read.
+    "bookkeeping.watched": pa.schema({"subject": _TEXT, "digest": _TEXT, "until": _TEXT}),
+}
+
+VIEWS: dict[str, str] = {
+    # The newest arrival of every key that is known by content; an evaluation of it is found by checkpoint_id alone,
+    # so a copy under another key (linked) stands on its own run's curve.
+    "newest_arrivals": """
+        select key, n, checkpoint_id, weights_id, uri, run, step, tokens_seen, tags, arrived_at
+        from arrivals where checkpoint_id is not null
+        qualify n = max(n) over (partition by key)
+    """,
+    # What may be shown of each evaluation: its lowest attempt that stands published, never a trial with `limit`.
+    "published": """
+        select * from evaluations where status = 'published' and item_limit is null
+        qualify attempt = min(attempt) over (partition by evaluation_id)
+    """,
+    "leaderboard": """
+        select a.key, a.run, a.step, a.tokens_seen, t.name as task, s.subset, s.metric, s.value, s.standard_error,
+            s.ci_low, s.ci_high, s.interval_method, s.n, t.higher_is_better, t.chance, e.warnings, a.arrived_at,
+            e.checkpoint_id, e.task_id, e.settings_id, e.evaluation_id, e.attempt
+        from published e
+        join tasks t on t.task_id = e.task_id and t.current
+        join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
+            and s.metric = t.primary_metric and s.subset = '' and s.subject is null
+        join newest_arrivals a on a.checkpoint_id = e.checkpoint_id
+    """,
+    # `n` of a task's definitions only tells names apart here: a definition that came back under its name is one.
+    "learning_curves": """
+        with names as (
+            select name, task_id, bool_or(current) as current, any_value(higher_is_better) as higher_is_better,
+                any_value(chance) as chance
+            from tasks group by name, task_id
+        )
+        select a.key, a.run, a.step, a.tokens_seen, coalesce(t.name, e.task) as task, s.subset, s.metric, s.subject,
+            s.value, s.standard_error, s.ci_low, s.ci_high, s.interval_method, s.n,
+            s.metric = e.primary_metric and s.subset = '' as is_primary,
+            coalesce(t.higher_is_better, e.higher_is_better) as higher_is_better,
+            coalesce(t.chance, e.chance) as chance,
+            coalesce(not t.current, false) as stale, e.warnings, a.arrived_at,
+            e.checkpoint_id, e.task_id, e.settings_id, e.evaluation_id, e.attempt
+        from published e
+        join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
+        join newest_arrivals a on a.checkpoint_id = e.checkpoint_id
+        left join names t on t.task_id = e.task_id
+    """,
+    "failed_arrivals": """
+        select key, n, run, step, failure_class, failure_reason as reason from arrivals where failed
+    """,
+    "held": """
+        select a.key, a.run, a.step, e.task, e.reasons, e.warnings, e.primary_metric, e.primary_value, e.finished_at,
+            e.evaluation_id, e.attempt
+        from evaluations e left join arrivals a on a.key = e.key and a.n = e.arrival
+        where e.status = 'held'
+    """,
+    "failed": """
+        select a.key, a.run, a.step, e.task, e.failure_class, array_to_string(e.reasons, '; ') as reason,
+            e.evaluation_id, e.attempt
+        from evaluations e left join arrivals a on a.key = e.key and a.n = e.arrival
+        where e.status = 'failed'
+        union all by name
+        select key, run, step, failure_class, reason from failed_arrivals
+    """,
+}
