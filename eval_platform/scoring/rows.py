@@ -1,0 +1,269 @@
+"""One row per sample: everything that was answered and what it scored, enough to score it again without the model."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from eval_platform.identity import content_id
+from eval_platform.scoring.choices import choice_metric, chosen
+from eval_platform.scoring.filters import extract, selects
+from eval_platform.scoring.likelihood import WEIGHTS, count_bytes, count_words, own_value
+from eval_platform.scoring.text import exact_match, token_f1
+from eval_platform.tasks.schema import FilterPipeline, FilterStep, MetricEntry, score_name
+from eval_platform.tasks.task import Task
+from eval_platform.values import Item, Request, Response
+
+_CHOICE = pa.struct(
+    [
+        ("text", pa.string()),
+        ("log_likelihood", pa.float64()),
+        ("is_greedy", pa.bool_()),
+        ("n_tokens", pa.int64()),
+        ("n_bytes", pa.int64()),
+        ("n_chars", pa.int64()),
+        ("truncated_left_tokens", pa.int64()),
+        ("unconditional_log_likelihood", pa.float64()),
+        ("unconditional_is_greedy", pa.bool_()),
+        ("unconditional_n_tokens", pa.int64()),
+    ]
+)
+
+# One row per item and repeat. A NaN log-likelihood stays NaN; null means that there is none.
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("position", pa.int64()),
+        ("repeat", pa.int64()),
+        ("subset", pa.string()),
+        ("cluster", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("response", pa.string()),  # the completion
+        ("choices", pa.list_(_CHOICE)),
+        ("chosen", pa.int64()),  # index of the likeliest choice, null when a log-likelihood is not finite
+        ("log_likelihood", pa.float64()),  # of the text or target, in nats
+        ("is_greedy", pa.bool_()),
+        ("n_tokens", pa.int64()),  # answered or scored; of choices the sum
+        ("n_bytes", pa.int64()),  # of the scored text
+        ("n_words", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("truncated_left_tokens", pa.int64()),  # of choices the most
+        ("shots_used", pa.int64()),
+        ("extracted", pa.map_(pa.string(), pa.string())),  # filter -> answer, null when none was found
+        ("target", pa.string()),  # index or text; several as a JSON list
+        ("metrics", pa.map_(pa.string(), pa.float64())),  # score -> value, null when it cannot be computed
+        ("variant", pa.string()),
+        ("subject", pa.string()),
+    ]
+)
+
+
+def score_item(task: Task, item: Item, responses: Mapping[tuple[str, int], Response]) -> list[dict[str, Any]]:
+    """The rows of one item, one per repeat, with the columns of SAMPLE_SCHEMA.
+
+    responses: by (request_id, repeat); must hold every request of the item in every repeat of the task.
+    `metrics` has one entry per score that this sample has a value for, null where a log-likelihood is missing or not
+    finite. No entry: the score has no value for this sample alone, though its item or task has one. That is so for
+    the later repeats where a filter takes one answer of all, and for a perplexity that is too large for a float.
+    Perplexities and bits per byte are those of this one text. Raises ValueError when a response is missing.
+    """
+    answered = [[_response(responses, item, request, n) for request in item.requests] for n in range(task.repeats)]
+    base = {
+        "sample_id": item.document.sample_id,
+        "position": item.document.position,
+        "subset": item.document.subset,
+        "cluster": item.document.cluster,
+        "prompt_hash": prompt_hash(item),
+        "shots_used": item.shots_used,
+        "target": item.target if isinstance(item.target, str) else json.dumps(item.target, ensure_ascii=False),
+    }
+    if task.definition.output_type == "multiple_choice":
+        columns = [_choice_columns(task, item, row) for row in answered]
+    elif task.definition.output_type == "generate_until":
+        columns = _completion_columns(task, item, [row[0] for row in answered])
+    else:
+        columns = [_likelihood_columns(task, item, row[0]) for row in answered]
+    empty = dict.fromkeys(SAMPLE_SCHEMA.names)
+    return [
+        {
+            **empty,
+            **base,
+            "repeat": n,
+            "finish_reason": row[0].finish_reason,
+            "truncated_left_tokens": max(response.truncated_left_tokens for response in row),
+            **columns[n],
+        }
+        for n, row in enumerate(answered)
+    ]
+
+
+def responses_from_sample(task: Task, item: Item, row: Mapping[str, Any]) -> list[Response]:
+    """The responses that `row` was made of, in the order of the item's requests: what `score_item` takes.
+
+    row: as `score_item` made it or as read from Parquet; `item` must be asked as it was then (the same ask_id).
+    Raises ValueError when the item's requests are others than the row's.
+    """
+    if prompt_hash(item) != row["prompt_hash"]:
+        raise ValueError(f"sample {row['sample_id']} of {task.name}: the stored answer is to another prompt")
+    repeat = row["repeat"]
+    if task.definition.output_type != "multiple_choice":
+        request = item.requests[0]
+        return [
+            Response(
+                request.request_id,
+                repeat,
+                log_likelihood=row["log_likelihood"],
+                is_greedy=row["is_greedy"],
+                text=row["response"],
+                n_tokens=row["n_tokens"],
+                finish_reason=row["finish_reason"],
+                truncated_left_tokens=row["truncated_left_tokens"],
+            )
+        ]
+    k, choices = len(item.choices), row["choices"]
+    asked = [
+        Response(
+            request.request_id,
+            repeat,
+            log_likelihood=choice["log_likelihood"],
+            is_greedy=choice["is_greedy"],
+            n_tokens=choice["n_tokens"],
+            finish_reason=row["finish_reason"],
+            truncated_left_tokens=choice["truncated_left_tokens"],
+        )
+        for request, choice in zip(item.requests[:k], choices, strict=True)
+    ]
+    unconditional = [
+        Response(
+            request.request_id,
+            repeat,
+            log_likelihood=choice["unconditional_log_likelihood"],
+            is_greedy=choice["unconditional_is_greedy"],
+            n_tokens=choice["unconditional_n_tokens"],
+            finish_reason=row["finish_reason"],
+        )
+        for request, choice in zip(item.requests[k:], choices, strict=False)
+    ]
+    return asked + unconditional
+
+
+def prompt_hash(item: Item) -> str:
+    """The id of what the item asks: its requests in order, so contexts, continuations and generation settings."""
+    return content_id([request.request_id for request in item.requests])
+
+
+def _response(responses: Mapping[tuple[str, int], Response], item: Item, request: Request, repeat: int) -> Response:
+    try:
+        return responses[request.request_id, repeat]
+    except KeyError:
+        raise ValueError(
+            f"sample {item.document.sample_id}: no response to request {request.request_id}, repeat {repeat}"
+        ) from None
+
+
+def _choice_columns(task: Task, item: Item, answered: Sequence[Response]) -> dict[str, Any]:
+    k = len(item.choices)
+    asked, unconditional = answered[:k], answered[k:]
+    log_likelihoods = [response.log_likelihood for response in asked]
+    right = (item.target,) if isinstance(item.target, int) else item.target
+    structs = []
+    for index, (text, response) in enumerate(zip(item.choices, asked, strict=True)):
+        alone = unconditional[index] if unconditional else None
+        structs.append(
+            {
+                "text": text,
+                "log_likelihood": response.log_likelihood,
+                "is_greedy": response.is_greedy,
+                "n_tokens": response.n_tokens,
+                "n_bytes": count_bytes(text),
+                "n_chars": len(text),
+                "truncated_left_tokens": response.truncated_left_tokens,
+                "unconditional_log_likelihood": alone.log_likelihood if alone else None,
+                "unconditional_is_greedy": alone.is_greedy if alone else None,
+                "unconditional_n_tokens": alone.n_tokens if alone else None,
+            }
+        )
+    return {
+        "choices": structs,
+        "chosen": chosen(log_likelihoods),
+        "n_tokens": sum(response.n_tokens for response in asked),
+        "metrics": {
+            entry.metric: choice_metric(
+                entry.metric,
+                item.choices,
+                log_likelihoods,
+                [response.log_likelihood for response in unconditional],
+                [index for index in right if isinstance(index, int)],
+            )
+            for entry in task.definition.metric_list
+        },
+    }
+
+
+def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) -> list[dict[str, Any]]:
+    """Of all repeats at once, as a filter may take one answer of them all: it stands in the first row."""
+    columns: list[dict[str, Any]] = [
+        {"response": response.text, "n_tokens": response.n_tokens, "extracted": {}, "metrics": {}}
+        for response in answered
+    ]
+    references = _references(item)
+    completions = [response.text for response in answered if response.text is not None]
+    for pipeline in task.definition.filter_list:
+        # Without a text there is nothing to score, and no vote among the others may hide that.
+        answers = extract(_steps(pipeline), completions) if len(completions) == len(answered) else []
+        for n in range(1 if selects(_steps(pipeline)) else len(answered)):
+            answer = answers[n] if answers else None
+            columns[n]["extracted"][pipeline.name] = answer.text if answer and answer.found else None
+            for entry in task.definition.metric_list:
+                columns[n]["metrics"][score_name(entry.metric, pipeline.name)] = (
+                    _text_metric(entry, answer.text, references) if answer else None
+                )
+    return columns
+
+
+def _steps(pipeline: FilterPipeline) -> Sequence[FilterStep]:
+    """The pipeline's filters; none for the one that stands for an absent filter_list.
+
+    That one is [take_first], as in lm-evaluation-harness, where all repeats but the first are asked for nothing. Here
+    every repeat is scored and the item's score is their mean: the same quantity, measured better. A pipeline of
+    another name that says take_first takes the first.
+    """
+    default = pipeline.name == "none" and [step.function for step in pipeline.filter] == ["take_first"]
+    return () if default else pipeline.filter
+
+
+def _text_metric(entry: MetricEntry, answer: str | None, references: Sequence[str]) -> float:
+    if entry.metric == "exact_match":
+        return exact_match(answer, references, **entry.arguments)
+    return token_f1(answer, references)
+
+
+def _references(item: Item) -> list[str]:
+    """The right answers as texts; where the target is an index (doc_to_choice), the choice's text."""
+    targets = item.target if isinstance(item.target, tuple) else (item.target,)
+    return [item.choices[target] if isinstance(target, int) else target for target in targets]
+
+
+def _likelihood_columns(task: Task, item: Item, response: Response) -> dict[str, Any]:
+    request = item.requests[0]
+    text = request.context if request.kind == "rolling" else (request.continuation or "")
+    weights = {"items": 1, "words": count_words(text), "bytes": count_bytes(text)}
+    value = response.log_likelihood
+    metrics: dict[str, float | None] = {}
+    for metric in task.definition.metrics:
+        if value is None or not math.isfinite(value):
+            metrics[metric] = None
+        elif metric == "acc":
+            metrics[metric] = None if response.is_greedy is None else float(response.is_greedy)
+        elif (own := own_value(metric, value, weights[WEIGHTS[metric]])) is not None:
+            metrics[metric] = own
+    return {
+        "log_likelihood": value,
+        "is_greedy": response.is_greedy,
+        "n_tokens": response.n_tokens,
+        "n_bytes": weights["bytes"],
+        "n_words": weights["words"],
+        "metrics": metrics,
+    }
