@@ -36,18 +36,18 @@ def read_documents(definition: TaskFile, folder: Path) -> tuple[list[Row], list[
 
 
 def as_documents(rows: Sequence[Row], *, subset: str | None = None, cluster: str | None = None) -> list[Document]:
-    """The rows as documents. sample_id is the row's content and its number (from 1) among equal rows.
+    """The rows as documents. sample_id is the row's text and its number (from 1) among equal rows.
 
     subset, cluster: the fields that hold a document's subset and cluster; TaskError when a row lacks them.
     """
     seen: Counter[str] = Counter()
     documents = []
     for position, row in enumerate(rows):
-        content = content_id(row)
-        seen[content] += 1
+        text = row_text(row)
+        seen[text] += 1
         documents.append(
             Document(
-                sample_id=content_id([content, seen[content]]),
+                sample_id=content_id([text, seen[text]]),
                 position=position,
                 fields=row,
                 subset=_label(row, subset, position) or "",
@@ -55,6 +55,13 @@ def as_documents(rows: Sequence[Row], *, subset: str | None = None, cluster: str
             )
         )
     return documents
+
+
+def row_text(row: Row) -> str:
+    """The one JSON text of a row. Fields are sorted; what lies inside them keeps its order, which templates can see."""
+    return json.dumps(
+        {key: row[key] for key in sorted(row)}, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def _label(row: Row, field: str | None, position: int) -> str | None:

@@ -61,6 +61,7 @@ class _Writer:
     def __init__(self, task: Task) -> None:
         self.definition = task.definition
         self.columns = task.fields
+        self.examples: dict[int, str] = {}
         # As in lm-eval, the first document decides: a question that is a number picks one of the choices, which are
         # then contexts, with one continuation for all (Winogrande's partial evaluation).
         self.choices_are_contexts = (
@@ -75,7 +76,7 @@ class _Writer:
         if kind == "loglikelihood_rolling":
             text = self.reference(fields)
             return Item(document, (make_request("rolling", text),), (), text, text)
-        prompt = self.before(fields) + "".join(self.example(shot) for shot in shots)
+        prompt = self.before(fields) + "".join(self.example_once(shot) for shot in shots)
         if self.choices_are_contexts:
             return self.choice_of_context(document, prompt, len(shots))
         prompt += self.asked(fields)
@@ -128,6 +129,13 @@ class _Writer:
         if not prefix:
             return question
         return question + (delimiter if _apart(question, prefix) else "") + prefix
+
+    def example_once(self, fields: Fields) -> str:
+        """`example`, written once for each document of the pool (which lives as long as its task)."""
+        known = self.examples.get(id(fields))
+        if known is None:
+            known = self.examples[id(fields)] = self.example(fields)
+        return known
 
     def example(self, fields: Fields) -> str:
         """One shot: question, delimiter, answer, delimiter."""

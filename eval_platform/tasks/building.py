@@ -1,0 +1,110 @@
+"""From a task file to a Task that is known to work: every document is read and every prompt rendered once."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval_platform.errors import SchemaError, TaskError
+from eval_platform.store import Store, layout, read_record
+from eval_platform.tasks.documents import as_documents, read_documents
+from eval_platform.tasks.metrics import METRICS
+from eval_platform.tasks.reading import read_task_file
+from eval_platform.tasks.render import render
+from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.snapshots import dataset_id, frozen_rows
+from eval_platform.tasks.task import Task, ask_id, task_id
+from eval_platform.tasks.templates import inside
+from eval_platform.values import Item
+
+
+def build_task(path: Path) -> Task:
+    """The task of a file, its documents as they are now. Nothing is written.
+
+    Raises TaskError naming file, key, document and remedy.
+    """
+    definition = read_task_file(path)
+    try:
+        rows, shots = read_documents(definition, path.resolve().parent)
+        task = _assemble(definition, rows, shots, chance=None, task_id_="")
+        chance = definition.chance
+        # Every document is rendered here, so that what is wrong shows now and not when a checkpoint waits.
+        items = list(render(task))
+        if chance is None:
+            chance = _chance(definition, items)
+    except TaskError as error:
+        raise inside(f"{path}: ", error) from error
+    return _assemble(definition, rows, shots, chance=chance, task_id_=task_id(definition, task.ask_id, chance))
+
+
+def validate_file(path: Path) -> None:
+    """Raises TaskError naming file, key, document and remedy when the file is no task that can be asked."""
+    build_task(path)
+
+
+def definition_record(task: Task) -> dict[str, Any]:
+    """What tasks/<task_id>.json says: the whole definition, and the snapshots of its documents."""
+    return {
+        "task_id": task.task_id,
+        "ask_id": task.ask_id,
+        "name": task.name,
+        "dataset_id": task.dataset_id,
+        "fewshot_dataset_id": task.fewshot_dataset_id,
+        "n_documents": len(task.documents),
+        "chance": task.chance,
+        "definition": task.definition.model_dump(mode="json", by_alias=True),
+    }
+
+
+def load_task(store: Store, identity: str) -> Task:
+    """The task with this task_id, from its frozen definition and documents alone.
+
+    Raises TaskError when it was never synced to this store, SchemaError when what is stored was altered.
+    """
+    try:
+        record = read_record(store, layout.task(identity))
+        rows = frozen_rows(store, record["dataset_id"])
+        shots_id = record["fewshot_dataset_id"]
+        shots = [] if shots_id is None else frozen_rows(store, shots_id)
+    except KeyError as error:
+        raise TaskError(
+            f"task {identity} is not in {store.uri} ({error} is missing)", remedy="run `eval-platform tasks sync`"
+        ) from error
+    try:
+        definition = TaskFile.model_validate(record["definition"])
+    except ValueError as error:
+        raise SchemaError(f"{layout.task(identity)}: {error}", remedy="restore it from a copy") from error
+    return _assemble(definition, rows, shots, chance=record["chance"], task_id_=identity)
+
+
+def _assemble(
+    definition: TaskFile,
+    rows: Sequence[Mapping[str, Any]],
+    shots: Sequence[Mapping[str, Any]],
+    *,
+    chance: float | None,
+    task_id_: str,
+) -> Task:
+    ours = definition.documents
+    documents = as_documents(rows, subset=ours.subset if ours else None, cluster=ours.cluster if ours else None)
+    snapshot = dataset_id(rows)
+    shots_snapshot = dataset_id(shots) if definition.shots else None
+    return Task(
+        name=definition.task,
+        definition=definition,
+        task_id=task_id_,
+        ask_id=ask_id(definition, snapshot, shots_snapshot),
+        dataset_id=snapshot,
+        fewshot_dataset_id=shots_snapshot,
+        documents=tuple(documents),
+        shots=tuple(shots),
+        chance=chance,
+    )
+
+
+def _chance(definition: TaskFile, items: Sequence[Item]) -> float | None:
+    """The expected score of picking choices at random; None for what is not picked."""
+    metric = METRICS[definition.primary_metric.partition(",")[0]]
+    if definition.output_type != "multiple_choice" or not metric.proportion:
+        return None
+    right = [len(set(item.target)) if isinstance(item.target, tuple) else 1 for item in items]
+    return sum(r / len(item.choices) for r, item in zip(right, items, strict=True)) / len(items)

@@ -1,0 +1,82 @@
+"""The lock file: which task each name stands for. Dagster's definitions and plans read it, and no task file."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from eval_platform.errors import SchemaError
+
+LOCK_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LockedTask:
+    """What must be known of a task without opening the store. The ids are identity, the rest is for people."""
+
+    task_id: str
+    ask_id: str
+    dataset_id: str
+    n_documents: int
+    output_type: str
+    num_fewshot: int
+    repeats: int
+    primary_metric: str
+    higher_is_better: bool
+    chance: float | None
+    score_names: tuple[str, ...]
+    title: str
+    about: str
+    tags: tuple[str, ...]
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLock:
+    """Task name -> what it stands for, sorted by name."""
+
+    tasks: Mapping[str, LockedTask]
+
+
+def read_lock(path: Path) -> TaskLock:
+    """The lock at `path`; one without tasks when there is none yet.
+
+    Raises SchemaError when it is not a lock, or was written by a newer eval-platform.
+    """
+    try:
+        body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = body["schema_version"]
+    except FileNotFoundError:
+        return TaskLock({})
+    except (ValueError, KeyError, TypeError) as error:
+        raise SchemaError(f"{path} is not a task lock: {error!r}", remedy="run `eval-platform tasks sync`") from error
+    if not isinstance(version, int) or version > LOCK_VERSION:
+        raise SchemaError(
+            f"{path} has schema version {version}; this eval-platform reads up to {LOCK_VERSION}",
+            remedy="upgrade eval-platform on this machine",
+        )
+    try:
+        return TaskLock({name: _locked(entry) for name, entry in sorted(body["tasks"].items())})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(f"{path} is not a task lock: {error!r}", remedy="run `eval-platform tasks sync`") from error
+
+
+def write_lock(path: Path, lock: TaskLock) -> bool:
+    """Write the lock unless it says the same already; True when written. A reader sees the old one or the new one."""
+    body = {"schema_version": LOCK_VERSION, "tasks": {name: asdict(task) for name, task in lock.tasks.items()}}
+    text = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+    return True
+
+
+def _locked(entry: Mapping[str, Any]) -> LockedTask:
+    known = {field.name: entry[field.name] for field in fields(LockedTask)}
+    return LockedTask(**{**known, "score_names": tuple(known["score_names"]), "tags": tuple(known["tags"])})
