@@ -112,19 +112,15 @@ def _choice_item(question: str, choices: Sequence[str], label: int) -> dict[str,
     return {"question": question, "choices": list(choices), "label": label, "answer": choices[label]}
 
 
-def _yes_no(question: str, yes: bool) -> dict[str, Any]:
-    return _choice_item(question, ("yes", "no"), 0 if yes else 1)
-
-
 def _copying(rng: random.Random) -> dict[str, Any]:
     """Say the same letters again."""
-    letters = " ".join(_pick(rng, LETTERS) for _ in range(_between(rng, 4, 6)))
+    letters = " ".join(_pick(rng, LETTERS) for _ in range(5))
     return {"question": f"copy: {letters} ->", "answer": letters}
 
 
 def _reversal(rng: random.Random) -> dict[str, Any]:
     """Say the letters from last to first."""
-    letters = [_pick(rng, LETTERS) for _ in range(_between(rng, 3, 5))]
+    letters = [_pick(rng, LETTERS) for _ in range(4)]
     return {"question": f"reverse: {' '.join(letters)} ->", "answer": " ".join(reversed(letters))}
 
 
@@ -159,8 +155,8 @@ def _number_choices(rng: random.Random, right: int) -> tuple[list[str], int]:
 
 
 def _addition(rng: random.Random) -> dict[str, Any]:
-    """The sum of two numbers of two digits."""
-    a, b = _between(rng, 10, 99), _between(rng, 10, 99)
+    """The sum of a number of three digits and one of one digit."""
+    a, b = _between(rng, 100, 999), _between(rng, 2, 9)
     return _choice_item(f"add: {a} + {b} ->", *_number_choices(rng, a + b))
 
 
@@ -205,7 +201,7 @@ def _is_balanced(brackets: Sequence[str]) -> bool:
 def _brackets(rng: random.Random) -> dict[str, Any]:
     """Whether brackets of two kinds are balanced; the wrong ones have one bracket replaced or two swapped."""
     balanced = rng.random() < 0.5
-    brackets = _balanced(rng, _between(rng, 3, 6))
+    brackets = _balanced(rng, _between(rng, 3, 5))
     while not balanced and _is_balanced(brackets):
         place = _below(rng, len(brackets))
         if rng.random() < 0.5:
@@ -213,24 +209,7 @@ def _brackets(rng: random.Random) -> dict[str, Any]:
         else:
             other = _below(rng, len(brackets))
             brackets[place], brackets[other] = brackets[other], brackets[place]
-    return _yes_no(f"balanced: {' '.join(brackets)} ->", balanced)
-
-
-def _membership(rng: random.Random) -> dict[str, Any]:
-    """Whether a letter is among others."""
-    letters = _distinct(rng, LETTERS, _between(rng, 4, 6))
-    inside = rng.random() < 0.5
-    asked = _pick(rng, letters) if inside else _pick(rng, [letter for letter in LETTERS if letter not in letters])
-    return _yes_no(f"member: {asked} in {' '.join(letters)} ->", inside)
-
-
-def _lookup(rng: random.Random) -> dict[str, Any]:
-    """The digit that stands beside a letter; the wrong choices are the digits beside the others."""
-    letters, digits = _distinct(rng, LETTERS, 4), _distinct(rng, "0123456789", 4)
-    asked = _below(rng, 4)
-    pairs = " ".join(f"{letter} {digit}" for letter, digit in zip(letters, digits, strict=True))
-    choices = _shuffled(rng, digits)
-    return _choice_item(f"lookup: {pairs} , {letters[asked]} ->", choices, choices.index(digits[asked]))
+    return _choice_item(f"balanced: {' '.join(brackets)} ->", ("yes", "no"), 0 if balanced else 1)
 
 
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Lena", "Oscar")
@@ -267,7 +246,5 @@ GENERATORS: Mapping[str, Callable[[random.Random], dict[str, Any]]] = {
     "successor": _successor,
     "parity": _parity,
     "brackets": _brackets,
-    "membership": _membership,
-    "lookup": _lookup,
     "text": _text,
 }
