@@ -55,9 +55,9 @@ def drive(
                 case "failed" if task is None:
                     whole = message
                 case "failed":
-                    last_failure[task] = message["reason"]
+                    last_failure[message["task"]] = message["reason"]
                 case "waiting":
-                    waiting.add(task)
+                    waiting.add(message["task"])
         code = handle.poll()
     finally:
         handle.stop()

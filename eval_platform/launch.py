@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from eval_platform.config import Config
-from eval_platform.plan import Plan
+from eval_platform.plan import Plan, read_plan
+from eval_platform.store.process import known_dead
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
+KEPT_WORKERS = 200
 _POLL_SECONDS = 0.1
 
 
@@ -79,8 +82,10 @@ class Handle:
 
 def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: None) -> Handle:
     """Wait for a free slot (calling `waiting` now and then), then start a worker on it."""
-    folder = config.state_dir / "workers" / f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
+    workers = config.state_dir / "workers"
+    folder = workers / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
+    _forget_old(workers)
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     slot = _free_slot(config, waiting)
     try:
@@ -98,6 +103,38 @@ def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: Non
     finally:
         slot.close()  # the worker has its own copy of the lock
     return Handle(process, folder)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A worker at work on this machine, as its folder tells it."""
+
+    plan: Plan
+    messages: tuple[dict[str, Any], ...]
+
+
+def running(config: Config) -> list[Running]:
+    """The workers that live now on this machine."""
+    found = []
+    for folder in sorted((config.state_dir / "workers").glob("*")):
+        try:
+            process = json.loads((folder / "process.json").read_text(encoding="utf-8"))
+            if known_dead(process):
+                continue
+            plan = read_plan(folder / "plan.json")
+            lines = (folder / "messages.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        except FileNotFoundError:  # not begun yet, or being forgotten
+            continue
+        messages = tuple(json.loads(line)["params"]["payload"] for line in lines if line.endswith("\n"))
+        if not any(message["type"] == "end" for message in messages):
+            found.append(Running(plan, messages))
+    return found
+
+
+def _forget_old(workers: Path) -> None:
+    """Keep the folders (plan, messages, log) of the last workers for people to look at, not of all that ever ran."""
+    for folder in sorted(workers.glob("*"))[:-KEPT_WORKERS]:
+        shutil.rmtree(folder, ignore_errors=True)  # a living one writes on; what stays is forgotten next time
 
 
 def _free_slot(config: Config, waiting: Callable[[], None]) -> IO[bytes]:

@@ -23,11 +23,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from eval_platform import checkpoints, engine, scoring, tasks
+from eval_platform import checkpoints, scoring, tasks
+from eval_platform.engine import Engine, resolve_settings
+from eval_platform.engine import load as load_engine
 from eval_platform.errors import ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
 from eval_platform.plan import Plan, PlannedTask, read_plan
 from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
+from eval_platform.store.process import this_process
 from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings
 
 EXIT_DONE = 0
@@ -41,7 +44,7 @@ FLUSH_SECONDS = 1.0
 
 Message = dict[str, Any]
 Emit = Callable[[Message], None]
-Load = Callable[[Path, RunSettings], engine.Engine]
+Load = Callable[[Path, RunSettings], Engine]
 
 log = logging.getLogger("eval_platform.worker")
 
@@ -62,26 +65,37 @@ class _Model:
     tokenizer_id: str
     load: Load
     emit: Emit
-    engine: engine.Engine | None = None
+    engine: Engine | None = None
 
-    def loaded(self) -> engine.Engine:
+    def loaded(self) -> Engine:
         if self.engine is None:
             started = time.monotonic()
             with _arrival_try(self.store, self.plan):
-                self.engine = self.load(self.path, self.settings)
-            self.emit(
-                {"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(self.engine.info)},
-            )
+                loaded = self.load(self.path, self.settings)
+            self.engine = loaded
+            self.emit({"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(loaded.info)})
         return self.engine
 
 
-def work(plan: Plan, store: Store, emit: Emit, load: Load = engine.load) -> int:
+def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
     """Do everything in `plan`; returns the exit code. Failures are recorded as tries and emitted, not raised."""
     try:
         model = _prepare(plan, store, emit, load)
     except Exception as error:  # noqa: BLE001 -- recorded as the arrival's failure, whatever it was
         return _failed(emit, None, error)
 
+    try:
+        code = _all_tasks(model)
+    finally:
+        checkpoints.release(model.checkpoint)
+    if code == EXIT_DONE:
+        checkpoints.release_hold(plan.arrival, Path(plan.cache))
+    return code
+
+
+def _all_tasks(model: _Model) -> int:
+    """Every planned task; the worst that happened is the exit code."""
+    plan = model.plan
     worst = EXIT_DONE
     leased_elsewhere: list[PlannedTask] = []
     todo = deque((task, 0) for task in plan.tasks)
@@ -118,7 +132,7 @@ def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
         path = checkpoint.path
         if path is None:
             raise EvalPlatformError(f"checkpoint {plan.arrival.key} has no local files", remedy="stage it first")
-        settings = engine.resolve_settings(plan.settings, path)
+        settings = resolve_settings(plan.settings, path)
         arrivals.record_identity(store, plan.arrival, checkpoint)
     emit(
         {"type": "staged", "checkpoint_id": checkpoint.checkpoint_id, "weights_id": checkpoint.weights_id},
@@ -135,7 +149,7 @@ def _arrival_try(store: Store, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(a_try: tries.Try, *, done: str | None) -> Iterator[None]:
+def _recorded(a_try: tries.Try, *, done: tries.Outcome | None) -> Iterator[None]:
     """End the try as `done`, or with the class and reason of what was raised."""
     try:
         yield
@@ -176,8 +190,11 @@ def _identify(model: _Model, task: PlannedTask) -> _Evaluation:
     return _Evaluation(evaluation_id, answers_id, settings_id, commits.slot(model.store, evaluation_id))
 
 
-def _one_task(model: _Model, task: PlannedTask) -> int:
-    """Answer one task unless someone has, or is at it. Returns EXIT_DONE, _FAILED, _TRY_AGAIN or _WAITING."""
+def _one_task(model: _Model, task: PlannedTask, watch: leases.LeaseWatch | None = None) -> int:
+    """Answer one task unless someone has, or is at it. Returns EXIT_DONE, _FAILED, _TRY_AGAIN or _WAITING.
+
+    `watch` has looked at the lease before and so can tell a silent holder.
+    """
     ids = _identify(model, task)
     store = model.store
     if commits.read(store, ids.evaluation_id, ids.attempt) is not None:
@@ -191,7 +208,7 @@ def _one_task(model: _Model, task: PlannedTask) -> int:
         reason = f"{failure.reason}\n  it has failed for good; `eval-platform retry` tries it again"
         model.emit({"type": "failed", "task": task.name, "class": failure.class_, "reason": reason})
         return EXIT_FAILED
-    lease = leases.acquire(store, ids.evaluation_id, model.plan.lease_seconds)
+    lease = (watch or leases.LeaseWatch(store, ids.evaluation_id)).acquire(model.plan.lease_seconds)
     if lease is None:
         model.emit({"type": "waiting", "task": task.name})
         return EXIT_WAITING
@@ -230,7 +247,7 @@ def _after_others(model: _Model, task: PlannedTask) -> int:
         if commits.read(model.store, ids.evaluation_id, ids.attempt) is not None or watch.may_take_over(
             model.plan.lease_seconds
         ):
-            return _one_task(model, task)
+            return _one_task(model, task, watch)
         if watch.beats_seen > 1:
             break
         time.sleep(min(0.5, model.plan.lease_seconds / 10))
@@ -444,10 +461,11 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def main(folder: Path) -> int:
     """The program: plan.json in, messages.jsonl out."""
     signal.signal(signal.SIGTERM, _stop)
+    (folder / "process.json").write_text(json.dumps(this_process()), encoding="utf-8")
     with (folder / "messages.jsonl").open("a", encoding="utf-8") as messages:
 
         def emit(message: Message) -> None:
-            messages.write(pipes_line(message))
+            messages.write(pipes_line({**message, "time": time.time()}))
             messages.flush()
 
         try:

@@ -36,9 +36,7 @@ def alert_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
             "message": context.failure_event.message,
             "reasons": [error.strip() for error in errors],
         }
-        request = urllib.request.Request(
-            webhook, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(webhook, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             context.log.info(f"told {webhook.partition('?')[0]}: {answer.status}")
 

@@ -2,13 +2,14 @@
 
 import json
 import time
+from dataclasses import asdict
 
 import dagster as dg
 
 from assets.partitions import checkpoints
 from assets.results import CHECKPOINT
 from eval_platform.checkpoints import Found, Watch, discover, hold
-from eval_platform.store import arrivals
+from eval_platform.store import arrivals, register_root, watcher_id
 from eval_platform.values import Arrival, Incomplete
 from resources.store import StoreResource
 
@@ -41,6 +42,8 @@ def new_checkpoints_sensor(job: dg.UnresolvedAssetJobDefinition, interval_second
     )
     def new_checkpoints(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult:
         config, opened = store.config(), store.open()
+        for root in config.checkpoints:
+            register_root(opened, root.name, root.path)
         cursor = json.loads(context.cursor or "{}")
         watch = Watch.from_json(cursor.get("watch"))
         keys = sorted(context.instance.get_dynamic_partitions(str(checkpoints.name)))
@@ -59,10 +62,10 @@ def new_checkpoints_sensor(job: dg.UnresolvedAssetJobDefinition, interval_second
                 waiting.append(candidate)
         found.sort(key=lambda f: (f.run, -(f.step or 0)))
         taken = found[: config.sensor.new_per_tick]
-        watcher = arrivals.watcher_id(config.state_dir)
+        watcher = watcher_id(config.state_dir)
         requests, events, added = [], [], []
         for one in taken:
-            arrival, is_new = arrivals.register(opened, one, watcher)
+            arrival, is_new = arrivals.register(opened, watcher=watcher, **asdict(one))
             if one.key not in known:
                 added.append(one.key)
             elif not is_new:

@@ -24,7 +24,7 @@ from assets.results import (
 )
 from eval_platform.config import Config
 from eval_platform.identity import content_id
-from eval_platform.store import Store, arrivals, commits, decisions
+from eval_platform.store import Store, arrivals, commits, decisions, log
 from eval_platform.tasks import TaskLock, read_lock
 from resources.store import StoreResource
 from resources.warehouse import WarehouseResource
@@ -50,7 +50,7 @@ _STANDING = """
     join evaluations e on e.checkpoint_id = a.checkpoint_id
     join (select evaluation_id, attempt, max(n) as n from decisions group by all) d
       on d.evaluation_id = e.evaluation_id and d.attempt = e.attempt
-    where not e.stale and e."limit" is null
+    where not e.stale and e.item_limit is null
       and a.n = (select max(b.n) from arrivals b where b.key = a.key)
       and e.attempt = (
         select max(f.attempt) from evaluations f join decisions g using (evaluation_id, attempt)
@@ -59,14 +59,19 @@ _STANDING = """
     order by a.key, e.task
 """
 
+# Newest arrivals with a task that has neither a commit nor a final failure.
 _UNFINISHED = """
     select a.key, a.n
     from arrivals a
-    where a.n = (select max(b.n) from arrivals b where b.key = a.key) and not a.failed
+    where a.n = (select max(b.n) from arrivals b where b.key = a.key)
+      and not exists (
+        select 1 from failures f where f.key = a.key and f.arrival = a.n and f.evaluation_id is null
+      )
       and (
         select count(distinct e.task) from evaluations e
-        where e.checkpoint_id = a.checkpoint_id and not e.stale and e.task in (select unnest(?::varchar[]))
-      ) < ?
+        where e.checkpoint_id = a.checkpoint_id and not e.stale and e.item_limit is null
+          and e.task in ({tasks})
+      ) < {count}
     order by a.key, a.n
 """
 
@@ -87,6 +92,7 @@ class _Standing:
 
 def reconciliation_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
     """Runs every 15 s. Cheap when nothing happened: the store's log says so."""
+    looked: set[str] = set()  # log entries already looked at for reruns; a run_key is asked for once in any case
     mirrored: dict[tuple[str, str], str] = {}  # (key, task) -> mark; only saves look-ups, Dagster's own record decides
 
     @dg.sensor(
@@ -132,7 +138,10 @@ def reconciliation_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefi
                     tags={metadata.DATA_VERSION: content_id(marks)},
                 )
             )
-        repairs = list(_repairs(context.instance, config, opened, lock, warehouse, known))
+        repairs = [
+            *_repairs(context.instance, config, opened, lock, warehouse, known),
+            *_reruns(opened, lock, known, looked),
+        ]
         skip = None if repairs or events else "Dagster shows what the results root holds"
         return dg.SensorResult(
             run_requests=repairs,
@@ -217,8 +226,10 @@ def _repairs(
 ) -> Iterator[dg.RunRequest]:
     """Runs for arrivals that none has, or whose last one crashed or left tasks to another worker."""
     count = 0
-    names = list(lock.tasks)
-    rows = warehouse.query(_UNFINISHED.replace("?::varchar[]", repr(names)).replace("< ?", f"< {len(names)}"))
+    if not lock.tasks:
+        return
+    names = ", ".join("'" + name.replace("'", "''") + "'" for name in lock.tasks)
+    rows = warehouse.query(_UNFINISHED.format(tasks=names, count=len(lock.tasks)))
     for row in rows.to_pylist():
         if row["key"] not in known or count >= REPAIRS_PER_TICK:
             continue
@@ -240,3 +251,24 @@ def _repairs(
                 continue
         count += 1
         yield run_request(arrival, repair=len(runs))
+
+
+def _reruns(store: Store, lock: TaskLock, known: set[str], looked: set[str]) -> Iterator[dg.RunRequest]:
+    """Runs for the attempts that a person opened and nobody has answered yet."""
+    for entry in log.read(store, log.recent_dates(), looked):
+        if entry["kind"] != "asked" or entry.get("action") != "rerun":
+            looked.add(entry["log_key"])
+            continue
+        evaluation_id, attempt = entry["evaluation_id"], entry["attempt"]
+        before = commits.read(store, evaluation_id, attempt - 1)
+        if before is None or commits.read(store, evaluation_id, attempt) is not None:
+            continue
+        arrival = arrivals.get(store, before["key"], before["arrival"])
+        if arrival is None or arrival.key not in known or before["task"] not in lock.tasks:
+            continue
+        yield dg.RunRequest(
+            run_key=f"{arrival.key}@{arrival.n}#rerun-{evaluation_id}-{attempt}",
+            partition_key=arrival.key,
+            asset_selection=[results_key(before["task"])],
+            tags=run_request(arrival).tags,
+        )

@@ -27,7 +27,9 @@ def learning_curves_png(board: pa.Table, path: Path) -> Path:
     n_rows = math.ceil(len(curves) / columns) or 1
     figure = Figure(figsize=(4.2 * columns, 2.8 * n_rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(n_rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(n_rows, columns, squeeze=False).flat)
+    for panel in panels[len(curves) :]:
+        panel.set_visible(False)
     for panel, task in zip(panels, sorted(curves), strict=False):
         for run, rows in sorted(curves[task].items()):
             rows.sort(key=lambda row: row["step"])
@@ -49,8 +51,6 @@ def learning_curves_png(board: pa.Table, path: Path) -> Path:
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
-    for panel in list(panels):
-        panel.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{uuid.uuid4().hex}.png")
     figure.savefig(aside, dpi=90)

@@ -1,8 +1,11 @@
 """The leaderboard as a table: one row a checkpoint, one column a task."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MARKDOWN_ROWS = 100
 
@@ -39,3 +42,19 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row["ci_low"] is None or row["ci_high"] is None:
         return f"{row['value']:.3f}"
     return f"{row['value']:.3f} ± {(row['ci_high'] - row['ci_low']) / 2:.3f}"
+
+
+def leaderboard_table(board: pa.Table) -> "Table":
+    """The same for a terminal, narrow enough to read: scores without their intervals."""
+    from rich.table import Table
+
+    rows = board.to_pylist()
+    tasks = sorted({row["task"] for row in rows})
+    table = Table("checkpoint", *tasks, box=None)
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        value = "" if row["value"] is None else f"{row['value']:.3f}"
+        cells.setdefault(row["key"], {})[row["task"]] = value
+    for key, found in cells.items():
+        table.add_row(key, *(found.get(task, "") for task in tasks))
+    return table

@@ -18,13 +18,16 @@ _TOKEN = uuid.uuid4().hex
 
 def this_process() -> dict[str, Any]:
     """The record of this process: `host` for people; `machine`, `pid`, `started`, `token` for comparing."""
-    pid = os.getpid()
+    return {**process_record(os.getpid()), "token": _TOKEN}
+
+
+def process_record(pid: int) -> dict[str, Any]:
+    """The record of process `pid` on this machine, for `known_dead` to judge later."""
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": pid,
         "started": _state_and_start(pid)[1],
-        "token": _TOKEN,
     }
 
 

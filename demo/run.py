@@ -1,0 +1,253 @@
+"""The main job, from nothing: a model trains here, and every checkpoint it drops is on the leaderboard by itself.
+
+    python demo/run.py [--once]
+
+Beside the trainer's checkpoints it plants three: one with NaN weights (must be held), one that is copied half, then
+whole (must wait, then be evaluated once), and one copy under another name (must be linked, not evaluated again).
+With --once it exits 0 when all that should be published is, else 1; without, it stays up until Ctrl-C.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+
+from eval_platform import report, status, warehouse
+from eval_platform.config import Config, load_config
+from eval_platform.store import open_store
+from eval_platform.tasks import TaskLock, read_lock, sync_tasks
+from eval_platform.up import Platform, platform
+
+HERE = Path(__file__).resolve().parent
+RUN = "tiny"
+PLANTED = "planted"
+HALF_SECONDS = 20.0  # how long the half-copied one stays half
+GIVE_UP_SECONDS = 15 * 60.0
+
+console = Console()
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--once", action="store_true", help="exit when everything is published")
+    once = arguments.parse_args().once
+
+    config = load_config(HERE / "eval_platform.toml")
+    for folder in (config.results, config.state, config.checkpoints[0].path):
+        shutil.rmtree(folder, ignore_errors=True)
+    arrivals = Path(config.checkpoints[0].path)
+    arrivals.mkdir(parents=True)
+    store = open_store(config.results)
+    synced = sync_tasks(config.tasks, store, config.lock_path)
+    for error in synced.errors:
+        console.print(f"[red]{error}[/]")
+    if synced.errors:
+        return 1
+    lock = read_lock(config.lock_path)
+    console.print(f"{len(lock.tasks)} tasks; checkpoints arrive in {arrivals}; starting Dagster …", highlight=False)
+    with platform(config, console.print) as running:
+        console.print(f"UI at {running.url}; training a model on this machine …", highlight=False)
+        trainer = _trainer(config, arrivals / RUN)
+        try:
+            problems = _watch(config, lock, trainer, arrivals, running)
+        finally:
+            if trainer.poll() is None:
+                trainer.terminate()
+                trainer.wait()
+        _print_board(config)
+        for problem in problems:
+            console.print(f"[red]not as it should be: {problem}[/]", highlight=False)
+        _print_where_to_look(running, config)
+        if not once:
+            console.print("Ctrl-C ends it.")
+            try:
+                while True:
+                    time.sleep(1)
+                    running.revive()
+            except KeyboardInterrupt:
+                console.print("stopping …")
+    return 1 if problems else 0
+
+
+def _trainer(config: Config, out: Path) -> subprocess.Popen[bytes]:
+    log = config.state_dir / "logs" / "train.log"
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "train.py"), "--out", str(out), "--run", RUN],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _watch(
+    config: Config, lock: TaskLock, trainer: subprocess.Popen[bytes], arrivals: Path, running: Platform
+) -> list[str]:
+    """Plant the three, show progress, and return what is not as it should be at the end."""
+    store = open_store(config.results)
+    plants = _plants(arrivals)
+    deadline = time.monotonic() + GIVE_UP_SECONDS
+    planted = False
+    found: list[status.CheckpointStatus] = []
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        while time.monotonic() < deadline:
+            running.revive()
+            planted = planted or next(plants, True)
+            found = status.status(config, store, lock)
+            live.update(_screen(config, found, trainer))
+            if trainer.poll() not in (None, 0):
+                return [f"the trainer ended with code {trainer.poll()}: see {config.state_dir}/logs/train.log"]
+            busy = [one for one in found if one.state in {"waiting", "queued", "running"}]
+            if planted and trainer.poll() == 0 and found and not busy:
+                return list(_problems(config, lock, arrivals))
+            time.sleep(1)
+    left = ", ".join(f"{one.key} is {one.state}" for one in found if one.state in {"waiting", "queued", "running"})
+    return [f"not done after {GIVE_UP_SECONDS / 60:.0f} minutes: {left}"]
+
+
+def _plants(arrivals: Path) -> Iterator[bool]:
+    """One look a step; True once all three are planted."""
+    while len(whole := _whole(arrivals / RUN)) < 3:
+        yield False
+    source = whole[1]
+    _copy(source, arrivals / PLANTED / "copy_of_second")
+    _with_nan(source, arrivals / PLANTED / "nan_weights")
+    half = arrivals / PLANTED / "half_copied"
+    _copy(whole[2], half, only_half_the_weights=True)
+    since = time.monotonic()
+    while time.monotonic() - since < HALF_SECONDS:
+        yield False
+    _change_one_weight(whole[2], half)
+    yield True
+
+
+def _whole(run: Path) -> list[Path]:
+    return sorted(success.parent for success in run.glob("*/_SUCCESS"))
+
+
+def _copy(source: Path, target: Path, *, only_half_the_weights: bool = False) -> None:
+    """A copy without `_SUCCESS`, so that the platform must see for itself whether it is whole."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("_SUCCESS", "checkpoint.json"))
+    if only_half_the_weights:
+        weights = target / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+
+
+def _with_nan(source: Path, target: Path) -> None:
+    _copy(source, target)
+    weights = load_file(target / "model.safetensors")
+    for tensor in weights.values():
+        tensor.fill_(float("nan"))
+    _replace(weights, target)
+
+
+def _change_one_weight(source: Path, target: Path) -> None:
+    """The other half arrives; one weight differs, so that this is a model of its own and not one more copy."""
+    weights = load_file(source / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    _replace(weights, target)
+
+
+def _replace(weights: dict, target: Path) -> None:
+    aside = target / ".weights"
+    save_file(weights, aside, metadata={"format": "pt"})
+    os.replace(aside, target / "model.safetensors")
+
+
+def _screen(config: Config, found: list[status.CheckpointStatus], trainer: subprocess.Popen[bytes]) -> Group:
+    table = Table("checkpoint", "state", "tasks", "what to know", box=None, expand=True)
+    for one in found[-24:]:
+        counts: dict[str, int] = {}
+        for task in one.tasks:
+            counts[task.state] = counts.get(task.state, 0) + 1
+        why = one.reason or next((task.reason for task in one.tasks if task.reason and task.state != "published"), "")
+        tally = ", ".join(f"{count} {state}" for state, count in counts.items())
+        table.add_row(one.key, one.state, tally, Text(why.splitlines()[0] if why else "", overflow="ellipsis"))
+    training = "training" if trainer.poll() is None else "trained"
+    return Group(Text(f"{training}; {len(found)} checkpoints"), table, report.leaderboard_table(_board(config)))
+
+
+def _board(config: Config) -> pa.Table:
+    store = open_store(config.results)
+    return warehouse.query(
+        config.catalog_path, store, "select * from leaderboard order by run, step desc nulls last, key, task"
+    )
+
+
+def _problems(config: Config, lock: TaskLock, arrivals: Path) -> Iterator[str]:
+    """What the demo promises, asked of the store in SQL as a user would."""
+    store = open_store(config.results)
+    warehouse.refresh(store, config.catalog_path)
+
+    def ask(text: str) -> list[dict]:
+        return warehouse.query(config.catalog_path, store, text).to_pylist()
+
+    name = config.checkpoints[0].name
+    published: dict[str, set[str]] = {}
+    for row in ask("select key, task from leaderboard"):
+        published.setdefault(row["key"], set()).add(row["task"])
+    trained = [f"{name}/{RUN}/{folder.name}" for folder in _whole(arrivals / RUN)]
+    should = [*trained, f"{name}/{PLANTED}/copy_of_second", f"{name}/{PLANTED}/half_copied"]
+    for key in should:
+        if missing := set(lock.tasks) - published.get(key, set()):
+            yield f"{key} lacks {', '.join(sorted(missing))} on the leaderboard"
+    if len(trained) < 8:
+        yield f"only {len(trained)} checkpoints were trained"
+    nan = f"{name}/{PLANTED}/nan_weights"
+    held = {row["task"] for row in ask(f"select task from held where key = '{nan}' and len(reasons) > 0")}
+    if held != set(lock.tasks):
+        yield f"{nan} is not held on {', '.join(sorted(set(lock.tasks) - held))}"
+    if nan in published:
+        yield f"{nan} is on the leaderboard"
+    if ask(f"select 1 from evaluations where key = '{name}/{PLANTED}/copy_of_second'"):
+        yield "the copy was evaluated again instead of linked"
+    once = ask(
+        f"select count(*) as n, count(distinct task) as tasks, max(arrival) as arrival from evaluations "
+        f"where key = '{name}/{PLANTED}/half_copied'"
+    )[0]
+    if (once["n"], once["tasks"], once["arrival"]) != (len(lock.tasks), len(lock.tasks), 1):
+        yield f"the half-copied checkpoint was evaluated {once}"
+    learnt = ask(
+        "select task, chance, first(value order by step) as first, last(value order by step) as last "
+        f"from leaderboard where run = '{RUN}' and chance is not null group by all"
+    )
+    if sum(row["last"] >= 0.8 and row["first"] <= row["chance"] + 0.1 for row in learnt) < 3:
+        yield f"fewer than three tasks were learnt: {learnt}"
+
+
+def _print_board(config: Config) -> None:
+    console.print(report.leaderboard_table(_board(config)))
+
+
+def _print_where_to_look(running: Platform, config: Config) -> None:
+    command = "eval-platform --config demo/eval_platform.toml"
+    console.print(
+        f"""
+Look at it
+  asset graph   {running.url}/asset-groups
+  leaderboard   {running.url}/assets/leaderboard
+  curves        {running.url}/assets/learning_curves
+Ask it (in another shell: . .venv/bin/activate)
+  {command} sql "select key, task, value, ci_low, ci_high from leaderboard order by task, value desc"
+  {command} sql "select key, task, reasons from held"
+  {command} sql "select task, step, value from learning_curves where is_primary order by task, step"
+  {command} status
+""",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Is everything there that the platform needs? Looks, says what it found, and what to do about it."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval_platform import __version__
+from eval_platform.config import Config, load_config
+from eval_platform.errors import EvalPlatformError
+from eval_platform.store import open_store
+from eval_platform.tasks import read_lock
+
+PACKAGES = ("dagster", "dagster-webserver", "torch", "transformers", "duckdb", "great-expectations", "pyarrow")
+LOW_DISK_GB = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(config_file: Path | None) -> list[Finding]:
+    """Every finding, the configuration's error as one of them; nothing is changed but for a file made and removed."""
+    findings = [_python(), *_packages(), _device()]
+    try:
+        config = load_config(config_file)
+    except EvalPlatformError as error:
+        return [*findings, Finding("configuration", False, str(error), "mend the file, then look again")]
+    findings.append(Finding("configuration", True, str(config.file or "defaults (no eval_platform.toml here)")))
+    for root in config.checkpoints:
+        path = Path(root.path)
+        findings.append(
+            Finding(
+                f"checkpoints {root.name}",
+                path.is_dir() and os.access(path, os.R_OK | os.X_OK),
+                str(path) if path.is_dir() else f"{path} does not exist",
+                "create the folder, or mend [[checkpoints]] path; checkpoints are picked up once it is there",
+            )
+        )
+    findings += [_writable("results", config.results), _writable("state", config.state)]
+    findings += [_disk("state", config.state_dir), _links(config), _tasks(config), _dagster_home(config)]
+    return findings
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(
+        "python", sys.version_info >= (3, 11), f"{version}, eval-platform {__version__}", "use 3.11 or newer"
+    )
+
+
+def _packages() -> list[Finding]:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(Finding(name, True, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding(name, False, "not installed", "pip install -c constraints.txt -e ."))
+    return found
+
+
+def _device() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        return Finding("device", True, names)
+    return Finding("device", True, f"no GPU seen; CPU with {torch.get_num_threads()} threads")
+
+
+def _writable(what: str, place: str) -> Finding:
+    key = f".doctor-{uuid.uuid4().hex}"
+    try:
+        store = open_store(place)
+        store.create(key, b"")
+        store.delete(key)
+    except EvalPlatformError as error:
+        return Finding(what, False, str(error), f"make {place} writable, or set another folder")
+    return Finding(what, True, place)
+
+
+def _disk(what: str, folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / 1e9
+    return Finding(f"disk of {what}", free >= LOW_DISK_GB, f"{free:.0f} GB free", "free some space")
+
+
+def _links(config: Config) -> Finding:
+    """Hard links hold a checkpoint that its trainer deletes while it waits; without them it is copied later."""
+    devices = {os.stat(root.path).st_dev for root in config.checkpoints if Path(root.path).is_dir()}
+    same = devices <= {os.stat(config.state_dir).st_dev}
+    found = "checkpoints and state are on one file system" if same else "checkpoints are on another file system"
+    return Finding("hard links", True, found + ("" if same else ": one deleted while it waits is lost, not held"))
+
+
+def _tasks(config: Config) -> Finding:
+    try:
+        lock = read_lock(config.lock_path)
+    except EvalPlatformError as error:
+        return Finding("tasks", False, str(error), "run `eval-platform tasks sync`")
+    return Finding(
+        "tasks", bool(lock.tasks), f"{len(lock.tasks)} in {config.lock_path}", "run `eval-platform tasks sync`"
+    )
+
+
+def _dagster_home(config: Config) -> Finding:
+    home = config.dagster_home
+    if not home.exists():
+        return Finding("Dagster home", True, f"{home} (made by `eval-platform up`)")
+    there = (home / "dagster.yaml").is_file()
+    return Finding("Dagster home", there, str(home), f"{home} has no dagster.yaml: remove it, `up` makes it anew")

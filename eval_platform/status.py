@@ -1,0 +1,121 @@
+"""Where is every checkpoint on the road? Waiting, queued, running, published, held or failed, and why."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eval_platform import launch, warehouse
+from eval_platform.checkpoints import Watch, discover
+from eval_platform.config import Config
+from eval_platform.store import Store
+from eval_platform.tasks import TaskLock
+from eval_platform.values import Incomplete
+
+State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed"]
+
+_TASKS = """
+    select a.key, a.n, a.run, a.step, e.task, e.status, e.reasons, e.seconds
+    from arrivals a
+    left join evaluations e
+      on e.checkpoint_id = a.checkpoint_id and not e.stale and e.item_limit is null
+    where a.n = (select max(b.n) from arrivals b where b.key = a.key)
+    qualify e.attempt is null or row_number() over (
+        partition by a.key, e.task, e.settings_id
+        order by (e.status = 'published') desc, e.attempt * if(e.status = 'published', 1, -1)
+    ) = 1
+    order by a.run, a.step, a.key, e.task
+"""
+
+_FAILED_ARRIVALS = "select key, arrival as n, reason from failures where evaluation_id is null"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatus:
+    """One task on one checkpoint. `seconds_left` is a guess from what is done and from the task's last run."""
+
+    task: str
+    state: State
+    reason: str = ""
+    done: int | None = None
+    total: int | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointStatus:
+    """One key; `state` is the one of its tasks that most wants attention."""
+
+    key: str
+    state: State
+    reason: str = ""
+    run: str | None = None
+    step: int | None = None
+    arrival: int | None = None
+    tasks: tuple[TaskStatus, ...] = ()
+
+
+_ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "published")
+
+
+def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatus]:
+    """Every checkpoint in the watched folders or in the store, by run and step."""
+    warehouse.refresh(store, config.catalog_path)
+    rows = warehouse.query(config.catalog_path, store, _TASKS).to_pylist()
+    broken = {
+        (row["key"], row["n"]): row["reason"]
+        for row in warehouse.query(config.catalog_path, store, _FAILED_ARRIVALS).to_pylist()
+    }
+    usual = {row["task"]: row["seconds"] for row in rows if row["seconds"] is not None}
+    at_work = {one.plan.arrival.key: one for one in launch.running(config)}
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_key.setdefault(row["key"], []).append(row)
+    found = [_one(key, group, lock, broken, at_work.get(key), usual) for key, group in by_key.items()]
+    return [*_not_arrived(config, set(by_key)), *found]
+
+
+def _not_arrived(config: Config, known: set[str]) -> Iterator[CheckpointStatus]:
+    for candidate in discover(config.checkpoints, dict.fromkeys(known, ""), Watch()):
+        if isinstance(candidate, Incomplete):
+            yield CheckpointStatus(candidate.key, "refused" if candidate.refused else "waiting", candidate.reason)
+        else:
+            yield CheckpointStatus(candidate.key, "waiting", "found; not registered yet", candidate.run, candidate.step)
+
+
+def _one(
+    key: str,
+    rows: Sequence[dict[str, Any]],
+    lock: TaskLock,
+    broken: dict[tuple[str, int], str],
+    worker: launch.Running | None,
+    usual: dict[str, float],
+) -> CheckpointStatus:
+    first = rows[0]
+    known = {row["task"]: row for row in rows if row["task"] is not None}
+    reason = broken.get((key, first["n"]), "")
+    tasks = []
+    for name in lock.tasks:
+        if name in known:
+            row = known[name]
+            tasks.append(TaskStatus(name, row["status"], " ".join(row["reasons"] or ())))
+        elif reason:
+            tasks.append(TaskStatus(name, "failed", reason))
+        elif worker is not None:
+            tasks.append(_running(name, worker, usual))
+        else:
+            tasks.append(TaskStatus(name, "queued"))
+    states = {task.state for task in tasks}
+    state = next((state for state in _ATTENTION if state in states), "queued")
+    return CheckpointStatus(key, state, reason, first["run"], first["step"], first["n"], tuple(tasks))
+
+
+def _running(name: str, worker: launch.Running, usual: dict[str, float]) -> TaskStatus:
+    started = next((m for m in worker.messages if m["type"] == "started" and m["task"] == name), None)
+    if started is None:
+        return TaskStatus(name, "queued", seconds_left=usual.get(name))
+    progress = [m for m in worker.messages if m["type"] == "progress" and m["task"] == name]
+    last = progress[-1] if progress else {"done": 0, "time": started["time"]}
+    done, total = last["done"], started["total"]
+    spent = last["time"] - started["time"]
+    left = spent / done * (total - done) if done and spent > 0 else usual.get(name)
+    return TaskStatus(name, "running", done=done, total=total, seconds_left=left)

@@ -1,0 +1,259 @@
+"""`eval-platform up`: Dagster's code server, daemon and web server over the configured folders, kept running.
+
+The three are processes of their own, started with this interpreter; what they are is written to `<state>/up.json`, so
+that a later `up` ends what a power cut or a kill -9 left of them, by process id. A server that dies is started again.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+from eval_platform.config import Config
+from eval_platform.errors import EvalPlatformError
+from eval_platform.store.process import known_dead, process_record
+
+START_SECONDS = 120.0
+STOP_SECONDS = 15.0
+
+
+@dataclass
+class Platform:
+    """A running platform; `url` is the web server's."""
+
+    config: Config
+    url: str
+    commands: dict[str, list[str]]
+    env: dict[str, str]
+    lock: IO[bytes]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        logs = self.config.state_dir / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"{name}.log").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                self.commands[name],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours to pass on, in order
+                env=self.env,
+                cwd=self.config.folder,
+            )
+        self._remember()
+
+    def revive(self) -> list[str]:
+        """Start again what has died; returns the names."""
+        dead = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in dead:
+            self.start(name)
+        return dead
+
+    def stop(self) -> None:
+        """End the servers in the order daemon, web server, code server; workers finish or are found by the next."""
+        for name in ("daemon", "webserver", "code_server"):
+            process = self.processes.get(name)
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGINT if name == "daemon" else signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        _up_file(self.config).unlink(missing_ok=True)
+
+    def _remember(self) -> None:
+        body = {
+            "url": self.url,
+            "processes": {name: process_record(process.pid) for name, process in self.processes.items()},
+        }
+        aside = _up_file(self.config).with_suffix(".tmp")
+        aside.write_text(json.dumps(body, indent=1), encoding="utf-8")
+        os.replace(aside, _up_file(self.config))
+
+
+def _up_file(config: Config) -> Path:
+    return config.state_dir / "up.json"
+
+
+def running(config: Config) -> dict[str, Any] | None:
+    """The platform of this configuration that runs on this machine: `{"url", "processes"}`, or None."""
+    try:
+        body: dict[str, Any] = json.loads(_up_file(config).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return body if any(not known_dead(process) for process in body["processes"].values()) else None
+
+
+@contextmanager
+def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> Iterator[Platform]:
+    """Start the platform, wait until the web server answers, and stop it at the end.
+
+    Raises EvalPlatformError when one runs already, or when it does not come up; the error names the log.
+    """
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    lock = (config.state_dir / "up.lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        found = running(config)
+        raise EvalPlatformError(
+            f"a platform already runs on {config.state_dir}" + (f" at {found['url']}" if found else ""),
+            remedy="stop it first, or give this one another `state` folder",
+        ) from None
+    with lock:
+        _end_leftovers(config, say)
+        _instance_folder(config)
+        ports = {"code_server": _free_port(), "webserver": config.ui.port or _free_port()}
+        (config.dagster_home / "workspace.yaml").write_text(_workspace(ports["code_server"]), encoding="utf-8")
+        one = Platform(
+            config,
+            f"http://{config.ui.host}:{ports['webserver']}",
+            _commands(config, ports),
+            _environment(config),
+            lock,
+        )
+        try:
+            one.start("code_server")
+            _wait(one, "code_server", lambda: _listens(ports["code_server"]))
+            one.start("daemon")
+            one.start("webserver")
+            _wait(one, "webserver", lambda: _answers(f"{one.url}/server_info"))
+            yield one
+        finally:
+            one.stop()
+
+
+def reload_code_location(config: Config) -> bool:
+    """Tell a running platform that the lock changed. False when none runs here."""
+    found = running(config)
+    if found is None:
+        return False
+    query = 'mutation { reloadRepositoryLocation(repositoryLocationName: "eval_platform") { __typename } }'
+    request = urllib.request.Request(
+        f"{found['url']}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            kind = json.load(answer)["data"]["reloadRepositoryLocation"]["__typename"]
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise EvalPlatformError(
+            f"the platform at {found['url']} did not reload the tasks: {error}", remedy="restart `eval-platform up`"
+        ) from error
+    if kind != "WorkspaceLocationEntry":
+        raise EvalPlatformError(
+            f"the platform at {found['url']} could not reload the tasks: {kind}",
+            remedy=f"see {config.state_dir / 'logs' / 'code_server.log'}",
+        )
+    return True
+
+
+def _commands(config: Config, ports: dict[str, int]) -> dict[str, list[str]]:
+    python = sys.executable
+    code = str(ports["code_server"])
+    return {
+        # One code server for both others, so that a reload after `tasks sync` reaches the sensors too.
+        "code_server": [
+            *(python, "-m", "dagster", "code-server", "start", "-h", "127.0.0.1", "-p", code),
+            *("-m", "eval_platform.definitions", "--location-name", "eval_platform", "--log-level", "warning"),
+            "--use-python-environment-entry-point",
+        ],
+        "daemon": [python, "-m", "dagster._daemon", "run", "-w", str(config.dagster_home / "workspace.yaml")],
+        "webserver": [
+            *(python, "-m", "dagster_webserver", "-w", str(config.dagster_home / "workspace.yaml")),
+            *("-h", config.ui.host, "-p", str(ports["webserver"])),
+        ],
+    }
+
+
+def _workspace(port: int) -> str:
+    server = {"host": "127.0.0.1", "port": port, "location_name": "eval_platform"}
+    return json.dumps({"load_from": [{"grpc_server": server}]}) + "\n"  # JSON is YAML
+
+
+def _environment(config: Config) -> dict[str, str]:
+    found = {
+        **os.environ,
+        "DAGSTER_HOME": str(config.dagster_home),
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if config.file is not None:
+        found["EVAL_PLATFORM_CONFIG"] = str(config.file)
+    return found
+
+
+def _instance_folder(config: Config) -> None:
+    """DAGSTER_HOME with our dagster.yaml, unless the user has put one there."""
+    config.dagster_home.mkdir(parents=True, exist_ok=True)
+    target = config.dagster_home / "dagster.yaml"
+    if not target.exists():
+        text = resources.files("eval_platform").joinpath("dagster.yaml").read_text(encoding="utf-8")
+        target.write_text(text.replace("EVALUATE_LIMIT", str(config.worker.slots)), encoding="utf-8")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _wait(one: Platform, name: str, ready: Callable[[], bool]) -> None:
+    log = one.config.state_dir / "logs" / f"{name}.log"
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        ended = one.processes[name].poll() is not None
+        if ended or time.monotonic() > deadline:
+            words = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            what = "ended" if ended else f"did not answer in {START_SECONDS:.0f} s"
+            raise EvalPlatformError(
+                f"Dagster's {name} {what}; its log ends:\n{words}",
+                remedy=f"see {log}; `eval-platform doctor` looks for what is missing",
+            )
+        time.sleep(0.2)
+
+
+def _end_leftovers(config: Config, say: Callable[[str], None]) -> None:
+    """What an `up` that was killed left running: two daemons on one DAGSTER_HOME would quarrel."""
+    found = running(config)
+    if found is None:
+        return
+    for name, process in found["processes"].items():
+        if known_dead(process):
+            continue
+        say(f"ending the {name} that an earlier `up` left (process {process['pid']})")
+        os.kill(process["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while not known_dead(process) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not known_dead(process):
+            os.kill(process["pid"], signal.SIGKILL)
