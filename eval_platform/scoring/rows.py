@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -240,10 +240,9 @@ def _text_metric(entry: MetricEntry, answer: str | None, references: Sequence[st
     return token_f1(answer, references)
 
 
-def _references(item: Item) -> list[str]:
-    """The right answers as texts; where the target is an index (doc_to_choice), the choice's text."""
-    targets = item.target if isinstance(item.target, tuple) else (item.target,)
-    return [item.choices[target] if isinstance(target, int) else target for target in targets]
+def _references(item: Item) -> Sequence[str]:
+    """The right answers, as texts: what a generate_until item's target is."""
+    return cast("tuple[str, ...]", item.target if isinstance(item.target, tuple) else (item.target,))
 
 
 def _likelihood_columns(task: Task, item: Item, response: Response) -> dict[str, Any]:
