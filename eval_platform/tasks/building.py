@@ -1,6 +1,7 @@
 """From a task file to a Task that is known to work: every document is read and every prompt rendered once."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def build_task(path: Path) -> Task:
     definition = read_task_file(path)
     try:
         rows, shots = read_documents(definition, path.resolve().parent)
-        task = _assemble(definition, rows, shots, chance=None, task_id_="")
+        task = _assemble(definition, rows, shots, chance=None, identity="")
         chance = definition.chance
         # Every document is rendered here, so that what is wrong shows now and not when a checkpoint waits.
         items = list(render(task))
@@ -33,7 +34,7 @@ def build_task(path: Path) -> Task:
             chance = _chance(definition, items)
     except TaskError as error:
         raise inside(f"{path}: ", error) from error
-    return _assemble(definition, rows, shots, chance=chance, task_id_=task_id(definition, task.ask_id, chance))
+    return replace(task, chance=chance, task_id=task_id(definition, task.ask_id, chance))
 
 
 def validate_file(path: Path) -> None:
@@ -73,7 +74,7 @@ def load_task(store: Store, identity: str) -> Task:
         definition = TaskFile.model_validate(record["definition"])
     except ValueError as error:
         raise SchemaError(f"{layout.task(identity)}: {error}", remedy="restore it from a copy") from error
-    return _assemble(definition, rows, shots, chance=record["chance"], task_id_=identity)
+    return _assemble(definition, rows, shots, chance=record["chance"], identity=identity)
 
 
 def _assemble(
@@ -82,7 +83,7 @@ def _assemble(
     shots: Sequence[Mapping[str, Any]],
     *,
     chance: float | None,
-    task_id_: str,
+    identity: str,
 ) -> Task:
     ours = definition.documents
     documents = as_documents(rows, subset=ours.subset if ours else None, cluster=ours.cluster if ours else None)
@@ -91,7 +92,7 @@ def _assemble(
     return Task(
         name=definition.task,
         definition=definition,
-        task_id=task_id_,
+        task_id=identity,
         ask_id=ask_id(definition, snapshot, shots_snapshot),
         dataset_id=snapshot,
         fewshot_dataset_id=shots_snapshot,

@@ -1,0 +1,73 @@
+"""What lm-evaluation-harness itself asks: the oracle for prompts. Needs the extra `lm-eval`."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from eval_platform.values import Item
+
+# One request as text: (context, continuation), (context, stop strings) or (text,).
+Asked = tuple[Any, ...]
+
+FEWSHOT_SEED = 1234  # lm-eval's own default of --fewshot_seed, which its evaluator sets
+
+
+def asked_by_lm_eval(folder: Path, name: str) -> list[list[Asked]]:
+    """Every document's requests, for the task file `name` in `folder`, loaded as `lm_eval --include_path` does."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    loaded = manager.load([name])
+    return _requests(loaded["tasks"][name])
+
+
+def asked_by_config(config: Mapping[str, Any], splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[Asked]]:
+    """The same for a configuration and its documents, without files."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tables = {split: datasets.Dataset.from_list([dict(row) for row in rows]) for split, rows in splits.items()}
+    return _requests(ConfigurableTask(config={**config, "custom_dataset": lambda **_: tables}))
+
+
+def asked_by_us(items: Sequence[Item]) -> list[list[Asked]]:
+    """Our items in the same form."""
+    return [[_ours(request) for request in item.requests] for item in items]
+
+
+def _ours(request: Any) -> Asked:
+    if request.kind == "rolling":
+        return (request.context,)
+    if request.kind == "generate":
+        s = request.settings
+        return (request.context, list(s.stop), s.max_new_tokens, s.temperature)
+    return (request.context, request.continuation)
+
+
+def _requests(task: Any) -> list[list[Asked]]:
+    if task.config.num_fewshot is None:
+        task.set_config("num_fewshot", 0)  # as evaluator.py does
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    task.build_all_requests()
+    by_document: dict[int, list[Asked]] = {}
+    for instance in task.instances:
+        by_document.setdefault(instance.doc_id, []).append(_theirs(instance))
+    return [by_document[document] for document in sorted(by_document)]
+
+
+def _theirs(instance: Any) -> Asked:
+    if instance.request_type != "generate_until":
+        return tuple(instance.args)
+    context, kwargs = instance.args
+    normal = _normalize()(kwargs)
+    return (context, list(normal["until"]), normal["max_gen_toks"], normal["temperature"])
+
+
+@lru_cache(maxsize=1)
+def _normalize() -> Any:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return normalize_gen_kwargs
