@@ -149,9 +149,11 @@ def _entries(store: Store, since: str, seen: set[str], news: _News) -> Iterator[
             try:
                 subject, expects = _announced(read_record(store, entry.key))
             except (SchemaError, KeyError, TypeError, ValueError) as error:
+                # Where it pointed is not known, so nothing is looked at again: only a rebuild finds what it announced.
                 subject = ("log", entry.key)
-                reason = str(error) if isinstance(error, SchemaError) else f"{entry.key} says nothing known: {error!r}"
-                news.readings[subject_text(subject)] = damaged(subject, reason)
+                said = str(error) if isinstance(error, SchemaError) else f"{entry.key} says nothing known: {error!r}"
+                reason = f"{said}; what it announced may be missing here until the catalog is deleted and built anew"
+                news.readings[subject_text(subject)] = damaged(subject, reason, unfinished=None)
                 yield _Look(entry.key, day, None, None)
                 continue
             yield _Look(entry.key, day, subject_text(subject), expects)

@@ -61,9 +61,9 @@ def read_subject(store: Store, subject: Subject) -> Reading:
     return reading
 
 
-def damaged(subject: Subject, reason: str) -> Reading:
-    """The reading of a subject that cannot be read: looked at again until someone mends it."""
-    return Reading(subject, {"problems": [{"subject": subject_text(subject), "reason": reason}]}, "open")
+def damaged(subject: Subject, reason: str, unfinished: Literal["open"] | None = "open") -> Reading:
+    """The reading of a subject that cannot be read; "open", it is looked at again until someone mends it."""
+    return Reading(subject, {"problems": [{"subject": subject_text(subject), "reason": reason}]}, unfinished)
 
 
 def subject_text(subject: Subject) -> str:
