@@ -189,6 +189,17 @@ def test_keep_releases_when_the_work_fails(store):
     assert take(store).generation == 2
 
 
+def test_a_release_that_cannot_be_written_hides_no_failure(store, tmp_path):
+    lease = take(store)
+    (tmp_path / "leases" / "e" / "1.json").rename(tmp_path / "kept")
+    (tmp_path / "leases" / "e").rmdir()
+    (tmp_path / "leases" / "e").write_text("in the way")
+    with pytest.raises(StoreError):
+        lease.release()
+    with pytest.raises(RuntimeError, match="the work's own"), lease.keep():
+        raise RuntimeError("the work's own")
+
+
 def test_a_beat_that_cannot_be_written_is_an_error_and_the_thread_goes_on(store, tmp_path):
     lease = take(store)
     in_the_way = tmp_path / "leases" / "e" / "1.beat"
@@ -205,11 +216,11 @@ def test_a_beat_that_cannot_be_written_is_an_error_and_the_thread_goes_on(store,
 
 
 def test_a_stopped_holder_loses_the_lease_and_knows_it_when_it_wakes(store):
-    ttl_s = 0.5
+    ttl_s = 1.5
 
     def hold(tell, hear):
         lease = take(store, ttl_s=ttl_s)
-        with lease.keep():
+        with lease.keep(interval_s=0.1):
             tell(lease.held())
             hear()
             tell(lease.held())
@@ -217,7 +228,7 @@ def test_a_stopped_holder_loses_the_lease_and_knows_it_when_it_wakes(store):
     with Child(hold) as child:
         assert child.told() is True
         watch = leases.LeaseWatch(store, "e")
-        lives_until = time.monotonic() + 2 * ttl_s
+        lives_until = time.monotonic() + 1.2 * ttl_s
         while time.monotonic() < lives_until:
             assert watch.acquire(ttl_s) is None
             time.sleep(0.02)

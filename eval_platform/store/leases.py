@@ -10,7 +10,7 @@ next asks `held()`. What makes one result is the commit, a file created once.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,8 @@ class Lease:
         """Beat from a thread (every quarter of the ttl unless told otherwise) until the block ends, then release.
 
         A beat that cannot be written is tried again at the next interval: if it never succeeds others take over, which
-        `held()` tells, and what made it fail (a full disk) fails the journal and the commit by name.
+        `held()` tells, and what made it fail (a full disk) fails the journal and the commit by name. Nor is the last
+        act an error: a release that cannot be written only makes others wait, and must not hide how the work ended.
         """
         interval = self.ttl_s / BEATS_PER_TTL if interval_s is None else interval_s
         ended = threading.Event()
@@ -88,7 +89,8 @@ class Lease:
         finally:
             ended.set()
             thread.join()
-            self.release()
+            with suppress(StoreError):
+                self.release()
 
 
 class LeaseWatch:
