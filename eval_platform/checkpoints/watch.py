@@ -24,9 +24,6 @@ class Watch:
     def __contains__(self, key: object) -> bool:
         return key in self._seen
 
-    def __len__(self) -> int:
-        return len(self._seen)
-
     @property
     def full(self) -> bool:
         return len(self._seen) >= CAPACITY
