@@ -55,15 +55,20 @@ def _tokenizer_json(vocab: int, adds_bos: bool) -> str:
     return tokenizer.to_str()
 
 
-def make_tokenizer(*, vocab: int = 512, max_length: int = 256, adds_bos: bool = False) -> Any:
-    """A `PreTrainedTokenizerFast` over a byte-level BPE; with `adds_bos` it puts BOS before every text, as Llama's."""
+def make_tokenizer(
+    *, vocab: int = 512, max_length: int = 256, adds_bos: bool = False, bos: bool = True, eos: bool = True
+) -> Any:
+    """A `PreTrainedTokenizerFast` over a byte-level BPE; with `adds_bos` it puts BOS before every text, as Llama's.
+
+    `bos` and `eos` say whether it names these tokens as its own.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer_json(vocab, adds_bos)),
-        bos_token=BOS,
-        eos_token=EOS,
+        bos_token=BOS if bos else None,
+        eos_token=EOS if eos else None,
         pad_token=PAD,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,

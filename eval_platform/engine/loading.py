@@ -156,7 +156,7 @@ def _make_nan_visible(model: "PreTrainedModel", path: Path) -> None:
 
     for name, weight in model.named_parameters():
         # aminmax passes a NaN on and needs no second tensor of the weight's size.
-        if weight.is_floating_point() and weight.numel():
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.numel():
             low, high = torch.aminmax(weight.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 _log.warning("%s: weight %s is not finite (NaN or infinity)", path, name)
