@@ -63,7 +63,7 @@ def _theirs(instance: Any) -> Asked:
         return tuple(instance.args)
     context, kwargs = instance.args
     normal = _normalize()(kwargs)
-    return (context, list(normal["until"]), normal["max_gen_toks"], normal["temperature"])
+    return (context, list(normal["until"]), normal["max_gen_toks"], normal.get("temperature", 0.0))
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from eval_platform.identity import canonical_json
 from eval_platform.tasks.metrics import DEFAULT_METRICS, FILTERS, METRIC_ARGUMENTS, METRICS, OUTPUT_TYPES, OutputType
 from eval_platform.values import Generation
 
@@ -38,7 +39,7 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class GeneratorSource(_Section):
@@ -117,6 +118,11 @@ class Fewshot(_Section):
     gen_prefix: str | None = None
     fewshot_delimiter: str | None = None
     target_delimiter: str | None = None
+
+    @field_validator("samples")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return _json_only(value)
 
 
 class GenerationKwargs(_Section):
@@ -231,8 +237,6 @@ class Quality(_Section):
     raise_: names of warnings that hold the result here. empty, truncated and unparsed: the share above which the gate
     warns; absent, its own.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
     raise_: list[str] = Field(default=[], alias="raise")
     empty_share: float | None = Field(default=None, ge=0, le=1)
@@ -355,6 +359,11 @@ class TaskFile(_Section):
             return self.documents is not None and self.documents.fewshot is None and self.fewshot_config.samples is None
         return (self.fewshot_config.split or self.fewshot_split) == self.test_split
 
+    @field_validator("metadata")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return _json_only(value)
+
     @field_validator("fewshot_config", mode="before")
     @classmethod
     def _no_dead_key(cls, value: Any) -> Any:
@@ -470,6 +479,15 @@ def _set(model: BaseModel, key: str) -> bool:
 
 def _and(names: Iterable[str]) -> str:
     return ", ".join(names)
+
+
+def _json_only(value: Any) -> Any:
+    """YAML makes dates, sets and infinities out of unquoted text; none of them is a JSON value."""
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{error}; put the value in quotes") from error
+    return value
 
 
 def _compile(pattern: str) -> None:
