@@ -3,6 +3,7 @@
 import difflib
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,28 +54,50 @@ def query(catalog: Path, store: Store, sql: str, *, timeout_s: float = 60) -> pa
         raise QueryError("the query is empty", remedy='try `eval-platform sql "select * from leaderboard"`')
     refresh(store, catalog, wait_seconds=_PATIENCE_SECONDS)
     con = connect(catalog, store, samples=bool(_SAMPLES.search(sql)))
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        con.interrupt()
-
-    timer = threading.Timer(timeout_s, expire)
-    timer.daemon = True
-    timer.start()
     try:
-        return _select(con, sql)
+        return _within(timeout_s, con, lambda: _select(con, sql))
     except duckdb.Error as error:
-        if expired.is_set():
-            raise QueryError(
-                f"the query took longer than {timeout_s:g} s and was stopped",
-                remedy="ask for less (a condition on key, task or step), or allow more time",
-            ) from None
         raise _explained(con, sql, error) from error
     finally:
-        timer.cancel()
-        timer.join()
         con.close()
+
+
+def _within(timeout_s: float, con: "duckdb.DuckDBPyConnection", ask: Callable[[], pa.Table]) -> pa.Table:
+    """What `ask` returns or raises; QueryError when it takes too long.
+
+    DuckDB does not look for signals while it fills an Arrow table, so the query has a thread of its own and this one
+    stays free for Ctrl-C.
+    """
+    answers: list[pa.Table] = []
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # noqa: BLE001 -- raised again below, in the caller's thread
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=run, name="sql", daemon=True)
+    thread.start()
+    try:
+        in_time = done.wait(timeout_s)
+    finally:
+        # Again and again, since an interrupt before the query has begun is forgotten.
+        while not done.wait(0):
+            con.interrupt()
+            done.wait(0.05)
+        thread.join()
+    if answers:
+        return answers[0]
+    if not in_time:
+        raise QueryError(
+            f"the query took longer than {timeout_s:g} s and was stopped",
+            remedy="ask for less (a condition on key, task or step), or allow more time",
+        )
+    raise errors[0]
 
 
 def _select(con: "duckdb.DuckDBPyConnection", sql: str) -> pa.Table:
