@@ -235,8 +235,10 @@ def _crash(result: ExpectationValidationResult | None) -> str | None:
     return None
 
 
-def _example(found: Mapping[str, Any]) -> str:
-    """One unexpected row in words, e.g. "sample_id 3f.., repeat 0, log_likelihood nan"."""
+def _example(found: Mapping[str, Any] | int) -> str:
+    """One unexpected row in words, e.g. "sample_id 3f.., repeat 0, log_likelihood nan"; by its number if nameless."""
+    if not isinstance(found, Mapping):
+        return f"row {found}"
     parts = []
     for name, value in sorted(found.items(), key=lambda pair: _ORDER.get(pair[0], len(_ORDER))):
         if value == "" or value is None:
