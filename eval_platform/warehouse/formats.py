@@ -1,9 +1,7 @@
 """How is an answer written out? Rounded for people (table, markdown), exact for programs (csv, json, parquet)."""
 
 import base64
-import csv
 import datetime
-import io
 import json
 import math
 from collections.abc import Callable
@@ -52,23 +50,18 @@ def _markdown(table: pa.Table) -> str:
 
 
 def _csv(table: pa.Table) -> str:
-    """RFC 4180 with a header and "\\n"; null is an empty field, an empty string a quoted one; numbers are exact."""
-    out = io.StringIO()
-    # QUOTE_NOTNULL is Python 3.12's, so the one case that the writer cannot tell apart is written by hand.
-    writer = csv.writer(out, lineterminator="\n")
-    empty = '""'
-    writer.writerow(table.column_names)
-    for row in _rows(table):
-        texts = [None if value is None else _exact(value) for value in row]
-        if "" in texts or len(texts) == 1:
-            out.write(",".join(_csv_field(text) if text else (empty if text == "" else "") for text in texts) + "\n")
-        else:
-            writer.writerow(texts)
-    return out.getvalue()
+    """RFC 4180 with a header and "\\n"; numbers are exact.
+
+    Null is an empty field and the empty string a quoted one, which Python's csv writer cannot tell apart. A null in
+    the only column is quoted too, since readers skip empty lines.
+    """
+    lines = [[_csv_field(name) for name in table.column_names]]
+    lines += [["" if value is None else _csv_field(_exact(value)) for value in row] for row in _rows(table)]
+    return "".join((",".join(line) or '""') + "\n" for line in lines)
 
 
 def _csv_field(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
+    return '"' + text.replace('"', '""') + '"' if not text or any(c in text for c in ',"\r\n') else text
 
 
 def _json(table: pa.Table) -> str:
