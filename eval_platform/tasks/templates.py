@@ -3,7 +3,8 @@
 The environment is lm-evaluation-harness's (`utils.py:apply_template`): StrictUndefined, trailing newlines kept, the
 filter `regex_replace`. Left out is what is random (the filter `random`, `lipsum`), since one template and one
 document must always give one prompt. Bounds are counts, not seconds, so that a slow machine refuses nothing that a
-fast one lets through.
+fast one lets through. They stop loops, repetitions and paddings; a template that doubles a text over and over by `~`
+or `replace` is stopped by memory alone.
 """
 
 import re
@@ -32,6 +33,7 @@ MAX_STEPS = 100_000
 
 _BUDGET = "_budget"  # the name under which a render's budget travels
 _WIDTH = re.compile(r"\d{6,}")  # in a format string: a width or precision of 100,000 and more
+_WIDTH_AMONG_VALUES = re.compile(r"%[^a-zA-Z]*\*|:[^}]*\{")  # `%*d` and `{:{}}`
 
 
 class _TooMuch(Exception):
@@ -66,31 +68,59 @@ def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and any(
-            isinstance(a, str | list | tuple) and isinstance(b, int) and len(a) * b > MAX_CHARACTERS
-            for a, b in ((left, right), (right, left))
-        ):
+        if _parts(operator, left, right) > MAX_CHARACTERS:
             raise _TooMuch(f"a text or list of more than {MAX_CHARACTERS} parts")
         if operator == "**" and isinstance(right, int | float) and abs(right) > 1000:
             raise _TooMuch("an exponent above 1000")
         if operator == "%" and isinstance(left, str):
-            _bound_arguments(left, (right,))
+            _bound_format(left, (right,))
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Any:
+        """Jinja wraps str.format so that `call` no longer sees whose method it is."""
+        format_ = super().wrap_str_format(value)
+        if format_ is None:
+            return None
+        owner = value.__self__
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            _bound_format(owner, (*args, *kwargs.values()))
+            return format_(*args, **kwargs)
+
+        return bounded
+
     def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
-            _bound_arguments(owner, (*args, *kwargs.values()))
+        if isinstance(getattr(__obj, "__self__", None), str):  # ljust, zfill and the like
+            _bound_widths((*args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
 
 
-def _bound_arguments(text: str, arguments: Iterable[Any]) -> None:
-    """Refuse widths that would pad a text to megabytes."""
-    if _WIDTH.search(text) and ("%" in text or "{" in text):
+def _parts(operator: str, left: Any, right: Any) -> int:
+    """The length of the text or list that `left operator right` would make; 0 for anything else."""
+    sized = str | list | tuple
+    match operator:
+        case "+" if isinstance(left, sized) and isinstance(right, sized):
+            return len(left) + len(right)
+        case "*" if isinstance(left, sized) and isinstance(right, int):
+            return len(left) * right
+        case "*" if isinstance(left, int) and isinstance(right, sized):
+            return left * len(right)
+        case _:
+            return 0
+
+
+def _bound_format(text: str, values: Iterable[Any]) -> None:
+    """Refuse a format string that would pad to megabytes, by a width of its own or one among the values."""
+    if _WIDTH.search(text):
         raise _TooMuch("a format width above 100,000")
+    if _WIDTH_AMONG_VALUES.search(text):
+        _bound_widths(part for value in values for part in (value if isinstance(value, tuple) else (value,)))
+
+
+def _bound_widths(arguments: Iterable[Any]) -> None:
     if any(isinstance(argument, int) and argument > MAX_CHARACTERS for argument in arguments):
         raise _TooMuch(f"a width above {MAX_CHARACTERS}")
 
@@ -99,7 +129,10 @@ def _bounded_filter(name: str, filter_: Any) -> Any:
     """A filter that pads or repeats, its arguments bounded."""
 
     def bounded(value: Any, *args: Any, **kwargs: Any) -> Any:
-        _bound_arguments(str(value) if name == "format" else "", (*args, *kwargs.values()))
+        if name == "format":
+            _bound_format(str(value), (*args, *kwargs.values()))
+        else:
+            _bound_widths((*args, *kwargs.values()))
         return filter_(value, *args, **kwargs)
 
     return bounded
