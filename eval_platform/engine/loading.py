@@ -12,7 +12,7 @@ from eval_platform.errors import CheckpointError, ConfigError
 from eval_platform.values import RunSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,9 @@ def load(path: Path, settings: RunSettings) -> Engine:
     from eval_platform.engine.plain import PlainEngine
 
     device = _device(settings.device)
-    tokenizer = _load_tokenizer(path, settings)
-    model = _load_model(path, settings, getattr(torch, settings.dtype)).to(device)
+    config = _load_config(path, settings)
+    tokenizer = _load_tokenizer(path, settings, config)
+    model = _load_model(path, settings, config).to(device)
     model.eval()
     _make_nan_visible(model, path)
     versions = {
@@ -64,58 +65,77 @@ def _device(asked: str) -> Any:
     return device
 
 
-def _load_tokenizer(path: Path, settings: RunSettings) -> "PreTrainedTokenizerBase":
+def _load_config(path: Path, settings: RunSettings) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    file = path / "config.json"
+    model_type = read_json_object(file).get("model_type")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        # transformers and a checkpoint's own code raise whatever they like for a bad file, here and below.
+        if _may_pass(error):
+            raise
+        text = str(error)
+        if "custom code" in text:
+            raise CheckpointError(
+                f"{file}: field model_type: {model_type!r} needs the checkpoint's own Python code",
+                remedy="if you trust it, set [engine] trust_remote_code = true",
+            ) from error
+        if "does not recognize this architecture" in text or "Unrecognized model" in text:
+            raise _unknown_class(path, model_type) from error
+        raise CheckpointError(f"{file}: {_start(error)}", remedy="mend the field, or write it again") from error
+
+
+def _unknown_class(path: Path, model_type: str | None) -> CheckpointError:
+    return CheckpointError(
+        f"{path / 'config.json'}: field model_type: {model_type!r} is no causal language model that "
+        "this version of transformers knows",
+        remedy="correct model_type, or install a version of transformers that has the model",
+    )
+
+
+def _load_tokenizer(path: Path, settings: RunSettings, config: "PreTrainedConfig") -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=settings.trust_remote_code
+            path, config=config, local_files_only=True, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:
-        # transformers, tokenizers and a checkpoint's own code raise whatever they like for a bad file.
         if _may_pass(error):
             raise
-        raise CheckpointError(
-            f"no tokenizer could be loaded from {path}: {_first_line(error)}", remedy=remedy
-        ) from error
+        raise CheckpointError(f"no tokenizer could be loaded from {path}: {_start(error)}", remedy=remedy) from error
     # For some model types transformers makes an empty tokenizer when the files are not there, without a word.
     if not tokenizer.encode("a", add_special_tokens=False):
         raise CheckpointError(f"the tokenizer in {path} gives no tokens for 'a': its files are missing", remedy=remedy)
     return tokenizer
 
 
-def _load_model(path: Path, settings: RunSettings, dtype: Any) -> "PreTrainedModel":
+def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig") -> "PreTrainedModel":
+    import torch
     from transformers import AutoModelForCausalLM
 
-    model_type = read_json_object(path / "config.json").get("model_type")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
+            config=config,
+            dtype=getattr(torch, settings.dtype),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            # Not to load them: so that the report names them, and _refuse_partial refuses.
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        # transformers, safetensors and a checkpoint's own code raise whatever they like for a bad file.
         if _may_pass(error):
             raise
-        text = str(error)
-        if "custom code" in text:
-            raise CheckpointError(
-                f"{path}: model type {model_type!r} needs the checkpoint's own Python code",
-                remedy="if you trust it, set [engine] trust_remote_code = true",
-            ) from error
-        if "does not recognize this architecture" in text or "Unrecognized" in text:
-            raise CheckpointError(
-                f"{path / 'config.json'}: field model_type: {model_type!r} is no causal language model that "
-                "this version of transformers knows",
-                remedy="correct model_type, or install a version of transformers that has the model",
-            ) from error
+        if "Unrecognized configuration class" in str(error):
+            raise _unknown_class(path, config.model_type) from error
         raise CheckpointError(
-            f"no model could be loaded from {path} (model type {model_type!r}): {_first_line(error)}",
+            f"no model could be loaded from {path} (model type {config.model_type!r}): {_start(error)}",
             remedy="write the checkpoint again with save_pretrained (safetensors)",
         ) from error
     model, report = loaded
@@ -173,6 +193,7 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _start(error: Exception) -> str:
+    """The error's type and the start of its text, in one line: some of transformers' run to pages."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"

@@ -34,15 +34,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Padded positions in one forward pass. On two CPU cores 2,048 was 10-15 % faster than 1,024 (docs: design, "Engine").
+# Padded positions in one forward pass. On two CPU cores 2,048 was 10-15 % faster than 1,024, and 256 slower still.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Logits that one forward pass may put out: 512 MiB in float32.
 _LOGITS = 2**27
 # Decoding is bound by reading the weights once a step, so its batches may be wider than scoring's.
 _DECODING_FACTOR = 8
 _DECODING_ROWS = 64
-# With these the rotary frequencies are fixed; "dynamic" and "longrope" choose them by the longest row of the batch.
-_FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional", "mrope"}
+# With these the rotary frequencies are fixed (transformers' modeling_rope_utils.dynamic_rope_update); "dynamic" and
+# "longrope" choose them by the longest row of the batch, and an unknown kind may.
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 
 
 @dataclass(slots=True)
