@@ -18,6 +18,7 @@ from resources.store import StoreResource
 CHECKPOINT = dg.AssetKey("checkpoint")
 SUMMARY = dg.AssetKey("summary")
 GATE = "gate"
+EVALUATE_JOB = "evaluate"
 WAITING_TAG = "eval/waiting"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from eval_platform import warehouse
 from eval_platform.errors import QueryError
 from eval_platform.store import Store
-from eval_platform.warehouse import literal
+from eval_platform.warehouse.connection import literal
 
 # Binary scores tell right from wrong; the first that a sample has decides.
 _RIGHT = "coalesce(metrics['acc'], metrics['exact_match'], list_extract(map_values(metrics), 1))"

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.boards import boards
-from assets.results import dataset_specs, evaluate_asset
+from assets.results import EVALUATE_JOB, dataset_specs, evaluate_asset
 from eval_platform.config import load_config
 from eval_platform.identity import content_id
 from eval_platform.tasks import read_lock
@@ -21,7 +21,7 @@ def _definitions() -> dg.Definitions:
     settings = content_id(config.engine.model_dump())[:8]
     results = evaluate_asset(lock, lambda name: f"{lock.tasks[name].task_id[:16]}-{settings}")
     job = dg.define_asset_job(
-        "evaluate",
+        EVALUATE_JOB,
         selection=dg.AssetSelection.assets(results),
         tags={"eval/kind": "evaluate"},
         description="Evaluates one checkpoint on every task of the lock.",
@@ -31,9 +31,9 @@ def _definitions() -> dg.Definitions:
         assets=dg.with_source_code_references([*dataset_specs(lock), results, boards]),
         jobs=[job],
         sensors=[
-            new_checkpoints_sensor(job, config.sensor.interval_seconds),
-            reconciliation_sensor(job),
-            alert_sensor(job),
+            new_checkpoints_sensor(config.sensor.interval_seconds),
+            reconciliation_sensor(),
+            alert_sensor(),
             dg.AutomationConditionSensorDefinition(
                 "boards_follow",
                 target=dg.AssetSelection.assets(boards),

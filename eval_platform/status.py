@@ -26,7 +26,7 @@ _TASKS = """
     order by a.run, a.step, a.key, e.task
 """
 
-_FAILED_ARRIVALS = "select key, arrival as n, reason from failures where evaluation_id is null"
+_FAILED_ARRIVALS = "select key, n, reason from failed_arrivals"
 
 
 @dataclass(frozen=True, slots=True)

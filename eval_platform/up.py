@@ -135,6 +135,7 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
             one.start("daemon")
             one.start("webserver")
             _wait(one, "webserver", lambda: _answers(f"{one.url}/server_info"))
+            _must_have_loaded(one)
             yield one
         finally:
             one.stop()
@@ -146,12 +147,8 @@ def reload_code_location(config: Config) -> bool:
     if found is None:
         return False
     query = 'mutation { reloadRepositoryLocation(repositoryLocationName: "eval_platform") { __typename } }'
-    request = urllib.request.Request(
-        f"{found['url']}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
-    )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            kind = json.load(answer)["data"]["reloadRepositoryLocation"]["__typename"]
+        kind = _graphql(found["url"], query)["reloadRepositoryLocation"]["__typename"]
     except (urllib.error.URLError, TimeoutError) as error:
         raise EvalPlatformError(
             f"the platform at {found['url']} did not reload the tasks: {error}", remedy="restart `eval-platform up`"
@@ -162,6 +159,28 @@ def reload_code_location(config: Config) -> bool:
             remedy=f"see {config.state_dir / 'logs' / 'code_server.log'}",
         )
     return True
+
+
+def _graphql(url: str, query: str) -> dict[str, Any]:
+    body = json.dumps({"query": query}).encode()
+    request = urllib.request.Request(f"{url}/graphql", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["data"]
+
+
+def _must_have_loaded(one: Platform) -> None:
+    """A web server answers also when our definitions did not load; then nothing would ever be evaluated."""
+    query = (
+        "{ workspaceOrError { ... on Workspace { locationEntries { locationOrLoadError "
+        "{ __typename ... on PythonError { message } } } } } }"
+    )
+    for entry in _graphql(one.url, query)["workspaceOrError"]["locationEntries"]:
+        found = entry["locationOrLoadError"] or {"__typename": "nothing", "message": "not loaded"}
+        if found["__typename"] != "RepositoryLocation":
+            raise EvalPlatformError(
+                f"Dagster cannot load eval_platform.definitions: {found.get('message', '').strip()}",
+                remedy=f"see {one.config.state_dir / 'logs' / 'code_server.log'}",
+            )
 
 
 def _commands(config: Config, ports: dict[str, int]) -> dict[str, list[str]]:

@@ -205,17 +205,17 @@ def _one_task(model: _Model, task: PlannedTask, watch: leases.LeaseWatch | None 
     subject = tries.evaluation_subject(ids.evaluation_id, ids.attempt)
     failure = tries.state(store, subject)
     if failure is not None:
-        reason = f"{failure.reason}\n  it has failed for good; `eval-platform retry` tries it again"
-        model.emit({"type": "failed", "task": task.name, "class": failure.class_, "reason": reason})
-        return EXIT_FAILED
+        return _failed_before(model, task, failure)
     lease = (watch or leases.LeaseWatch(store, ids.evaluation_id)).acquire(model.plan.lease_seconds)
     if lease is None:
         model.emit({"type": "waiting", "task": task.name})
         return EXIT_WAITING
     with lease.keep():
-        # Someone may have committed between the look and the lease.
+        # Someone may have committed, or failed for good, between the look and the lease.
         if commits.read(store, ids.evaluation_id, ids.attempt) is not None:
             return _one_task_again(model, task)
+        if (failure := tries.state(store, subject)) is not None:
+            return _failed_before(model, task, failure)
         a_try = tries.start(store, subject, evaluation=_subject_fields(model, task, ids))
         try:
             with _recorded(a_try, done=None):
@@ -225,6 +225,12 @@ def _one_task(model: _Model, task: PlannedTask, watch: leases.LeaseWatch | None 
             return EXIT_FAILED if tries.state(store, subject) is not None else code
         a_try.end("committed" if won else "lost")
     return EXIT_DONE if won else _one_task_again(model, task)
+
+
+def _failed_before(model: _Model, task: PlannedTask, failure: Failure) -> int:
+    reason = f"{failure.reason}\n  it has failed for good; `eval-platform retry` tries it again"
+    model.emit({"type": "failed", "task": task.name, "class": failure.class_, "reason": reason})
+    return EXIT_FAILED
 
 
 def _one_task_again(model: _Model, task: PlannedTask) -> int:

@@ -10,12 +10,11 @@ from resources.store import StoreResource
 TIMEOUT_SECONDS = 10.0
 
 
-def alert_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+def alert_sensor() -> dg.SensorDefinition:
     """POSTs JSON to `[alerts] webhook`; silent when that is unset."""
 
     @dg.run_failure_sensor(
         name="alerts",
-        monitored_jobs=[job],
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=5,
         description="Sends a JSON message to the configured webhook when an evaluation is held or failed.",

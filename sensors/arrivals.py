@@ -7,7 +7,7 @@ from dataclasses import asdict
 import dagster as dg
 
 from assets.partitions import checkpoints
-from assets.results import CHECKPOINT
+from assets.results import CHECKPOINT, EVALUATE_JOB
 from eval_platform.checkpoints import Found, Watch, discover, hold
 from eval_platform.store import arrivals, register_root, watcher_id
 from eval_platform.values import Arrival, Incomplete
@@ -30,12 +30,12 @@ def run_request(arrival: Arrival, *, repair: int = 0, priority: int | None = Non
     )
 
 
-def new_checkpoints_sensor(job: dg.UnresolvedAssetJobDefinition, interval_seconds: int) -> dg.SensorDefinition:
+def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
     """Looks at every root in each tick (a listing, never an event) and at some known folders again."""
 
     @dg.sensor(
         name="new_checkpoints",
-        job=job,
+        job_name=EVALUATE_JOB,
         minimum_interval_seconds=interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Finds complete checkpoints in the watched folders, numbers their arrival and asks for a run.",

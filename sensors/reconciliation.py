@@ -15,6 +15,7 @@ from assets import metadata
 from assets.partitions import checkpoints
 from assets.results import (
     CHECKPOINT,
+    EVALUATE_JOB,
     GATE,
     SUMMARY,
     WAITING_TAG,
@@ -63,10 +64,7 @@ _STANDING = """
 _UNFINISHED = """
     select a.key, a.n
     from arrivals a
-    where a.n = (select max(b.n) from arrivals b where b.key = a.key)
-      and not exists (
-        select 1 from failures f where f.key = a.key and f.arrival = a.n and f.evaluation_id is null
-      )
+    where a.n = (select max(b.n) from arrivals b where b.key = a.key) and not a.failed
       and (
         select count(distinct e.task) from evaluations e
         where e.checkpoint_id = a.checkpoint_id and not e.stale and e.item_limit is null
@@ -90,14 +88,14 @@ class _Standing:
         return f"{self.evaluation_id}.{self.attempt}#{self.decision}"
 
 
-def reconciliation_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+def reconciliation_sensor() -> dg.SensorDefinition:
     """Runs every 15 s. Cheap when nothing happened: the store's log says so."""
     looked: set[str] = set()  # log entries already looked at for reruns; a run_key is asked for once in any case
     mirrored: dict[tuple[str, str], str] = {}  # (key, task) -> mark; only saves look-ups, Dagster's own record decides
 
     @dg.sensor(
         name="reconciliation",
-        job=job,
+        job_name=EVALUATE_JOB,
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Asks for runs that a crash dropped; shows what was evaluated, released or retracted elsewhere.",
