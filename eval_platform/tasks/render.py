@@ -44,10 +44,7 @@ def render(task: Task, documents: Sequence[Document] | None = None, *, limit: in
             if wanted is None or document.position in wanted:
                 yield writer.item(document, shots)
         except TaskError as error:
-            message = str(error).partition("\n  remedy: ")[0]
-            raise TaskError(
-                f"task {task.name}, document {document.position}: {message}", remedy=error.remedy
-            ) from error
+            raise inside(f"task {task.name}, document {document.position}: ", error) from error
 
 
 def prompts_id(items: Iterable[Item]) -> str:
