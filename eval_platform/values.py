@@ -95,7 +95,8 @@ def make_request(
 class Response:
     """What the model answered. log_likelihood in nats; n_tokens counts continuation or completion tokens.
 
-    finish_reason: "scored" for log-likelihoods; "stop", "length" or "eos" for completions.
+    finish_reason: "scored" for log-likelihoods; "stop", "length" or "eos" for completions, "non_finite" for one whose
+    logits were not numbers (its log_likelihood is NaN then, so that the gate sees it; else a completion has none).
     truncated_left_tokens: context tokens cut off on the left to fit the model's window.
     """
 
