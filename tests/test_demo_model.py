@@ -26,6 +26,15 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the trainer runs: two threads wait for each other for minutes where other tests use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def seen() -> list[tuple[str, set[str]]]:
     """What stood beside a checkpoint at the moment it was announced."""
