@@ -177,11 +177,10 @@ def _announced(entry: Mapping[str, Any]) -> tuple[Subject, str | None]:
             return ("evaluation", evaluation_id), layout.decision(evaluation_id, entry["attempt"], entry["n"])
         case "task":
             return ("task", entry["name"]), layout.task_name(entry["name"], entry["n"])
-        case "asked" if "evaluation_id" in entry:
+        case "try" | "asked" if "evaluation_id" in entry:
             return ("evaluation", entry["evaluation_id"]), None
         case "try" | "asked":
-            kind, name, _ = entry["subject"]
-            return ({"evaluations": "evaluation", "arrivals": "arrival"}[kind], name), None
+            return ("arrival", entry["key"]), None
         case kind:
             raise ValueError(f"kind {kind!r}")
 

@@ -116,11 +116,15 @@ def _arrival(store: Store, key: str) -> Reading:
                 "weights_id": identity.get("weights_id"),
                 "tags": [(str(name), str(value)) for name, value in sorted((record.get("tags") or {}).items())],
                 "arrived_at": _time(record.get("arrived_at")),
+                "newest": False,
                 "failed": failure is not None,
                 "failure_class": failure.class_ if failure else None,
                 "failure_reason": failure.reason if failure else None,
             }
         )
+    known = [row for row in rows["arrivals"] if row["checkpoint_id"] is not None]
+    if known:
+        max(known, key=lambda row: row["n"])["newest"] = True
     return reading
 
 
@@ -155,10 +159,14 @@ def _evaluation(store: Store, evaluation_id: str) -> Reading:
                 **asked,
                 **known,
                 "status": "failed",
+                "shown": False,
                 "item_limit": asked.get("limit"),
                 "failure_class": failure.class_,
             }
         )
+    published = [row for row in rows["evaluations"] if row["status"] == "published" and row["item_limit"] is None]
+    if published:
+        min(published, key=lambda row: row["attempt"])["shown"] = True
     return reading
 
 
@@ -173,6 +181,7 @@ def _committed(evaluation_id: str, attempt: int, commit: Mapping[str, Any], deci
         **(undecided if decision is None else decision),
         "evaluation_id": evaluation_id,
         "attempt": attempt,
+        "shown": False,
         "settings": _json(settings),
         "item_limit": settings.get("limit"),
         "primary_metric": primary.get("metric"),
@@ -255,8 +264,7 @@ def _dataset(store: Store, dataset_id: str) -> Reading:
     for column in ("source", "licence"):
         value = record.get(column)
         row[column] = value if value is None or isinstance(value, str) else _json(value)
-    counts = record.get("n", record.get("rows", record.get("count")))
-    row["n"] = counts if isinstance(counts, int) else None
+    row["n"] = record.get("n")
     return Reading(("dataset", dataset_id), {"datasets": [row]})
 
 

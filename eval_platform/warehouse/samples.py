@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from eval_platform.errors import QueryError
-from eval_platform.store import LocalStore, Store
+from eval_platform.store import LocalStore, Store, layout
 from eval_platform.warehouse.connection import literal
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store) -> list[str]:
         path = store.path(samples_key)
         if path.is_file():
             files.append((*known, str(path), prompts_id))
-            prompts[prompts_id] = store.path(f"prompts/{prompts_id}.parquet")
+            prompts[prompts_id] = store.path(layout.prompts(prompts_id))
     prompt_files = {prompts_id: str(path) for prompts_id, path in prompts.items() if path.is_file()}
     con.execute("create schema memory.bookkeeping")
     con.register("_described", _described(files, prompt_files))

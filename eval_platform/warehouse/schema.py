@@ -6,8 +6,8 @@ unit; `settings`, `versions` and `observed` are JSON text (`settings ->> 'dtype'
 
 import pyarrow as pa
 
-# A catalog of another version is built anew: it is only a mirror.
-CATALOG_VERSION = 1
+from eval_platform import __version__
+from eval_platform.identity import content_id
 
 _TEXT = pa.string()
 _TEXTS = pa.list_(pa.string())
@@ -28,6 +28,7 @@ TABLES: dict[str, pa.Schema] = {
             "tags": pa.map_(_TEXT, _TEXT),
             "arrived_at": _TIME,
             "watcher": _TEXT,
+            "newest": pa.bool_(),  # the key's highest n that is known by content: what boards show of the key
             "failed": pa.bool_(),  # it failed for good before it could be asked anything
             "failure_class": _TEXT,  # deterministic | infrastructure | gone
             "failure_reason": _TEXT,
@@ -39,6 +40,7 @@ TABLES: dict[str, pa.Schema] = {
             "attempt": pa.int32(),
             "status": _TEXT,  # published | held | failed
             "stale": pa.bool_(),  # its task's current task_id is another
+            "shown": pa.bool_(),  # its evaluation's lowest attempt that stands published, and no trial with `limit`
             "reasons": _TEXTS,  # why it is held or failed
             "warnings": _TEXTS,  # what the standing decision warned of
             "task": _TEXT,
@@ -144,7 +146,7 @@ TABLES: dict[str, pa.Schema] = {
 
 # The catalog's own memory, in a schema of its own so that SHOW TABLES leaves it out.
 INTERNAL: dict[str, pa.Schema] = {
-    "bookkeeping.meta": pa.schema({"version": pa.int32(), "root": _TEXT, "refreshed_on": _TEXT}),
+    "bookkeeping.meta": pa.schema({"version": _TEXT, "root": _TEXT, "refreshed_on": _TEXT}),
     # Log entries seen. `expects` is the store key that an entry announced, null once it was found there.
     "bookkeeping.log": pa.schema({"log_key": _TEXT, "date": _TEXT, "subject": _TEXT, "expects": _TEXT}),
     # Subjects that may change without a log entry; `digest` is of the rows that they made when last read.
@@ -152,27 +154,18 @@ INTERNAL: dict[str, pa.Schema] = {
 }
 
 VIEWS: dict[str, str] = {
-    # The newest arrival of every key that is known by content; an evaluation of it is found by checkpoint_id alone,
-    # so a copy under another key (linked) stands on its own run's curve.
-    "newest_arrivals": """
-        select key, n, checkpoint_id, weights_id, uri, run, step, tokens_seen, tags, arrived_at
-        from arrivals where checkpoint_id is not null
-        qualify n = max(n) over (partition by key)
-    """,
-    # What may be shown of each evaluation: its lowest attempt that stands published, never a trial with `limit`.
-    "published": """
-        select * from evaluations where status = 'published' and item_limit is null
-        qualify attempt = min(attempt) over (partition by evaluation_id)
-    """,
+    "newest_arrivals": "select * from arrivals where newest",
+    # An evaluation is found by checkpoint_id alone, so a copy under another key (linked) stands on its own run's curve.
     "leaderboard": """
         select a.key, a.run, a.step, a.tokens_seen, t.name as task, s.subset, s.metric, s.value, s.standard_error,
             s.ci_low, s.ci_high, s.interval_method, s.n, t.higher_is_better, t.chance, e.warnings, a.arrived_at,
             e.checkpoint_id, e.task_id, e.settings_id, e.evaluation_id, e.attempt
-        from published e
+        from evaluations e
         join tasks t on t.task_id = e.task_id and t.current
         join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
             and s.metric = t.primary_metric and s.subset = '' and s.subject is null
-        join newest_arrivals a on a.checkpoint_id = e.checkpoint_id
+        join arrivals a on a.checkpoint_id = e.checkpoint_id and a.newest
+        where e.shown
     """,
     # `n` of a task's definitions only tells names apart here: a definition that came back under its name is one.
     "learning_curves": """
@@ -188,10 +181,11 @@ VIEWS: dict[str, str] = {
             coalesce(t.chance, e.chance) as chance,
             coalesce(not t.current, false) as stale, e.warnings, a.arrived_at,
             e.checkpoint_id, e.task_id, e.settings_id, e.evaluation_id, e.attempt
-        from published e
+        from evaluations e
         join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
-        join newest_arrivals a on a.checkpoint_id = e.checkpoint_id
+        join arrivals a on a.checkpoint_id = e.checkpoint_id and a.newest
         left join names t on t.task_id = e.task_id
+        where e.shown
     """,
     "failed_arrivals": """
         select key, n, run, step, failure_class, failure_reason as reason from arrivals where failed
@@ -211,3 +205,8 @@ VIEWS: dict[str, str] = {
         select key, run, step, failure_class, reason from failed_arrivals
     """,
 }
+
+# A catalog made by another release or with other columns is built anew: it is only a mirror.
+CATALOG_VERSION = content_id(
+    [__version__, VIEWS, {name: str(schema) for name, schema in {**TABLES, **INTERNAL}.items()}]
+)
