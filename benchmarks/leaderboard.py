@@ -125,7 +125,10 @@ def _fill(catalog: Path, checkpoints: int, tasks: int) -> None:
         insert into scores by name
         select md5(c.range || '-' || t.range) as evaluation_id, 1 as attempt, 'task-' || t.range as task, '' as subset,
             unnest(['acc', 'acc_norm', 'f1']) as metric, random() as value, 0.01 as standard_error, 0.1 as ci_low,
-            0.9 as ci_high, 'wilson' as interval_method, 1000 as n
+            0.9 as ci_high, 'wilson' as interval_method, 1000 as n,
+            if((c.range + t.range) % 20 = 0, 'held', 'published') as status, status = 'published' as shown,
+            if(t.range % 5 = 0, ['chance: not above chance'], []) as warnings, md5('task' || t.range) as task_id,
+            md5(c.range::varchar) as checkpoint_id, md5('settings') as settings_id
         from {evaluations}
         """,
         numbers,

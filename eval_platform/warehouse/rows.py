@@ -27,6 +27,9 @@ OWNED: dict[str, tuple[tuple[str, str], ...]] = {
     "dataset": (("datasets", "dataset_id"),),
 }
 
+# What a score's row says again of its evaluation.
+_REPEATED = ("evaluation_id", "attempt", "status", "shown", "warnings", "task_id", "checkpoint_id", "settings_id")
+
 
 @dataclass(slots=True)
 class Reading:
@@ -137,9 +140,6 @@ def _evaluation(store: Store, evaluation_id: str) -> Reading:
     standing = _decisions(store, evaluation_id, rows)
     for attempt, commit in commits.items():
         rows["evaluations"].append(_committed(evaluation_id, attempt, commit, standing.get(attempt)))
-        rows["scores"] += [
-            {**score, "evaluation_id": evaluation_id, "attempt": attempt} for score in commit.get("scores", ())
-        ]
     folder = f"tries/evaluations/{evaluation_id}/"
     for entry in store.list(folder, delimiter="/"):
         attempt = int(entry.key.removeprefix(folder).rstrip("/"))
@@ -167,6 +167,10 @@ def _evaluation(store: Store, evaluation_id: str) -> Reading:
     published = [row for row in rows["evaluations"] if row["status"] == "published" and row["item_limit"] is None]
     if published:
         min(published, key=lambda row: row["attempt"])["shown"] = True
+    for row in rows["evaluations"]:
+        for score in commits.get(row["attempt"], {}).get("scores", ()):
+            primary = score["metric"] == row["primary_metric"] and score["subset"] == "" and not score.get("subject")
+            rows["scores"].append({**score, **{name: row.get(name) for name in _REPEATED}, "is_primary": primary})
     return reading
 
 

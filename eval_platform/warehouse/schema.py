@@ -84,6 +84,7 @@ TABLES: dict[str, pa.Schema] = {
             "failure_class": _TEXT,  # deterministic | infrastructure | gone, of a failed one
         }
     ),
+    # The last seven say again what the evaluation says, so that boards need no join with it.
     "scores": pa.schema(
         {
             "evaluation_id": _TEXT,
@@ -99,6 +100,13 @@ TABLES: dict[str, pa.Schema] = {
             "interval_method": _TEXT,
             "n": pa.int64(),
             "n_clusters": pa.int64(),
+            "is_primary": pa.bool_(),  # the primary metric on the whole task, when it was evaluated
+            "status": _TEXT,
+            "shown": pa.bool_(),
+            "warnings": _TEXTS,
+            "task_id": _TEXT,
+            "checkpoint_id": _TEXT,
+            "settings_id": _TEXT,
         }
     ),
     "decisions": pa.schema(
@@ -158,34 +166,28 @@ VIEWS: dict[str, str] = {
     # An evaluation is found by checkpoint_id alone, so a copy under another key (linked) stands on its own run's curve.
     "leaderboard": """
         select a.key, a.run, a.step, a.tokens_seen, t.name as task, s.subset, s.metric, s.value, s.standard_error,
-            s.ci_low, s.ci_high, s.interval_method, s.n, t.higher_is_better, t.chance, e.warnings, a.arrived_at,
-            e.checkpoint_id, e.task_id, e.settings_id, e.evaluation_id, e.attempt
-        from evaluations e
-        join tasks t on t.task_id = e.task_id and t.current
-        join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
-            and s.metric = t.primary_metric and s.subset = '' and s.subject is null
-        join arrivals a on a.checkpoint_id = e.checkpoint_id and a.newest
-        where e.shown
+            s.ci_low, s.ci_high, s.interval_method, s.n, t.higher_is_better, t.chance, s.warnings, a.arrived_at,
+            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt
+        from scores s
+        join tasks t on t.task_id = s.task_id and t.primary_metric = s.metric and t.current
+        join arrivals a on a.checkpoint_id = s.checkpoint_id and a.newest
+        where s.shown and s.subset = '' and s.subject is null
     """,
-    # `n` of a task's definitions only tells names apart here: a definition that came back under its name is one.
+    # A definition that came back under its name has two rows in `tasks` and is one curve all the same.
     "learning_curves": """
         with names as (
-            select name, task_id, bool_or(current) as current, any_value(higher_is_better) as higher_is_better,
-                any_value(chance) as chance
+            select name, task_id, bool_or(current) as current, arg_max(higher_is_better, n) as higher_is_better,
+                arg_max(chance, n) as chance
             from tasks group by name, task_id
         )
-        select a.key, a.run, a.step, a.tokens_seen, coalesce(t.name, e.task) as task, s.subset, s.metric, s.subject,
-            s.value, s.standard_error, s.ci_low, s.ci_high, s.interval_method, s.n,
-            s.metric = e.primary_metric and s.subset = '' as is_primary,
-            coalesce(t.higher_is_better, e.higher_is_better) as higher_is_better,
-            coalesce(t.chance, e.chance) as chance,
-            coalesce(not t.current, false) as stale, e.warnings, a.arrived_at,
-            e.checkpoint_id, e.task_id, e.settings_id, e.evaluation_id, e.attempt
-        from evaluations e
-        join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
-        join arrivals a on a.checkpoint_id = e.checkpoint_id and a.newest
-        left join names t on t.task_id = e.task_id
-        where e.shown
+        select a.key, a.run, a.step, a.tokens_seen, coalesce(t.name, s.task) as task, s.subset, s.metric, s.subject,
+            s.value, s.standard_error, s.ci_low, s.ci_high, s.interval_method, s.n, s.is_primary, t.higher_is_better,
+            t.chance, coalesce(not t.current, false) as stale, s.warnings, a.arrived_at,
+            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt
+        from scores s
+        join arrivals a on a.checkpoint_id = s.checkpoint_id and a.newest
+        left join names t on t.task_id = s.task_id
+        where s.shown
     """,
     "failed_arrivals": """
         select key, n, run, step, failure_class, failure_reason as reason from arrivals where failed
