@@ -6,6 +6,7 @@ another worker.
 
 import getpass
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -83,6 +84,9 @@ def up() -> None:
     """
     from eval_platform import up as platform
 
+    # Stopped in order however it is told to: a service manager says SIGTERM, a shell's background job ignores Ctrl-C.
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_, signal.default_int_handler)
     config, store = _opened()
     _sync(config, store, quiet=True)
     err.print("starting Dagster …")

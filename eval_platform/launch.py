@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +112,8 @@ class Running:
 
     plan: Plan
     messages: tuple[dict[str, Any], ...]
+    pid: int
+    is_orphan: bool  # its driver was killed; it works on all the same
 
 
 def running(config: Config) -> list[Running]:
@@ -118,8 +121,8 @@ def running(config: Config) -> list[Running]:
     found = []
     for folder in sorted((config.state_dir / "workers").glob("*")):
         try:
-            process = json.loads((folder / "process.json").read_text(encoding="utf-8"))
-            if known_dead(process):
+            processes = json.loads((folder / "process.json").read_text(encoding="utf-8"))
+            if known_dead(processes["worker"]):
                 continue
             plan = read_plan(folder / "plan.json")
             lines = (folder / "messages.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -127,8 +130,16 @@ def running(config: Config) -> list[Running]:
             continue
         messages = tuple(json.loads(line)["params"]["payload"] for line in lines if line.endswith("\n"))
         if not any(message["type"] == "end" for message in messages):
-            found.append(Running(plan, messages))
+            found.append(Running(plan, messages, processes["worker"]["pid"], known_dead(processes["driver"])))
     return found
+
+
+def stop_orphans(config: Config) -> int:
+    """Ask the workers whose driver has ended to flush and leave; returns how many. What they did is not lost."""
+    orphans = [one for one in running(config) if one.is_orphan]
+    for one in orphans:
+        os.kill(one.pid, signal.SIGTERM)
+    return len(orphans)
 
 
 def _forget_old(workers: Path) -> None:

@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
+from eval_platform import launch
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.store.process import known_dead, process_record
@@ -63,7 +64,7 @@ class Platform:
         return dead
 
     def stop(self) -> None:
-        """End the servers in the order daemon, web server, code server; workers finish or are found by the next."""
+        """End the servers in the order daemon, web server, code server, then the workers that they started."""
         for name in ("daemon", "webserver", "code_server"):
             process = self.processes.get(name)
             if process is not None and process.poll() is None:
@@ -75,6 +76,8 @@ class Platform:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        # Runs end with the servers; without them a worker would go on for nobody to see.
+        launch.stop_orphans(self.config)
         _up_file(self.config).unlink(missing_ok=True)
 
     def _remember(self) -> None:

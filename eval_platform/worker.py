@@ -9,6 +9,7 @@ another worker holds is done last. The exit codes are EXIT_*.
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ from eval_platform.errors import ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
 from eval_platform.plan import Plan, PlannedTask, read_plan
 from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
-from eval_platform.store.process import this_process
+from eval_platform.store.process import process_record, this_process
 from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings
 
 EXIT_DONE = 0
@@ -467,7 +468,8 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def main(folder: Path) -> int:
     """The program: plan.json in, messages.jsonl out."""
     signal.signal(signal.SIGTERM, _stop)
-    (folder / "process.json").write_text(json.dumps(this_process()), encoding="utf-8")
+    processes = {"worker": this_process(), "driver": process_record(os.getppid())}
+    (folder / "process.json").write_text(json.dumps(processes), encoding="utf-8")
     with (folder / "messages.jsonl").open("a", encoding="utf-8") as messages:
 
         def emit(message: Message) -> None:
