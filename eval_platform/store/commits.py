@@ -98,8 +98,7 @@ def read_samples(store: Store, record: Mapping[str, Any]) -> "pa.Table":
 
     Raises StoreError when they are not there, SchemaError when their bytes are not those that were committed.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from eval_platform.store.parquet import read_parquet
 
     named = record["samples"]
     try:
@@ -114,7 +113,7 @@ def read_samples(store: Store, record: Mapping[str, Any]) -> "pa.Table":
             f"{named['key']} is not what evaluation {record['evaluation_id']} committed: its SHA-256 differs",
             remedy="restore it from a copy, or `eval-platform rerun` the evaluation",
         )
-    return pq.read_table(pa.BufferReader(body))
+    return read_parquet(body)
 
 
 def _asked(store: Store, evaluation_id: str) -> list[int]:

@@ -194,10 +194,9 @@ def _read_csv(body: bytes) -> list[Any]:
 
 
 def _read_parquet(body: bytes) -> list[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from eval_platform.store.parquet import read_parquet
 
-    return pq.read_table(pa.BufferReader(body)).to_pylist()
+    return read_parquet(body).to_pylist()
 
 
 _KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

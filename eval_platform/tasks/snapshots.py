@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from eval_platform.errors import SchemaError
 from eval_platform.identity import ordered_id
 from eval_platform.store import Store, create_record, layout
+from eval_platform.store.parquet import read_parquet
 from eval_platform.tasks.documents import Row, row_text
 from eval_platform.tasks.render import prompts_id
 from eval_platform.values import Document, Item
@@ -60,7 +61,7 @@ def frozen_rows(store: Store, identity: str) -> list[Row]:
     """The rows of a snapshot, in order. Raises KeyError when it was never frozen, SchemaError when it was altered."""
     key = layout.dataset_documents(identity)
     try:
-        table = pq.read_table(pa.BufferReader(store.read(key)), columns=["position", "document"])
+        table = read_parquet(store.read(key), columns=["position", "document"])
         rows = [json.loads(text) for text in table.sort_by("position").column("document").to_pylist()]
     except (pa.ArrowException, ValueError) as error:
         raise SchemaError(f"{key} cannot be read: {error}", remedy="restore it from a copy") from error
