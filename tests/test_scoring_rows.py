@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -367,6 +368,20 @@ def test_no_score_comes_of_a_log_likelihood_that_is_not_finite(bad):
     )
     assert set(rows[1]["metrics"].values()) == {None}
     assert {score.value for score in aggregate(rolling, rows)} == {None}
+
+
+def test_no_score_comes_of_a_completion_whose_logits_are_not_finite():
+    task = make_task("generate_until", "exact_match")
+    item = text_item("1")
+    answers = {
+        key: replace(response, finish_reason="non_finite", log_likelihood=math.nan)
+        for key, response in completed(item, "1").items()
+    }
+    (row,) = through_parquet(score_item(task, item, answers))
+    assert (row["response"], dict(row["metrics"])) == ("1", {"exact_match": None})
+    (rescored,) = score_item(task, item, {(r.request_id, 0): r for r in responses_from_sample(task, item, row)})
+    assert rescored["metrics"] == {"exact_match": None}
+    assert aggregate(task, [row])[0].value is None
 
 
 def test_a_perplexity_too_large_for_a_float_has_no_entry_but_the_task_has_one():

@@ -203,15 +203,18 @@ def _choice_columns(task: Task, item: Item, answered: Sequence[Response]) -> dic
 
 
 def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) -> list[dict[str, Any]]:
-    """Of all repeats at once, as a filter may take one answer of them all: it stands in the first row."""
+    """Of all repeats at once, as a filter may take one answer of them all: it stands in the first row.
+
+    What a model said before its logits ceased to be finite is kept, but it is no answer.
+    """
     columns: list[dict[str, Any]] = [
         {"response": response.text, "n_tokens": response.n_tokens, "extracted": {}, "metrics": {}}
         for response in answered
     ]
     references = _references(item)
-    completions = [response.text for response in answered if response.text is not None]
+    completions = [r.text for r in answered if r.text is not None and r.finish_reason != "non_finite"]
     for pipeline in task.definition.filter_list:
-        # Without a text there is nothing to score, and no vote among the others may hide that.
+        # Without an answer there is nothing to score, and no vote among the others may hide that.
         answers = extract(_steps(pipeline), completions) if len(completions) == len(answered) else []
         for n in range(1 if selects(_steps(pipeline)) else len(answered)):
             answer = answers[n] if answers else None
