@@ -27,7 +27,7 @@ import pyarrow as pa
 from eval_platform import checkpoints, scoring, tasks
 from eval_platform.engine import Engine, resolve_settings
 from eval_platform.engine import load as load_engine
-from eval_platform.errors import ErrorClass, EvalPlatformError, classify
+from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
 from eval_platform.plan import Plan, PlannedTask, read_plan
 from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
@@ -39,6 +39,7 @@ EXIT_FAILED = 1
 EXIT_FAULT = 70
 EXIT_TRY_AGAIN = 75
 EXIT_WAITING = 76
+_WORST_FIRST = (EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_WAITING, EXIT_DONE)
 
 FLUSH_RESPONSES = 64
 FLUSH_SECONDS = 1.0
@@ -87,6 +88,8 @@ def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
 
     try:
         code = _all_tasks(model)
+    except EvalPlatformError as error:  # what no task can do without: the checkpoint as it was, a store to read
+        code = _failed(emit, None, error)
     finally:
         checkpoints.release(model.checkpoint)
     if code == EXIT_DONE:
@@ -95,9 +98,9 @@ def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
 
 
 def _all_tasks(model: _Model) -> int:
-    """Every planned task; the worst that happened is the exit code."""
+    """Every planned task; the worst that happened is the exit code. Raises CheckpointChanged: then none goes on."""
     plan = model.plan
-    worst = EXIT_DONE
+    codes = [EXIT_DONE]
     leased_elsewhere: list[PlannedTask] = []
     todo = deque((task, 0) for task in plan.tasks)
     while todo:
@@ -108,18 +111,15 @@ def _all_tasks(model: _Model) -> int:
         code = _one_task(model, task)
         if code == EXIT_WAITING:
             leased_elsewhere.append(task)
-        elif code == EXIT_TRY_AGAIN:
+        elif code == EXIT_TRY_AGAIN and round_ + 1 < tries.MAX_TRIES:
             todo.append((task, round_ + 1))
-        worst = max(worst, code) if code == EXIT_FAILED else worst
+        else:
+            codes.append(code)
 
     if leased_elsewhere:
         model.engine = None
-        codes = [_after_others(model, task) for task in leased_elsewhere]
-        if EXIT_FAILED in codes:
-            worst = EXIT_FAILED
-        elif EXIT_WAITING in codes and worst == EXIT_DONE:
-            worst = EXIT_WAITING
-    return worst
+        codes += [_after_others(model, task) for task in leased_elsewhere]
+    return min(codes, key=_WORST_FIRST.index)
 
 
 def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
@@ -194,36 +194,41 @@ def _identify(model: _Model, task: PlannedTask) -> _Evaluation:
 def _one_task(model: _Model, task: PlannedTask, watch: leases.LeaseWatch | None = None) -> int:
     """Answer one task unless someone has, or is at it. Returns EXIT_DONE, _FAILED, _TRY_AGAIN or _WAITING.
 
-    `watch` has looked at the lease before and so can tell a silent holder.
+    `watch` has looked at the lease before and so can tell a silent holder. Raises CheckpointChanged.
     """
     ids = _identify(model, task)
+    try:
+        return _leased(model, task, ids, watch or leases.LeaseWatch(model.store, ids.evaluation_id))
+    except CheckpointChanged:  # of no use to the other tasks either, nor to another try of this arrival
+        raise
+    except Exception as error:  # noqa: BLE001 -- one task's failure never takes the others with it
+        code = _failed(model.emit, task.name, error)
+        subject = tries.evaluation_subject(ids.evaluation_id, ids.attempt)
+        return EXIT_FAILED if tries.state(model.store, subject) is not None else code
+
+
+def _leased(model: _Model, task: PlannedTask, ids: _Evaluation, watch: leases.LeaseWatch) -> int:
+    """`_one_task` where nothing goes wrong; raises whatever does, recorded as the end of its try."""
     store = model.store
     if commits.read(store, ids.evaluation_id, ids.attempt) is not None:
-        model.emit(
-            {"type": "linked", "task": task.name, "evaluation_id": ids.evaluation_id, "attempt": ids.attempt},
-        )
-        return EXIT_DONE
+        return _linked(model, task, ids)
     subject = tries.evaluation_subject(ids.evaluation_id, ids.attempt)
     failure = tries.state(store, subject)
     if failure is not None:
         return _failed_before(model, task, failure)
-    lease = (watch or leases.LeaseWatch(store, ids.evaluation_id)).acquire(model.plan.lease_seconds)
+    lease = watch.acquire(model.plan.lease_seconds)
     if lease is None:
         model.emit({"type": "waiting", "task": task.name})
         return EXIT_WAITING
     with lease.keep():
         # Someone may have committed, or failed for good, between the look and the lease.
         if commits.read(store, ids.evaluation_id, ids.attempt) is not None:
-            return _one_task_again(model, task)
+            return _linked(model, task, ids)
         if (failure := tries.state(store, subject)) is not None:
             return _failed_before(model, task, failure)
         a_try = tries.start(store, subject, evaluation=_subject_fields(model, task, ids))
-        try:
-            with _recorded(a_try, done=None):
-                won = _evaluate(model, task, ids, lease, a_try)
-        except Exception as error:  # noqa: BLE001 -- one task's failure never takes the others with it
-            code = _failed(model.emit, task.name, error)
-            return EXIT_FAILED if tries.state(store, subject) is not None else code
+        with _recorded(a_try, done=None):
+            won = _evaluate(model, task, ids, lease, a_try)
         a_try.end("committed" if won else "lost")
     return EXIT_DONE if won else _one_task_again(model, task)
 
@@ -237,10 +242,14 @@ def _failed_before(model: _Model, task: PlannedTask, failure: Failure) -> int:
 def _one_task_again(model: _Model, task: PlannedTask) -> int:
     """Another worker's commit stands: adopt it."""
     ids = _identify(model, task)
-    record = commits.read(model.store, ids.evaluation_id, ids.attempt)
-    if record is None:  # we lost the lease and nobody has committed yet
+    if commits.read(model.store, ids.evaluation_id, ids.attempt) is None:
+        # We lost the lease and nobody has committed yet.
         model.emit({"type": "waiting", "task": task.name})
         return EXIT_WAITING
+    return _linked(model, task, ids)
+
+
+def _linked(model: _Model, task: PlannedTask, ids: _Evaluation) -> int:
     model.emit({"type": "linked", "task": task.name, "evaluation_id": ids.evaluation_id, "attempt": ids.attempt})
     return EXIT_DONE
 
@@ -420,6 +429,9 @@ def _ask(
     def flush() -> None:
         nonlocal flushed
         if pending:
+            # The journal outlives this try, and a checkpoint may come back with the same content: no answer of a
+            # model that was overwritten meanwhile may be found there.
+            checkpoints.verify_unchanged(model.checkpoint)
             book.append(pending)
             pending.clear()
         flushed = time.monotonic()
