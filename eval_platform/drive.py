@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from eval_platform import adopt, launch, quality
 from eval_platform.config import Config
+from eval_platform.errors import EvalPlatformError
 from eval_platform.plan import Plan
 from eval_platform.store import Store, commits
 from eval_platform.values import Decision
@@ -77,7 +78,10 @@ def drive(
 
 def _adopted(store: Store, config: Config, message: Mapping[str, Any], actor: str) -> Outcome:
     evaluation_id, attempt = message["evaluation_id"], message["attempt"]
-    decision = adopt.adopt(store, config.catalog_path, evaluation_id, attempt, actor)
+    try:
+        decision = adopt.adopt(store, config.catalog_path, evaluation_id, attempt, actor)
+    except EvalPlatformError as error:  # one task's failure never takes the others with it; undecided counts as held
+        return Outcome(message["task"], "failed", (f"it is committed but could not be put through the gate: {error}",))
     record = commits.read(store, evaluation_id, attempt)
     if record is None:
         raise RuntimeError(f"evaluation {evaluation_id} attempt {attempt} was committed and is gone from the store")
