@@ -20,6 +20,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -372,3 +373,30 @@ def sitecustomize(folder: Path) -> Path:
         )
     )
     return folder
+
+
+class Driver:
+    """A process, forked from the test's, that runs `run()`; its exit code is 0 when that returns."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                Forked.started.clear()  # the parent's, not ours
+                run()
+                code = 0
+            except Exception:  # noqa: BLE001 -- the last word of a process: say it, end with its code
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
