@@ -107,11 +107,13 @@ def _watch(
             live.update(_screen(config, found, trainer))
             if trainer.poll() not in (None, 0):
                 return [f"the trainer ended with code {trainer.poll()}: see {config.state_dir}/logs/train.log"]
-            busy = [one for one in found if one.state in {"waiting", "queued", "running"}]
+            busy = [one for one in found if one.state in {"waiting", "queued", "running", "missing"}]
             if planted and trainer.poll() == 0 and found and not busy:
                 return list(_problems(config, lock, arrivals))
             time.sleep(1)
-    left = ", ".join(f"{one.key} is {one.state}" for one in found if one.state in {"waiting", "queued", "running"})
+    left = ", ".join(
+        f"{one.key} is {one.state}" for one in found if one.state in {"waiting", "queued", "running", "missing"}
+    )
     return [f"not done after {GIVE_UP_SECONDS / 60:.0f} minutes: {left}"]
 
 

@@ -1,5 +1,8 @@
 """What exactly did it answer? Samples for people to read, and the items on which two checkpoints differ."""
 
+import difflib
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +11,26 @@ from eval_platform.errors import QueryError
 from eval_platform.store import Store
 from eval_platform.warehouse.connection import literal
 
-# Binary scores tell right from wrong; the first that a sample has decides.
-_RIGHT = "coalesce(metrics['acc'], metrics['exact_match'], list_extract(map_values(metrics), 1))"
-
-_SHOWN = f"""
-    key, task, position, subset, prompt, target, choices, chosen, response, extracted, metrics, finish_reason,
-    evaluation_id, attempt, {_RIGHT} as first_score
+# `score` is the sample's value of its task's primary metric where that tells right (1) from wrong; null for a
+# perplexity, of which nothing is right or wrong.
+_SHOWN = """
+    select s.checkpoint_id, s.task_id, s.settings_id, s.item_limit, e.stale, e.shown, s.sample_id, s.repeat, s.key,
+        s.task, s.position, s.subset, s.prompt, s.target, s.choices, s.chosen, s.response, s.extracted, s.metrics,
+        s.finish_reason, s.evaluation_id, s.attempt,
+        if(regexp_matches(e.primary_metric, '^(acc|exact_match|f1)'), s.metrics[e.primary_metric], null) as score,
+        s.attempt = max(s.attempt) over (partition by s.evaluation_id) as newest
+    from samples s join evaluations e using (evaluation_id, attempt)
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Flips:
+    """Where two checkpoints differ. `items` of both were compared; `shown` holds the first of those that flipped."""
+
+    items: int
+    better: int
+    worse: int
+    shown: list[dict[str, Any]]
 
 
 def look(
@@ -28,88 +44,124 @@ def look(
     wrong: bool,
     n: int,
 ) -> list[dict[str, Any]]:
-    """The first `n` samples, ready to print. Raises QueryError when nothing is evaluated under these names."""
-    where = []
-    if checkpoint is not None:
-        where.append(f"checkpoint_id = {_checkpoint_id(catalog, store, checkpoint)}")
-    if task is not None:
-        where.append(f"task = {literal(task)}")
+    """The first `n` samples by task and position; without `attempt` those of each evaluation's newest.
+
+    Of each: where it is from, prompt, what was answered, what is right and the scores (`_readable` has the fields).
+    Raises QueryError when nothing is answered under these names.
+    """
+    where = ["newest" if attempt is None else f"attempt = {attempt}"]
     if evaluation_id is not None:
         where.append(f"starts_with(evaluation_id, {literal(evaluation_id)})")
-    if attempt is not None:
-        where.append(f"attempt = {attempt}")
-    if not where:
+    elif checkpoint is None and task is None:
         raise QueryError("which samples?", remedy="give --checkpoint and --task, or --evaluation, or --diff A B")
-    if wrong:
-        where.append("first_score < 1")
-    text = f"""
-        with shown as (select checkpoint_id, {_SHOWN} from samples)
-        select * from shown where {" and ".join(where)} order by task, attempt desc, position limit {n}
+    else:
+        where.append("not stale")
+    if checkpoint is not None:
+        where.append(f"checkpoint_id = {literal(_checkpoint_id(catalog, store, checkpoint))}")
+    if task is not None:
+        where.append(f"task = {literal(task)}")
+    shown = f"with shown as ({_SHOWN}) select * from shown where {' and '.join(where)}"
+    order = f"order by task, item_limit nulls first, position, repeat limit {n}"
+    text = f"{shown} and (score is null or score < 1) {order}" if wrong else f"{shown} {order}"
+    rows = warehouse.query(catalog, store, text).to_pylist()
+    if not rows and (not wrong or not warehouse.query(catalog, store, f"{shown} limit 1").num_rows):
+        named = {"checkpoint": checkpoint, "task": task, "evaluation": evaluation_id, "attempt": attempt}
+        said = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
+        raise QueryError(f"nothing is answered for {said}", remedy="`eval-platform status --tasks` shows what is")
+    return [_readable(row) for row in rows]
+
+
+def flipped(catalog: Path, store: Store, a: str, b: str, *, task: str | None, n: int) -> Flips:
+    """Items of published evaluations on which checkpoints `a` and `b` score differently, those that got worse first.
+
+    Raises QueryError when the two have no evaluation in common that could be compared item by item.
     """
-    return [_readable(row) for row in warehouse.query(catalog, store, text).to_pylist()]
-
-
-def flipped(catalog: Path, store: Store, a: str, b: str, *, task: str | None, n: int) -> list[dict[str, Any]]:
-    """Items on which checkpoints `a` and `b` score differently, those that got worse first."""
     chosen = f"and x.task = {literal(task)}" if task else ""
-    text = f"""
-        with shown as (
-            select checkpoint_id, task_id, settings_id, sample_id, repeat, {_SHOWN} from samples
-            where status = 'published' and item_limit is null
+    pairs = f"""
+        with shown as ({_SHOWN}),
+        pairs as (
+            select x.task, x.task_id, x.position, x.sample_id, x.repeat, x.subset, x.prompt, x.target,
+                x.choices as a_choices, x.chosen as a_chosen, x.response as a_response, x.score as a_score,
+                y.choices as b_choices, y.chosen as b_chosen, y.response as b_response, y.score as b_score
+            from shown x join shown y using (task_id, settings_id, sample_id, repeat)
+            where x.checkpoint_id = {literal(_checkpoint_id(catalog, store, a))}
+              and y.checkpoint_id = {literal(_checkpoint_id(catalog, store, b))}
+              and x.shown and y.shown and not x.stale and x.score is not null and y.score is not null {chosen}
         )
-        select x.task, x.position, x.prompt, x.target, x.choices as a_choices, y.choices as b_choices,
-            x.chosen as a_chosen, y.chosen as b_chosen, x.response as a_response, y.response as b_response,
-            x.first_score as a_score, y.first_score as b_score
-        from shown x join shown y using (task_id, settings_id, sample_id, repeat)
-        where x.checkpoint_id = {_checkpoint_id(catalog, store, a)}
-          and y.checkpoint_id = {_checkpoint_id(catalog, store, b)}
-          and x.first_score is distinct from y.first_score {chosen}
-        order by b_score - a_score, x.task, x.position limit {n}
     """
-    return [
-        {
-            "title": f"{row['task']} #{row['position']}",
-            "prompt": row["prompt"],
-            "target": row["target"],
-            f"{a} ({row['a_score']})": _said(row["a_choices"], row["a_chosen"], row["a_response"]),
-            f"{b} ({row['b_score']})": _said(row["b_choices"], row["b_chosen"], row["b_response"]),
-        }
-        for row in warehouse.query(catalog, store, text).to_pylist()
-    ]
+    counts = f"""
+        {pairs} select count(*) as items, count(*) filter (b_score > a_score) as better,
+            count(*) filter (b_score < a_score) as worse
+        from pairs
+    """
+    found = warehouse.query(catalog, store, counts).to_pylist()[0]
+    if not found["items"]:
+        what = f"task {task}" if task else "any task with right and wrong answers"
+        raise QueryError(
+            f"{a} and {b} are not both published on {what}",
+            remedy="`eval-platform status --tasks` shows what each was asked",
+        )
+    text = f"{pairs} select * from pairs where a_score <> b_score order by b_score - a_score, task, position limit {n}"
+    shown = []
+    for row in warehouse.query(catalog, store, text).to_pylist():
+        right = _right(row["target"])
+        shown.append(
+            {
+                **{name: row[name] for name in ("task", "position", "subset", "sample_id", "repeat", "prompt")},
+                "target": row["target"],
+                "a": {"key": a, "score": row["a_score"], **_answer(row, "a_", right)},
+                "b": {"key": b, "score": row["b_score"], **_answer(row, "b_", right)},
+            }
+        )
+    return Flips(found["items"], found["better"], found["worse"], shown)
 
 
 def _checkpoint_id(catalog: Path, store: Store, key: str) -> str:
-    """The newest known content under `key`, as an SQL string."""
-    text = f"select checkpoint_id from newest_arrivals where key = {literal(key)}"
-    found = warehouse.query(catalog, store, text)["checkpoint_id"].to_pylist()
-    if not found:
-        raise QueryError(f"no checkpoint named {key} has been identified", remedy="see `eval-platform status`")
-    return literal(found[0])
+    """The newest known content under `key`."""
+    rows = warehouse.query(catalog, store, "select key, checkpoint_id from newest_arrivals").to_pylist()
+    known = {row["key"]: row["checkpoint_id"] for row in rows}
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        remedy = f"perhaps {' or '.join(near)}; " if near else ""
+        raise QueryError(f"no checkpoint {key} has been evaluated", remedy=f"{remedy}see `eval-platform status`")
+    return known[key]
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
-    shown = {
-        "title": f"{row['key']}  {row['task']} #{row['position']}" + (f" {row['subset']}" if row["subset"] else ""),
-        "prompt": row["prompt"],
-        "answered": _said(row["choices"], row["chosen"], row["response"]),
+    names = ("key", "task", "position", "subset", "repeat", "sample_id", "evaluation_id", "attempt", "prompt")
+    return {
+        **{name: row[name] for name in names},
+        **_answer(row, "", _right(row["target"])),
         "target": row["target"],
-        "scores": ", ".join(f"{name} {_number(value)}" for name, value in (row["metrics"] or ())),
-        "finished": row["finish_reason"],
+        "scores": dict(row["metrics"] or ()),
+        "extracted": dict(row["extracted"] or ()),
+        "finish_reason": row["finish_reason"],
     }
-    if row["extracted"]:
-        shown["extracted"] = ", ".join(f"{name}: {value}" for name, value in row["extracted"])
-    return shown
 
 
-def _said(choices: list[dict[str, Any]] | None, chosen: int | None, response: str | None) -> str:
-    """The completion, or every choice with its log-likelihood, the chosen one marked."""
+def _answer(row: dict[str, Any], prefix: str, right: set[int]) -> dict[str, Any]:
+    """`choices` of a multiple choice, else `response` (null where a given text was scored)."""
+    choices = row[f"{prefix}choices"]
     if not choices:
-        return response if response is not None else "(scored as text)"
-    return "\n" + "\n".join(
-        f"  {'->' if i == chosen else '  '} {choice['text']!r}  {_number(choice['log_likelihood'])}"
-        for i, choice in enumerate(choices)
-    )
+        return {"response": row[f"{prefix}response"]}
+    return {
+        "choices": [
+            {
+                "text": choice["text"],
+                "log_likelihood": choice["log_likelihood"],
+                "chosen": index == row[f"{prefix}chosen"],
+                "right": index in right,
+            }
+            for index, choice in enumerate(choices)
+        ]
+    }
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+def _right(target: str) -> set[int]:
+    """The numbers of the right choices; empty where the target is a text."""
+    try:
+        value = json.loads(target)
+    except ValueError:
+        return set()
+    values = value if isinstance(value, list) else [value]
+    return {number for number in values if isinstance(number, int)}

@@ -5,30 +5,33 @@ another worker.
 """
 
 import getpass
-import json
-import signal
+import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from eval_platform import __version__
-from eval_platform.config import Config, load_config
-from eval_platform.errors import EvalPlatformError, QueryError
+from eval_platform.config import LOCK_NAME, Config, load_config
+from eval_platform.errors import ConfigError, EvalPlatformError
+from eval_platform.identity import content_id
 from eval_platform.store import Store, open_store
+
+if TYPE_CHECKING:
+    from eval_platform.drive import Outcome
+    from eval_platform.once import Action
+    from eval_platform.tasks import SyncReport
 
 EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_WAITING = 1, 2, 3, 4
 
 app = typer.Typer(
     help="Evaluates every checkpoint of a training run as it arrives, and publishes only numbers that can be believed.",
-    epilog="Start with `eval-platform doctor`, then `eval-platform up` beside your training run.",
+    epilog="Start with `eval-platform doctor`, then `eval-platform up` beside your training run. Exit codes: 0 done; "
+    "1 something failed; 2 wrong usage, configuration or input; 3 something is held back; 4 left to another worker.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,13 +39,15 @@ app = typer.Typer(
 tasks_app = typer.Typer(help="What is asked: sync, list, validate, and the exact prompts.", no_args_is_help=True)
 app.add_typer(tasks_app, name="tasks")
 
-out = Console()
-err = Console(stderr=True)
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; recorded for good.")]
 EvaluationId = Annotated[str, typer.Argument(help="evaluation_id, or the first digits that tell it apart.")]
-Attempt = Annotated[int | None, typer.Option(help="Which attempt; default: the newest.")]
+Attempt = Annotated[int | None, typer.Option(min=1, help="Which attempt; default: the newest.")]
+Later = Annotated[bool, typer.Option("--later", help="Only record it; a platform on these results answers it.")]
+
+
+def _example(text: str) -> str:
+    return f"Example: {text}"
 
 
 class _State:
@@ -52,7 +57,20 @@ class _State:
 
 
 def _config() -> Config:
-    return load_config(_State.config_file)
+    config = load_config(_State.config_file)
+    try:
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        writable = os.access(config.state_dir, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(
+            f"field state: the folder {config.state_dir} cannot be made: {error.strerror}", remedy=_STATE_REMEDY
+        ) from error
+    if not writable:
+        raise ConfigError(f"field state: the folder {config.state_dir} is not writable", remedy=_STATE_REMEDY)
+    return config
+
+
+_STATE_REMEDY = "give this user the right to it, or set another `state` in eval_platform.toml or EVAL_PLATFORM_STATE"
 
 
 def _opened() -> tuple[Config, Store]:
@@ -62,7 +80,7 @@ def _opened() -> tuple[Config, Store]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(__version__)
+        print(__version__)
         raise typer.Exit
 
 
@@ -71,30 +89,31 @@ def _options(
     config: Annotated[
         Path | None, typer.Option("--config", help="eval_platform.toml; default: $EVAL_PLATFORM_CONFIG, then ./")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     _State.config_file = config
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform --config run7/eval_platform.toml up"))
 def up() -> None:
     """Start the platform beside a training run: sync the tasks, then Dagster's daemon and web server.
 
     Every new checkpoint in the configured folders is evaluated by itself. Stays up until Ctrl-C.
     """
     from eval_platform import up as platform
+    from eval_platform.terminal import err, say
 
-    # Stopped in order however it is told to: a service manager says SIGTERM, a shell's background job ignores Ctrl-C.
-    for signal_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_, signal.default_int_handler)
     config, store = _opened()
-    _sync(config, store, quiet=True)
+    if not _synced(config, store).lock.tasks:
+        raise ConfigError("there is nothing to ask: no task file works", remedy="see `eval-platform tasks sync`")
     err.print("starting Dagster …")
     with platform.platform(config, err.print) as running:
-        out.print(f"UI        {running.url}", highlight=False)
-        out.print(f"watching  {', '.join(root.path for root in config.checkpoints)}", highlight=False)
-        out.print(f"results   {config.results}", highlight=False)
-        out.print('ask       eval-platform sql "select * from leaderboard"', highlight=False)
+        say(f"UI        {running.url}")
+        say(f"watching  {', '.join(root.path for root in config.checkpoints)}")
+        say(f"results   {config.results}")
+        say('ask       eval-platform sql "select * from leaderboard"')
         try:
             while True:
                 time.sleep(1)
@@ -104,117 +123,111 @@ def up() -> None:
             err.print("stopping …")
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform run --checkpoint out/step_1000 --tasks copying,addition --limit 20"))
 def run(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
     tasks: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all configured.")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="First N items only: for trying out, never on a board.")
     ] = None,
-    results: Annotated[str | None, typer.Option(help="Another results root.")] = None,
+    results: Annotated[str | None, typer.Option(metavar="ROOT", help="Another results root, for this run.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run the checkpoint's own Python in this one run; recorded.")
+        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python in this one run; recorded.")
     ] = False,
     old_lock: Annotated[
-        bool, typer.Option(help="Ask the lock's tasks although the results root has newer ones.")
+        bool, typer.Option("--old-lock", help="Ask the lock's tasks although the results root has newer ones.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """The whole job for one checkpoint, without Dagster: same code, same store, same gate.
 
-    A running platform on the same results root adopts what this does, and the other way round.
+    A running platform on the same results root adopts what this does, and the other way round. What is answered
+    already is not asked again.
     """
     from eval_platform import once
+    from eval_platform.tasks import read_lock
 
     config = _config()
+    lock_path = config.lock_path
     if results is not None:
-        config = config.model_copy(update={"results": results if "://" in results else str(Path(results).resolve())})
+        root = results if "://" in results else str(Path(results).resolve())
+        config = config.model_copy(update={"results": root})
+        # The configured lock goes with the configured results.
+        lock_path = config.state_dir / "other_results" / content_id(root)[:8] / LOCK_NAME
     store = open_store(config.results)
-    if not config.lock_path.exists() or results is not None:
-        _sync(config, store, quiet=True)
+    lock = read_lock(lock_path)
+    if results is not None or not lock_path.exists():
+        lock = _synced(config, store, lock_path).lock
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
-    outcomes = []
-    with _progress() as progress:
-        bars: dict[str, Any] = {}
-        for outcome in once.evaluate_folder(
+    _finish(
+        lambda on_message: once.evaluate_folder(
             config,
             store,
             checkpoint,
+            lock=lock,
             tasks=names,
             limit=limit,
             trust_remote_code=trust_remote_code or None,
             old_lock=old_lock,
             actor=_actor(),
-            on_message=lambda message: _show(progress, bars, message),
-        ):
-            outcomes.append(outcome)
-    if as_json:
-        print(json.dumps([_outcome_json(outcome) for outcome in outcomes], indent=1))
-    else:
-        _print_outcomes(outcomes)
-    states = {outcome.status for outcome in outcomes}
-    for state, code in (("failed", EXIT_FAILED), ("held", EXIT_HELD), ("waiting", EXIT_WAITING)):
-        if state in states:
-            raise typer.Exit(code)
+            on_message=on_message,
+        ),
+        as_json,
+    )
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform status --tasks"))
 def status(
     as_json: AsJson = False,
-    all_tasks: Annotated[bool, typer.Option("--tasks", help="One line per task.")] = False,
+    all_tasks: Annotated[bool, typer.Option("--tasks", help="Every task of every checkpoint, with its ids.")] = False,
 ) -> None:
     """Where every checkpoint is: waiting and why, queued, running with time left, published, held or failed and why."""
     from eval_platform import status as library
     from eval_platform.tasks import read_lock
+    from eval_platform.terminal import print_json, print_status, say
 
     config, store = _opened()
     found = library.status(config, store, read_lock(config.lock_path))
     if as_json:
-        print(json.dumps([asdict(one) for one in found], indent=1))
-        return
-    table = Table("checkpoint", "step", "state", "tasks", "what to know", box=None)
-    for one in found:
-        table.add_row(
-            one.key, "" if one.step is None else str(one.step), _coloured(one.state), _tally(one), escape(_why(one))
-        )
-        if all_tasks:
-            for task in one.tasks:
-                table.add_row(f"  {task.task}", "", _coloured(task.state), _left(task), escape(task.reason))
-    out.print(table if found else "No checkpoint yet. Write one into: " + ", ".join(r.path for r in config.checkpoints))
+        print_json([asdict(one) for one in found])
+    elif found:
+        print_status(found, all_tasks=all_tasks)
+    else:
+        say(f"No checkpoint yet. Write one into {' or '.join(root.path for root in config.checkpoints)}")
 
 
-@app.command()
+@app.command(epilog=_example('eval-platform sql "select key, task, value from leaderboard" --format csv'))
 def sql(
     query: Annotated[
         str, typer.Argument(help="One SELECT over the views and tables; `-` reads it from standard input.")
     ],
-    output: Annotated[str, typer.Option("--format", help="table, csv, json, markdown or parquet.")] = "table",
-    timeout: Annotated[float, typer.Option(help="Seconds before the query is interrupted.")] = 60.0,
+    output: Annotated[
+        Literal["table", "csv", "json", "markdown", "parquet"], typer.Option("--format", help="How it is written out.")
+    ] = "table",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds before the query is interrupted.")] = 60.0,
 ) -> None:
     """Ask in SQL (DuckDB), read-only, also while runs write.
 
-    Views: leaderboard, learning_curves, samples, held, failed.
-    Tables: arrivals, evaluations, scores, decisions, checks, tasks, datasets, failures.
+    Views: leaderboard, learning_curves, samples, newest_arrivals, held, failed, failed_arrivals.
+    Tables: arrivals, evaluations, scores, decisions, checks, tasks, datasets, problems.
     """
     from eval_platform import warehouse
 
     config, store = _opened()
     warehouse.refresh(store, config.catalog_path)
     text = sys.stdin.read() if query == "-" else query
-    answer = warehouse.query(config.catalog_path, store, text, timeout_s=timeout)
-    body = warehouse.render(answer, output)
-    if isinstance(body, bytes):
-        sys.stdout.buffer.write(body)
-    else:
-        print(body)
+    _write(warehouse.render(warehouse.query(config.catalog_path, store, text, timeout_s=timeout), output))
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform leaderboard --format markdown"))
 def leaderboard(
-    output: Annotated[str, typer.Option("--format", help="table, csv, json or markdown.")] = "table",
+    output: Annotated[
+        Literal["table", "csv", "json", "markdown"], typer.Option("--format", help="How it is written out.")
+    ] = "table",
 ) -> None:
-    """The newest published score of every checkpoint on every task, with its 95 % interval."""
+    """The newest published score of every checkpoint on every task; with its 95 % interval in all but `table`."""
     from eval_platform import report, warehouse
+    from eval_platform.terminal import print_table, say
 
     config, store = _opened()
     warehouse.refresh(store, config.catalog_path)
@@ -223,108 +236,120 @@ def leaderboard(
     )
     if output == "markdown":
         print(report.leaderboard_markdown(board))
-    elif output == "table":
-        out.print(report.leaderboard_table(board))
+    elif output != "table":
+        _write(warehouse.render(board, output))
+    elif board.num_rows:
+        print_table(report.leaderboard_table(board))
     else:
-        print(warehouse.render(board, output))
+        say("Nothing is published yet: `eval-platform status` says why.")
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform samples --checkpoint demo/tiny/step_0400 --task addition --wrong -n 3"))
 def samples(
     checkpoint: Annotated[str | None, typer.Option(help="Key of a checkpoint.")] = None,
     task: Annotated[str | None, typer.Option(help="Name of a task.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="evaluation_id instead of checkpoint and task.")] = None,
     attempt: Attempt = None,
     diff: Annotated[
-        tuple[str, str] | None, typer.Option(help="Two checkpoints A B: the items whose answer flipped.")
+        tuple[str, str] | None, typer.Option(metavar="A B", help="Keys of two checkpoints: the items that flipped.")
     ] = None,
-    wrong: Annotated[bool, typer.Option(help="Only what was answered wrongly.")] = False,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only what was answered wrongly.")] = False,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Look at answers: prompt, what was said, what was right. With --diff A B, the items that flipped."""
     from eval_platform import answers, warehouse
+    from eval_platform.terminal import print_flip, print_json, print_sample, say
 
     config, store = _opened()
     warehouse.refresh(store, config.catalog_path)
     if diff is not None:
-        found = answers.flipped(config.catalog_path, store, *diff, task=task, n=n)
-    else:
-        found = answers.look(
-            config.catalog_path,
-            store,
-            checkpoint=checkpoint,
-            task=task,
-            evaluation_id=evaluation,
-            attempt=attempt,
-            wrong=wrong,
-            n=n,
-        )
+        flips = answers.flipped(config.catalog_path, store, *diff, task=task, n=n)
+        if as_json:
+            print_json(asdict(flips))
+            return
+        for flip in flips.shown:
+            print_flip(flip)
+        say(f"{flips.items} items compared: {flips.better} better, {flips.worse} worse in {diff[1]} than in {diff[0]}")
+        return
+    found = answers.look(
+        config.catalog_path,
+        store,
+        checkpoint=checkpoint,
+        task=task,
+        evaluation_id=evaluation,
+        attempt=attempt,
+        wrong=wrong,
+        n=n,
+    )
     if as_json:
-        print(json.dumps(found, indent=1, default=str))
+        print_json(found)
         return
     for row in found:
-        out.rule(escape(str(row.pop("title"))))
-        for name, value in row.items():
-            out.print(f"[bold]{name}[/]  {escape(str(value))}", highlight=False)
+        print_sample(row)
     if not found:
-        out.print("Nothing to show.")
+        say("Nothing was answered wrongly.")
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform doctor"))
 def doctor(as_json: AsJson = False) -> None:
     """Look over installation, configuration, folders, tasks, device and Dagster home, and say what to fix."""
     from eval_platform import doctor as library
+    from eval_platform.terminal import print_findings, print_json
 
     findings = library.examine(_State.config_file)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        print_json([asdict(finding) for finding in findings])
     else:
-        for finding in findings:
-            mark = "[green]ok  [/]" if finding.ok else "[red]FIX [/]"
-            out.print(f"{mark} {finding.what}: {escape(finding.found)}", highlight=False)
-            if not finding.ok:
-                out.print(f"     -> {escape(finding.remedy)}", highlight=False)
+        print_findings(findings)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
-def release(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None) -> None:
+@app.command(epilog=_example('eval-platform release 3fa9c1d2 --reason "the jump is the new data mix"'))
+def release(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
     """Publish a held evaluation on your word. What has a missing or non-finite score cannot be; rerun it."""
-    _act("release", evaluation_id, attempt, reason)
+    _act("release", evaluation_id, attempt, reason, as_json)
 
 
-@app.command()
-def retract(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None) -> None:
+@app.command(epilog=_example('eval-platform retract 3fa9c1d2 --reason "test items were in the training data"'))
+def retract(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
     """Take a published evaluation off the boards."""
-    _act("retract", evaluation_id, attempt, reason)
+    _act("retract", evaluation_id, attempt, reason, as_json)
 
 
-@app.command()
-def recheck(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None) -> None:
-    """Run today's gate on stored answers, without inference."""
-    _act("recheck", evaluation_id, attempt, reason)
+@app.command(epilog=_example('eval-platform recheck 3fa9c1d2 --reason "the gate was upgraded"'))
+def recheck(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
+    """Run today's gate on stored answers, without inference. Its verdict stands over an earlier release."""
+    _act("recheck", evaluation_id, attempt, reason, as_json)
 
 
-@app.command()
-def rerun(evaluation_id: EvaluationId, reason: Reason) -> None:
-    """Open another attempt: the model is asked everything again. A running platform takes it up by itself."""
-    _act("rerun", evaluation_id, None, reason)
+@app.command(epilog=_example('eval-platform rerun 3fa9c1d2 --reason "the GPU was faulty"'))
+def rerun(evaluation_id: EvaluationId, reason: Reason, later: Later = False, as_json: AsJson = False) -> None:
+    """Ask the model everything again, as another attempt.
+
+    A platform that runs here (`eval-platform up`) takes it up by itself; else it is answered right now.
+    """
+    _act("rerun", evaluation_id, None, reason, as_json, later=later)
 
 
-@app.command()
+@app.command(epilog=_example('eval-platform retry run7/step_1000 --reason "the disk has space again"'))
 def retry(
     subject: Annotated[
         str, typer.Argument(help="evaluation_id of a failed attempt, or the key of a failed checkpoint.")
     ],
     reason: Reason,
+    later: Later = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Forgive failures, so that what failed for good is tried again."""
-    _act("retry", subject, None, reason)
+    """Forgive failures, so that what failed for good is tried again.
+
+    A platform that runs here (`eval-platform up`) takes it up by itself; else it is tried right now.
+    """
+    _act("retry", subject, None, reason, as_json, later=later)
 
 
-@app.command()
+@app.command(epilog=_example("eval-platform backfill --task gsm8k_50"))
 def backfill(
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     as_json: AsJson = False,
@@ -333,60 +358,62 @@ def backfill(
     from eval_platform import once
 
     config, store = _opened()
-    outcomes = []
-    with _progress() as progress:
-        bars: dict[str, Any] = {}
-        for outcome in once.backfill(
-            config,
-            store,
-            tasks=[task] if task else None,
-            actor=_actor(),
-            on_message=lambda message: _show(progress, bars, message),
-        ):
-            outcomes.append(outcome)
-    if as_json:
-        print(json.dumps([_outcome_json(outcome) for outcome in outcomes], indent=1))
-    else:
-        _print_outcomes(outcomes)
-    if any(outcome.status == "failed" for outcome in outcomes):
-        raise typer.Exit(EXIT_FAILED)
+    _finish(
+        lambda on_message: once.backfill(
+            config, store, tasks=[task] if task else None, actor=_actor(), on_message=on_message
+        ),
+        as_json,
+        nothing="Nothing is missing.",
+    )
 
 
-@tasks_app.command("sync")
-def tasks_sync() -> None:
+@tasks_app.command("sync", epilog=_example("eval-platform tasks sync"))
+def tasks_sync(as_json: AsJson = False) -> None:
     """Validate task files, freeze their documents, write the lock; a running platform reloads."""
     from eval_platform import up as platform
+    from eval_platform.terminal import print_json, say
 
     config, store = _opened()
-    _sync(config, store, quiet=False)
-    if platform.reload_code_location(config):
-        out.print("the running platform has reloaded its tasks")
+    report = _synced(config, store)
+    reloaded = platform.reload_code_location(config)
+    if as_json:
+        print_json(
+            {
+                "lock": str(config.lock_path),
+                "tasks": list(report.lock.tasks),
+                "changed": list(report.changed),
+                "errors": [str(error) for error in report.errors],
+                "reloaded": reloaded,
+            }
+        )
+    else:
+        say(f"{len(report.lock.tasks)} tasks in {config.lock_path}")
+        if report.changed:
+            say(f"new or changed: {', '.join(report.changed)}")
+            say("checkpoints that are known already are asked by `eval-platform backfill`")
+        if reloaded:
+            say("the running platform has reloaded its tasks")
+    if report.errors:
+        raise typer.Exit(EXIT_USAGE)
 
 
-@tasks_app.command("list")
+@tasks_app.command("list", epilog=_example("eval-platform tasks list"))
 def tasks_list(as_json: AsJson = False) -> None:
     """The tasks of the lock: what every new checkpoint is asked."""
     from eval_platform.tasks import read_lock
+    from eval_platform.terminal import print_json, print_tasks, say
 
-    lock = read_lock(_config().lock_path)
+    config = _config()
+    lock = read_lock(config.lock_path)
     if as_json:
-        print(json.dumps({name: asdict(task) for name, task in lock.tasks.items()}, indent=1))
-        return
-    table = Table("task", "documents", "primary metric", "chance", "task_id", "about", box=None)
-    for name, task in lock.tasks.items():
-        chance = "" if task.chance is None else f"{task.chance:.3g}"
-        table.add_row(
-            name,
-            str(task.n_documents),
-            task.primary_metric,
-            chance,
-            task.task_id[:8],
-            (task.about or "").splitlines()[0],
-        )
-    out.print(table)
+        print_json({name: asdict(task) for name, task in lock.tasks.items()})
+    elif lock.tasks:
+        print_tasks(lock)
+    else:
+        say(f"No tasks in {config.lock_path}: run `eval-platform tasks sync`.")
 
 
-@tasks_app.command("show")
+@tasks_app.command("show", epilog=_example("eval-platform tasks show addition -k 3"))
 def tasks_show(
     name: Annotated[str, typer.Argument(help="Name of a task.")],
     k: Annotated[int, typer.Option("-k", min=0, help="Position of the sample.")] = 0,
@@ -397,158 +424,136 @@ def tasks_show(
     config, store = _opened()
     lock = read_lock(config.lock_path)
     if name not in lock.tasks:
+        there = f"one of: {', '.join(lock.tasks)}; or " if lock.tasks else ""
         raise EvalPlatformError(
-            f"no task named {name} in {config.lock_path}", remedy=f"one of: {', '.join(lock.tasks)}"
+            f"no task named {name} in {config.lock_path}", remedy=f"{there}add it and run `eval-platform tasks sync`"
         )
     print(show_prompt(load_task(store, lock.tasks[name].task_id), k))
 
 
-@tasks_app.command("validate")
-def tasks_validate(files: Annotated[list[Path], typer.Argument(help="Task files.")]) -> None:
+@tasks_app.command("validate", epilog=_example("eval-platform tasks validate my_tasks/capitals.yaml"))
+def tasks_validate(files: Annotated[list[Path], typer.Argument(help="Task files.")], as_json: AsJson = False) -> None:
     """Check task files without syncing them; errors name file, field and remedy."""
     from eval_platform.tasks import validate_file
+    from eval_platform.terminal import print_json, say
 
-    broken = 0
+    errors: dict[str, str | None] = {}
     for file in files:
         try:
             validate_file(file)
-            out.print(f"[green]ok[/]  {file}")
+            errors[str(file)] = None
         except EvalPlatformError as error:
-            broken += 1
-            out.print(f"[red]bad[/] {escape(str(error))}")
-    if broken:
+            errors[str(file)] = str(error)
+    if as_json:
+        print_json([{"file": file, "ok": error is None, "error": error} for file, error in errors.items()])
+    else:
+        for file, error in errors.items():
+            say(f"ok   {file}" if error is None else f"bad  {error}")
+    if any(errors.values()):
         raise typer.Exit(EXIT_USAGE)
 
 
-def _sync(config: Config, store: Store, *, quiet: bool) -> None:
+def _synced(config: Config, store: Store, lock_path: Path | None = None) -> "SyncReport":
+    """The tasks brought up to date; what is broken is told on standard error and stops nothing else."""
     from eval_platform.tasks import sync_tasks
+    from eval_platform.terminal import print_error
 
-    report = sync_tasks(config.tasks, store, config.lock_path)
+    report = sync_tasks(config.tasks, store, lock_path or config.lock_path)
     for error in report.errors:
-        err.print(f"[red]{escape(str(error))}[/]")
-    if not quiet:
-        out.print(f"{len(report.lock.tasks)} tasks in {config.lock_path}")
-    if report.errors and not quiet:
-        raise typer.Exit(EXIT_USAGE)
+        print_error(error)
+    return report
 
 
-def _act(action: str, subject: str, attempt: int | None, reason: str) -> None:
+def _act(
+    action: "Action", subject: str, attempt: int | None, reason: str, as_json: bool, *, later: bool = False
+) -> None:
+    """Record a person's word and, where something must now be answered, have it answered."""
     from eval_platform import once
+    from eval_platform import up as platform
+    from eval_platform.drive import drive
+    from eval_platform.terminal import print_json, say
 
     config, store = _opened()
-    out.print(once.act(config, store, action, subject, attempt=attempt, actor=_actor(), reason=reason))
+    acted = once.act(config, store, action, subject, attempt=attempt, actor=_actor(), reason=reason)
+    todo, told = acted.todo, acted.done
+    running = platform.running(config)
+    if action in ("rerun", "retry"):
+        if todo is None:
+            told += "\n  the checkpoint it was asked of is not known here; a platform that knows it takes it up"
+        elif running is not None:
+            told, todo = f"{told}; the platform at {running['url']} takes it up", None
+        elif later:
+            told, todo = f"{told}; the next platform on {config.results} takes it up", None
+    if todo is None:
+        if as_json:
+            print_json({"done": told, "evaluation_id": acted.evaluation_id, "attempt": acted.attempt})
+        else:
+            say(told)
+        return
+    if not as_json:
+        say(f"{told}; no platform runs here, so it is answered now")
+    plan = todo
+    _finish(
+        lambda on_message: drive(plan, config, store, actor=_actor(), on_message=on_message),
+        as_json,
+        key=plan.arrival.key,
+    )
+
+
+def _finish(
+    job: Callable[[Callable[[dict[str, Any]], None]], "Iterator[Outcome]"],
+    as_json: bool,
+    *,
+    key: str | None = None,
+    nothing: str = "Nothing was asked.",
+) -> None:
+    """Show a job's progress, then how every task ended; the worst of it is the exit code."""
+    from eval_platform.terminal import outcome_json, print_json, print_outcomes, progress, say
+
+    outcomes: list[tuple[str | None, Outcome]] = []
+    with progress() as show:
+
+        def on_message(message: dict[str, Any]) -> None:
+            nonlocal key
+            if message["type"] == "checkpoint":
+                key = message["key"]
+            show(message)
+
+        for outcome in job(on_message):
+            outcomes.append((key, outcome))
+    if as_json:
+        print_json([outcome_json(outcome, of) for of, outcome in outcomes])
+    elif outcomes:
+        print_outcomes(outcomes)
+    else:
+        say(nothing)
+    states = {outcome.status for _, outcome in outcomes}
+    for state, code in (("failed", EXIT_FAILED), ("held", EXIT_HELD), ("waiting", EXIT_WAITING)):
+        if state in states:
+            raise typer.Exit(code)
+
+
+def _write(body: str | bytes) -> None:
+    if isinstance(body, str):
+        sys.stdout.write(body)
+    elif sys.stdout.isatty():
+        raise EvalPlatformError("parquet is not for a terminal", remedy="send it to a file: `... > answer.parquet`")
+    else:
+        sys.stdout.buffer.write(body)
 
 
 def _actor() -> str:
     return getpass.getuser()
 
 
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    )
-
-
-def _show(progress: Progress, bars: dict[str, Any], message: dict[str, Any]) -> None:
-    """A worker's message on the progress display."""
-    match message["type"]:
-        case "staging":
-            bar = bars.setdefault("", progress.add_task("reading the checkpoint") if "" not in bars else bars[""])
-            progress.update(bar, completed=message["done"], total=message["total"])
-        case "started":
-            bars[message["task"]] = progress.add_task(message["task"], total=message["total"])
-        case "progress" if message["task"] in bars:
-            progress.update(bars[message["task"]], completed=message["done"], total=message["total"])
-        case "committed" | "linked" if message["task"] in bars:
-            progress.update(bars[message["task"]], visible=False)
-        case "failed":
-            progress.console.print(f"[red]{message['task'] or 'checkpoint'}: {escape(message['reason'])}[/]")
-
-
-def _outcome_json(outcome: Any) -> dict[str, Any]:
-    record = outcome.record
-    return {
-        "task": outcome.task,
-        "status": outcome.status,
-        "reasons": list(outcome.reasons),
-        "linked": outcome.linked,
-        **{
-            name: record.get(name) for name in ("key", "evaluation_id", "attempt", "checkpoint_id", "scores", "primary")
-        },
-    }
-
-
-def _print_outcomes(outcomes: list[Any]) -> None:
-    table = Table("task", "status", "metric", "value", "95 % interval", "n", "why", box=None)
-    for outcome in outcomes:
-        primary = outcome.record.get("primary", {})
-        score = next(
-            (
-                s
-                for s in outcome.record.get("scores", ())
-                if s["metric"] == primary["metric"] and s["subset"] == "" and s["subject"] is None
-            ),
-            None,
-        )
-        cells = ["", "", "", ""]
-        if score is not None:
-            low, high = score["ci_low"], score["ci_high"]
-            cells = [
-                score["metric"],
-                "—" if score["value"] is None else f"{score['value']:.4f}",
-                "" if low is None or high is None else f"{low:.4f} … {high:.4f}",
-                str(score["n"]),
-            ]
-        table.add_row(outcome.task, _coloured(outcome.status), *cells, escape(" ".join(outcome.reasons)))
-    out.print(table)
-
-
-_COLOURS = {"published": "green", "held": "yellow", "failed": "red", "refused": "red", "running": "cyan"}
-
-
-def _coloured(state: str) -> str:
-    colour = _COLOURS.get(state)
-    return f"[{colour}]{state}[/]" if colour else state
-
-
-def _tally(one: Any) -> str:
-    counts: dict[str, int] = {}
-    for task in one.tasks:
-        counts[task.state] = counts.get(task.state, 0) + 1
-    return ", ".join(f"{count} {state}" for state, count in counts.items())
-
-
-def _why(one: Any) -> str:
-    if one.reason:
-        return one.reason
-    told = [f"{task.task}: {task.reason}" for task in one.tasks if task.reason]
-    left = [task.seconds_left for task in one.tasks if task.seconds_left is not None]
-    if one.state == "running" and left:
-        told.insert(0, f"about {sum(left):.0f} s left")
-    return "; ".join(told[:2])
-
-
-def _left(task: Any) -> str:
-    if task.total:
-        return f"{task.done}/{task.total}"
-    return ""
-
-
 def main() -> NoReturn:
     """The entry point: errors meant for people are printed, not traced."""
     try:
         app(standalone_mode=True)
-    except QueryError as error:
-        err.print(f"[red]{escape(str(error))}[/]")
-        sys.exit(EXIT_USAGE)
     except EvalPlatformError as error:
-        err.print(f"[red]error:[/] {escape(str(error))}")
+        from eval_platform.terminal import print_error
+
+        print_error(error)
         sys.exit(EXIT_USAGE if error.class_ == "deterministic" else EXIT_FAILED)
     sys.exit(0)
 

@@ -12,7 +12,7 @@ from eval_platform import __version__
 from eval_platform.config import Config, load_config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.store import open_store
-from eval_platform.tasks import read_lock
+from eval_platform.tasks import check_tasks, read_lock
 
 PACKAGES = ("dagster", "dagster-webserver", "torch", "transformers", "duckdb", "great-expectations", "pyarrow")
 LOW_DISK_GB = 5.0
@@ -46,9 +46,10 @@ def examine(config_file: Path | None) -> list[Finding]:
                 "create the folder, or mend [[checkpoints]] path; checkpoints are picked up once it is there",
             )
         )
-    findings += [_writable("results", config.results), _writable("state", config.state)]
-    findings += [_disk("state", config.state_dir), _links(config), _tasks(config), _dagster_home(config)]
-    return findings
+    findings += [_writable("results", config.results), state := _writable("state", config.state)]
+    if state.ok:
+        findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config)]
+    return [*findings, *_tasks(config)]
 
 
 def _python() -> Finding:
@@ -101,14 +102,17 @@ def _links(config: Config) -> Finding:
     return Finding("hard links", True, found + ("" if same else ": one deleted while it waits is lost, not held"))
 
 
-def _tasks(config: Config) -> Finding:
+def _tasks(config: Config) -> list[Finding]:
+    """The lock, and every task file that is broken now (its name goes on standing for what the lock says)."""
+    sync = "run `eval-platform tasks sync`"
     try:
         lock = read_lock(config.lock_path)
+        broken = check_tasks(config.tasks)
     except EvalPlatformError as error:
-        return Finding("tasks", False, str(error), "run `eval-platform tasks sync`")
-    return Finding(
-        "tasks", bool(lock.tasks), f"{len(lock.tasks)} in {config.lock_path}", "run `eval-platform tasks sync`"
-    )
+        return [Finding("tasks", False, str(error), sync)]
+    found = f"{len(lock.tasks)} in {config.lock_path}"
+    findings = [Finding("task file", False, str(error), f"mend the file, then {sync}") for error in broken]
+    return [*findings, Finding("tasks", bool(lock.tasks), found, sync)]
 
 
 def _dagster_home(config: Config) -> Finding:

@@ -1,17 +1,18 @@
 """What a person asks for by hand: one checkpoint now, what is missing everywhere, a word on one result."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval_platform import checkpoints, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
-from eval_platform.errors import EvalPlatformError
-from eval_platform.plan import plan
+from eval_platform.errors import ConfigError, EvalPlatformError
+from eval_platform.plan import Plan, PlannedTask, plan
 from eval_platform.store import Store, arrivals, commits, register_root, tries, watcher_id
-from eval_platform.tasks import read_lock
+from eval_platform.tasks import TaskLock, read_lock
+from eval_platform.values import RunSettings
 
 _MISSING = """
     select a.key, a.n, t.name as task
@@ -24,7 +25,21 @@ _MISSING = """
     order by a.run, a.step desc nulls last, a.key, t.name
 """
 
+# The newest attempt of one evaluation that has no commit: what failed tries told of it.
+_FAILED = "select key, arrival, task, item_limit from evaluations where evaluation_id = '{}' and status = 'failed'"
+
+Action = Literal["release", "retract", "recheck", "rerun", "retry"]
 OnMessage = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What was recorded, in words; `todo` is what must now be answered for it to have an effect, by whoever does it."""
+
+    done: str
+    evaluation_id: str | None = None
+    attempt: int | None = None
+    todo: Plan | None = None
 
 
 def evaluate_folder(
@@ -32,6 +47,7 @@ def evaluate_folder(
     store: Store,
     folder: Path,
     *,
+    lock: TaskLock | None = None,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     trust_remote_code: bool | None = None,
@@ -39,7 +55,10 @@ def evaluate_folder(
     actor: str,
     on_message: OnMessage = lambda message: None,
 ) -> Iterator[Outcome]:
-    """Register the checkpoint in `folder` and evaluate it here. Raises CheckpointError when it is not a whole one."""
+    """Register the checkpoint in `folder` and evaluate it here on `lock`'s tasks (default: the configuration's).
+
+    Raises CheckpointError when the folder is not a whole checkpoint, ConfigError for an unknown task.
+    """
     found = checkpoints.locate(
         folder, config.checkpoints, config.cache_dir, lambda done, total: on_message(_staging(done, total))
     )
@@ -47,7 +66,9 @@ def evaluate_folder(
         register_root(store, root.name, root.path)
     arrival, _ = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))
     settings = config.run_settings(limit=limit, trust_remote_code=trust_remote_code)
-    todo = plan(arrival, read_lock(config.lock_path), config, store, tasks=tasks, settings=settings, old_lock=old_lock)
+    on_message({"type": "checkpoint", "key": arrival.key})
+    lock = lock or read_lock(config.lock_path)
+    todo = plan(arrival, lock, config, store, tasks=tasks, settings=settings, old_lock=old_lock)
     yield from drive(todo, config, store, actor=actor, on_message=on_message)
 
 
@@ -59,8 +80,17 @@ def backfill(
     actor: str,
     on_message: OnMessage = lambda message: None,
 ) -> Iterator[Outcome]:
-    """Evaluate every known checkpoint on the tasks of the lock that it has no result for, newest step first."""
+    """Evaluate every known checkpoint on the tasks of the lock that it has no result for, newest step first.
+
+    A message of type `checkpoint` names each before its outcomes. Raises ConfigError for a task not in the lock.
+    """
     lock = read_lock(config.lock_path)
+    for name in tasks or ():
+        if name not in lock.tasks:
+            raise ConfigError(
+                f"no task named {name} in {config.lock_path}; it has {', '.join(lock.tasks) or 'none'}",
+                remedy="add it to [tasks] and run `eval-platform tasks sync`",
+            )
     wanted = set(tasks or lock.tasks)
     warehouse.refresh(store, config.catalog_path)
     missing: dict[tuple[str, int], list[str]] = {}
@@ -69,35 +99,40 @@ def backfill(
             missing.setdefault((row["key"], row["n"]), []).append(row["task"])
     for (key, n), names in missing.items():
         arrival = arrivals.get(store, key, n)
-        if arrival is not None:
-            yield from drive(
-                plan(arrival, lock, config, store, tasks=names), config, store, actor=actor, on_message=on_message
-            )
+        if arrival is None:
+            continue
+        on_message({"type": "checkpoint", "key": key})
+        yield from drive(
+            plan(arrival, lock, config, store, tasks=names), config, store, actor=actor, on_message=on_message
+        )
 
 
 def act(
-    config: Config, store: Store, action: str, subject: str, *, attempt: int | None, actor: str, reason: str
-) -> str:
-    """release, retract, recheck, rerun or retry; returns what was done, in words.
+    config: Config, store: Store, action: Action, subject: str, *, attempt: int | None, actor: str, reason: str
+) -> Act:
+    """release, retract, recheck, rerun or retry, recorded under `actor` and `reason`.
 
-    `subject` is an evaluation_id or enough of its first digits; for retry also a checkpoint's key.
+    `subject` is an evaluation_id or enough of its first digits; for retry also a checkpoint's key. A rerun that was
+    asked for before and has no result yet is not asked for again: its plan is returned once more.
     """
     warehouse.refresh(store, config.catalog_path)
     if action == "retry" and "/" in subject:
-        arrival = arrivals.newest(store, subject)
-        if arrival is None:
-            raise EvalPlatformError(f"no checkpoint has arrived as {subject}", remedy="see `eval-platform status`")
-        forgiven = quality.retry(store, tries.arrival_subject(arrival), actor, reason)
-        return f"{subject}: {len(forgiven)} failed tries are forgiven; it is tried again"
+        return _retry_arrival(config, store, subject, actor, reason)
     evaluation_id = _evaluation(config, store, subject)
     chosen = attempt or commits.slot(store, evaluation_id)
+    todo: Plan | None = None
     match action:
         case "rerun":
-            opened = quality.rerun(store, evaluation_id, actor, reason)
-            done = f"attempt {opened} of {evaluation_id} is open; a running platform takes it up"
+            if commits.read(store, evaluation_id, chosen) is None and chosen > 1:
+                done = f"attempt {chosen} of {evaluation_id} is open since an earlier rerun"
+            else:
+                chosen = quality.rerun(store, evaluation_id, actor, reason)
+                done = f"attempt {chosen} of {evaluation_id} is open"
+            todo = _again(config, store, evaluation_id, chosen)
         case "retry":
+            todo = _again(config, store, evaluation_id, chosen)
             forgiven = quality.retry(store, tries.evaluation_subject(evaluation_id, chosen), actor, reason)
-            done = f"{evaluation_id}: {len(forgiven)} failed tries are forgiven; it is tried again"
+            done = f"{evaluation_id}: {_failed_tries(forgiven)} forgiven"
         case "release":
             done = f"decision {quality.release(store, evaluation_id, chosen, actor, reason).n}: published"
         case "retract":
@@ -105,10 +140,52 @@ def act(
         case "recheck":
             decision = quality.recheck(store, config.catalog_path, evaluation_id, chosen, actor, reason)
             done = f"decision {decision.n}: {decision.status}" + "".join(f"\n  {r}" for r in decision.reasons)
-        case _:
-            raise ValueError(action)
     warehouse.refresh(store, config.catalog_path)
-    return done
+    return Act(done, evaluation_id, chosen, todo)
+
+
+def _retry_arrival(config: Config, store: Store, key: str, actor: str, reason: str) -> Act:
+    arrival = arrivals.newest(store, key)
+    if arrival is None:
+        raise EvalPlatformError(f"no checkpoint has arrived as {key}", remedy="see `eval-platform status`")
+    todo = plan(arrival, read_lock(config.lock_path), config, store)
+    forgiven = quality.retry(store, tries.arrival_subject(arrival), actor, reason)
+    warehouse.refresh(store, config.catalog_path)
+    return Act(f"{key}: {_failed_tries(forgiven)} forgiven", todo=todo)
+
+
+def _failed_tries(forgiven: Sequence[str]) -> str:
+    return "1 failed try is" if len(forgiven) == 1 else f"{len(forgiven)} failed tries are"
+
+
+def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Plan | None:
+    """What answers this attempt: the very task and settings of an earlier one, else the lock's and configured ones.
+
+    None when no arrival is known that could be asked.
+    """
+    record = next((found for n in range(attempt, 0, -1) if (found := commits.read(store, evaluation_id, n))), None)
+    if record is None:
+        rows = warehouse.query(config.catalog_path, store, _FAILED.format(evaluation_id)).to_pylist()
+        arrival = arrivals.get(store, rows[0]["key"], rows[0]["arrival"]) if rows else None
+        if arrival is None:
+            return None
+        settings = config.run_settings(limit=rows[0]["item_limit"])
+        lock = read_lock(config.lock_path)
+        return plan(arrival, lock, config, store, tasks=[rows[0]["task"]], settings=settings, old_lock=True)
+    arrival = arrivals.get(store, record["key"], record["arrival"])
+    if arrival is None:
+        return None
+    return Plan(
+        arrival=arrival,
+        tasks=(PlannedTask(record["task"], record["task_id"], record["ask_id"]),),
+        settings=RunSettings(
+            **record["settings"], device=config.engine.device, batch_tokens=config.engine.batch_tokens
+        ),
+        store=store.uri,
+        cache=str(config.cache_dir),
+        lease_seconds=config.worker.lease_seconds,
+        retry_wait_seconds=config.worker.retry_wait_seconds,
+    )
 
 
 def _evaluation(config: Config, store: Store, digits: str) -> str:

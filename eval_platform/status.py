@@ -11,10 +11,14 @@ from eval_platform.store import Store
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Incomplete
 
-State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed"]
+# missing: not asked, and nobody is about to: `eval-platform backfill` asks it.
+State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed", "missing"]
 
 _TASKS = """
-    select a.key, a.n, a.run, a.step, e.task, e.status, e.reasons, e.seconds
+    select a.key, a.n, a.run, a.step, e.task, e.status, e.reasons, e.seconds, e.evaluation_id, e.attempt,
+        e.status = 'held' and not exists (
+            select 1 from decisions d where d.evaluation_id = e.evaluation_id and d.attempt = e.attempt
+        ) as undecided
     from arrivals a
     left join evaluations e
       on e.checkpoint_id = a.checkpoint_id and not e.stale and e.item_limit is null
@@ -39,6 +43,8 @@ class TaskStatus:
     done: int | None = None
     total: int | None = None
     seconds_left: float | None = None
+    evaluation_id: str | None = None
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ class CheckpointStatus:
     tasks: tuple[TaskStatus, ...] = ()
 
 
-_ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "published")
+_ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published")
 
 
 def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatus]:
@@ -71,7 +77,7 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
     for row in rows:
         by_key.setdefault(row["key"], []).append(row)
     found = [_one(key, group, lock, broken, at_work.get(key), usual) for key, group in by_key.items()]
-    return [*_not_arrived(config, set(by_key)), *found]
+    return [*found, *sorted(_not_arrived(config, set(by_key)), key=lambda one: (one.run or "", one.step or 0, one.key))]
 
 
 def _not_arrived(config: Config, known: set[str]) -> Iterator[CheckpointStatus]:
@@ -79,7 +85,8 @@ def _not_arrived(config: Config, known: set[str]) -> Iterator[CheckpointStatus]:
         if isinstance(candidate, Incomplete):
             yield CheckpointStatus(candidate.key, "refused" if candidate.refused else "waiting", candidate.reason)
         else:
-            yield CheckpointStatus(candidate.key, "waiting", "found; not registered yet", candidate.run, candidate.step)
+            reason = "found, not taken up yet: `eval-platform up` does it by itself, `eval-platform run` at once"
+            yield CheckpointStatus(candidate.key, "waiting", reason, candidate.run, candidate.step)
 
 
 def _one(
@@ -95,15 +102,22 @@ def _one(
     reason = broken.get((key, first["n"]), "")
     tasks = []
     for name in lock.tasks:
-        if name in known:
+        if name in known and known[name]["undecided"]:
+            gated: State = "running" if worker else "queued"
+            tasks.append(TaskStatus(name, gated, "answered, not through the gate yet"))
+        elif name in known:
             row = known[name]
-            tasks.append(TaskStatus(name, row["status"], " ".join(row["reasons"] or ())))
+            reasons = "; ".join(row["reasons"] or ())
+            evaluation_id, attempt = row["evaluation_id"], row["attempt"]
+            tasks.append(TaskStatus(name, row["status"], reasons, evaluation_id=evaluation_id, attempt=attempt))
         elif reason:
             tasks.append(TaskStatus(name, "failed", reason))
-        elif worker is not None:
+        elif worker is not None and name in {task.name for task in worker.plan.tasks}:
             tasks.append(_running(name, worker, usual))
         else:
-            tasks.append(TaskStatus(name, "queued"))
+            # Others are answered, or it came by hand: no run will come back to it for this task.
+            left: State = "missing" if known or key.startswith("adhoc/") else "queued"
+            tasks.append(TaskStatus(name, left))
     states = {task.state for task in tasks}
     state = next((state for state in _ATTENTION if state in states), "queued")
     return CheckpointStatus(key, state, reason, first["run"], first["step"], first["n"], tuple(tasks))

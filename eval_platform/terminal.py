@@ -1,0 +1,354 @@
+"""How does the terminal show it? Answers on standard output, progress and errors on standard error.
+
+Lists are aligned text without borders, and never cut: what is piped on is whole, a terminal wraps it.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from eval_platform.doctor import Finding
+from eval_platform.drive import Outcome
+from eval_platform.status import CheckpointStatus, TaskStatus
+from eval_platform.tasks import TaskLock
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Message = dict[str, Any]
+
+REASON_LINES = 2  # the rest are examples: `eval-platform sql "select * from held"` has them
+SHOWN_REASONS = 2
+_INDENT = "    "
+_COLOURS = {"published": "green", "held": "yellow", "failed": "red", "refused": "red", "running": "cyan"}
+_WHAT_NEXT = {
+    "held": "held       `eval-platform status --tasks` gives the evaluation ids; then `samples --evaluation ID` to "
+    "look, `release ID` or `rerun ID` to act",
+    "failed": "failed     mend the cause, then `eval-platform retry ID-or-checkpoint --reason ...`",
+    "missing": "missing    not asked yet (a task added later, or a trial by hand): `eval-platform backfill` asks it",
+}
+
+
+def say(text: str) -> None:
+    """One thing a person should know, on standard output."""
+    out.print(text, soft_wrap=True, markup=False)
+
+
+def print_json(value: Any) -> None:
+    """For machines. NaN and infinities, which JSON has not, are null."""
+    print(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: _plain(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_plain(part) for part in value]
+        case _:
+            return value
+
+
+def print_error(error: Exception) -> None:
+    err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[list[str]]:
+    """The cells padded to their columns' widths (`right`: numbers of the columns of numbers), the last one not."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    return [
+        [
+            cell.rjust(width) if i in right else cell if i == last else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
+
+
+def print_rows(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = (), state: int = -1
+) -> None:
+    """A list under its header; column number `state` is coloured."""
+    first, *body = aligned([header, *rows], right)
+    out.print(f"[bold]{escape('  '.join(first).rstrip())}[/]", soft_wrap=True)
+    for row in body:
+        out.print(_line(row, state), soft_wrap=True)
+
+
+def _line(cells: Sequence[str], state: int) -> str:
+    shown = [_coloured(cell) if i == state else escape(cell) for i, cell in enumerate(cells)]
+    return "  ".join(shown).rstrip()
+
+
+def _coloured(cell: str) -> str:
+    colour = _COLOURS.get(cell.strip())
+    return f"[{colour}]{cell}[/]" if colour else escape(cell)
+
+
+def _told(text: str, lines: int = REASON_LINES) -> None:
+    """`text` indented and wrapped, at most `lines` lines of it."""
+    width = max(40, out.width - len(_INDENT) - 1)
+    wrapped = textwrap.wrap(
+        " ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False, subsequent_indent="  "
+    )
+    for line in wrapped:
+        out.print(escape(_INDENT + line), soft_wrap=True)
+
+
+def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
+    """One line a checkpoint; below it what is wrong or waited for, and with `all_tasks` every task."""
+    header = ("state", "checkpoint", "step", "tasks")
+    rows = [(one.state, one.key, "" if one.step is None else str(one.step), _tally(one)) for one in found]
+    first, *body = aligned([header, *rows], right=(2,))
+    out.print(f"[bold]{escape('  '.join(first).rstrip())}[/]", soft_wrap=True)
+    for one, row in zip(found, body, strict=True):
+        out.print(_line(row, state=0), soft_wrap=True)
+        if one.reason:
+            _told(one.reason)
+        left = [task.seconds_left for task in one.tasks if task.seconds_left is not None]
+        if one.state == "running" and left:
+            _told(f"about {sum(left):.0f} s left")
+        if all_tasks:
+            _print_tasks(one)
+            continue
+        told = [task for task in one.tasks if task.reason and task.state != "published" and task.reason != one.reason]
+        for task in told[:SHOWN_REASONS]:
+            _told(f"{task.task}: {task.reason}")
+        if len(told) > SHOWN_REASONS:
+            _told(f"and {len(told) - SHOWN_REASONS} more: `eval-platform status --tasks`")
+    states = {one.state for one in found} | {task.state for one in found for task in one.tasks}
+    hints = [hint for state, hint in _WHAT_NEXT.items() if state in states]
+    if hints:
+        out.print()
+        for hint in hints:
+            say(hint)
+
+
+def _print_tasks(one: CheckpointStatus) -> None:
+    if not one.tasks:
+        return
+    cells = [(task.state, task.task, (task.evaluation_id or "")[:8], _done(task)) for task in one.tasks]
+    for task, row in zip(one.tasks, aligned(cells), strict=True):
+        out.print(f"  {_line(row, state=0)}", soft_wrap=True)
+        if task.reason and task.reason != one.reason:
+            _told(task.reason)
+
+
+def _tally(one: CheckpointStatus) -> str:
+    counts: dict[str, int] = {}
+    for task in one.tasks:
+        counts[task.state] = counts.get(task.state, 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def _done(task: TaskStatus) -> str:
+    told = f"{task.done}/{task.total}" if task.total else ""
+    return f"{told} about {task.seconds_left:.0f} s left".strip() if task.seconds_left is not None else told
+
+
+def print_table(table: Table) -> None:
+    """As wide as the window on a terminal, else as wide as it needs."""
+    width = None if out.is_terminal else Measurement.get(out, out.options.update(width=10_000), table).maximum
+    out.print(table, width=width, soft_wrap=width is not None)
+
+
+def print_tasks(lock: TaskLock) -> None:
+    """The lock, one line a task."""
+    rows = []
+    for name, task in lock.tasks.items():
+        chance = "" if task.chance is None else f"{task.chance:.3g}"
+        rows.append((name, str(task.n_documents), task.primary_metric, chance, task.task_id[:8]))
+    print_rows(("task", "documents", "primary metric", "chance", "task_id"), rows, right=(1, 3))
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What `doctor` found, and under each fault its remedy."""
+    for finding in findings:
+        mark = "[green]ok  [/]" if finding.ok else "[red]FIX [/]"
+        out.print(f"{mark} {escape(finding.what)}: {escape(finding.found)}", soft_wrap=True)
+        if not finding.ok:
+            out.print(f"     -> {escape(finding.remedy)}", soft_wrap=True)
+
+
+def outcome_json(outcome: Outcome, key: str | None) -> dict[str, Any]:
+    """One task's end: its state, and of what was committed ids and scores."""
+    record = outcome.record
+    names = ("evaluation_id", "attempt", "checkpoint_id", "origin", "scores", "primary")
+    return {
+        "key": key,
+        "task": outcome.task,
+        "status": outcome.status,
+        "reasons": list(outcome.reasons),
+        "linked": outcome.linked,
+        **{name: record.get(name) for name in names},
+    }
+
+
+def print_outcomes(outcomes: Sequence[tuple[str | None, Outcome]]) -> None:
+    """(checkpoint, how one of its tasks ended): the scores, then why what is not published is not."""
+    several = len({key for key, _ in outcomes}) > 1
+    rows = [((key or "",) if several else ()) + _score_cells(outcome) for key, outcome in outcomes]
+    first = ("checkpoint",) if several else ()
+    header = (*first, "task", "status", "metric", "value", "95 % interval", "n", "")
+    shift = len(first)
+    print_rows(header, rows, right=(3 + shift, 5 + shift), state=1 + shift)
+    reasons: dict[tuple[str, ...], list[str]] = {}
+    for key, outcome in outcomes:
+        if outcome.reasons:
+            name = f"{key} {outcome.task}" if several else outcome.task
+            reasons.setdefault(outcome.reasons, []).append(name)
+    for told, names in reasons.items():
+        out.print(f"[bold]{escape(', '.join(names))}[/]", soft_wrap=True)
+        for reason in told:
+            _told(reason)
+    held = [outcome.record["evaluation_id"] for _, outcome in outcomes if outcome.status == "held"]
+    if held:
+        say(f"held back; look with `eval-platform samples --evaluation {held[0][:8]}`, then release or rerun it")
+
+
+def _score_cells(outcome: Outcome) -> tuple[str, ...]:
+    primary = outcome.record.get("primary", {})
+    score = next(
+        (
+            s
+            for s in outcome.record.get("scores", ())
+            if s["metric"] == primary["metric"] and s["subset"] == "" and s["subject"] is None
+        ),
+        None,
+    )
+    origin = outcome.record.get("origin", "")
+    note = "already answered" if outcome.linked else origin if origin not in ("", "asked") else ""
+    if score is None:
+        return (outcome.task, outcome.status, "", "", "", "", note)
+    low, high = score["ci_low"], score["ci_high"]
+    return (
+        outcome.task,
+        outcome.status,
+        score["metric"],
+        "none" if score["value"] is None else f"{score['value']:.4f}",
+        "" if low is None or high is None else f"{low:.4f} … {high:.4f}",
+        str(score["n"]),
+        note,
+    )
+
+
+def print_sample(row: Mapping[str, Any]) -> None:
+    """One of `answers.look`."""
+    repeat = f", repeat {row['repeat']}" if row["repeat"] else ""
+    subset = f" ({row['subset']})" if row["subset"] else ""
+    _heading(f"{row['key']}  {row['task']} #{row['position']}{subset}{repeat}")
+    _field("prompt", row["prompt"])
+    _print_answer("answered", row)
+    if "choices" not in row and row["target"] != row["prompt"]:
+        _field("right", row["target"])
+    for name, value in row["extracted"].items():
+        _field("extracted" if name == "none" else f"extracted {name}", "nothing" if value is None else value)
+    _field("scores", ", ".join(f"{name} {_number(value)}" for name, value in row["scores"].items()))
+    if row["finish_reason"] != "scored":
+        _field("finished", row["finish_reason"])
+
+
+def print_flip(row: Mapping[str, Any]) -> None:
+    """One of `answers.flipped`."""
+    better = "better" if row["b"]["score"] > row["a"]["score"] else "worse"
+    _heading(f"{row['task']} #{row['position']}: {better}")
+    _field("prompt", row["prompt"])
+    for side in (row["a"], row["b"]):
+        _print_answer(f"{side['key']}, score {_number(side['score'])}", side)
+    if "choices" not in row["a"]:
+        _field("right", row["target"])
+
+
+def _print_answer(name: str, answer: Mapping[str, Any]) -> None:
+    if "choices" not in answer:
+        response = answer["response"]
+        _field(name, "(nothing: the text itself was scored)" if response is None else response)
+        return
+    out.print(f"[bold]{escape(name)}[/]", soft_wrap=True)
+    rows = [(choice["text"], _number(choice["log_likelihood"])) for choice in answer["choices"]]
+    for choice, cells in zip(answer["choices"], aligned([(repr(text), number) for text, number in rows]), strict=True):
+        mark = "->" if choice["chosen"] else "  "
+        right = "  right" if choice["right"] else ""
+        line = escape(f"  {mark} {'  '.join(cells)}{right}")
+        out.print(f"[bold]{line}[/]" if choice["chosen"] else line, soft_wrap=True)
+
+
+def _heading(text: str) -> None:
+    out.print(f"[bold cyan]── {escape(text)}[/]", soft_wrap=True)
+
+
+def _field(name: str, value: object) -> None:
+    """A value of one line beside its name, a longer one below it."""
+    text = str(value)
+    if "\n" in text:
+        out.print(f"[bold]{escape(name)}[/]", soft_wrap=True)
+        say(textwrap.indent(text, "  "))
+    else:
+        out.print(f"[bold]{escape(name)}[/]  {escape(text)}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Message], None]]:
+    """A display that takes a worker's messages. Bars where standard error is a terminal, else only what went wrong."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as bars:
+        yield partial(_show, bars, {})
+
+
+def _show(progress: Progress, bars: dict[str, TaskID], message: Message) -> None:
+    def bar(name: str, text: str, total: int | None = None) -> TaskID:
+        if name not in bars:
+            bars[name] = progress.add_task(escape(text), total=total)
+        return bars[name]
+
+    if "slot" in bars and message["type"] != "slot":
+        progress.update(bars.pop("slot"), visible=False)
+    match message["type"]:
+        case "checkpoint":
+            bars.clear()
+        case "slot":
+            bar("slot", "waiting for a free device slot")
+        case "staging":
+            progress.update(bar("staging", "reading the checkpoint"), completed=message["done"], total=message["total"])
+        case "started":
+            bar(message["task"], message["task"], message["total"])
+        case "progress":
+            progress.update(bar(message["task"], message["task"]), completed=message["done"], total=message["total"])
+        case "committed" | "linked" if message["task"] in bars:
+            progress.update(bars[message["task"]], visible=False)
+        case "failed" if message["class"] == "infrastructure":
+            what = message["task"] or "checkpoint"
+            err.print(f"[yellow]{escape(what)}: {escape(message['reason'])}[/]", soft_wrap=True)
