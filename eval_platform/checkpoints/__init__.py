@@ -4,7 +4,15 @@ from eval_platform.checkpoints.discovery import Found, discover, locate
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import Identity, identify, tokenizer_id
 from eval_platform.checkpoints.inspection import Inspection, inspect
-from eval_platform.checkpoints.staging import hold, release, release_hold, stage, verify_unchanged
+from eval_platform.checkpoints.staging import (
+    held,
+    hold,
+    release,
+    release_hold,
+    release_other_holds,
+    stage,
+    verify_unchanged,
+)
 from eval_platform.checkpoints.watch import Watch
 
 __all__ = [
@@ -14,12 +22,14 @@ __all__ = [
     "Progress",
     "Watch",
     "discover",
+    "held",
     "hold",
     "identify",
     "inspect",
     "locate",
     "release",
     "release_hold",
+    "release_other_holds",
     "stage",
     "tokenizer_id",
     "verify_unchanged",

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,8 @@ def hold(arrival: Arrival, cache: Path) -> bool:
     final = _held(arrival, cache)
     if final.is_dir():
         return True
+    if "://" in arrival.uri:  # nothing to link
+        return False
     source = _source(arrival)
     aside = final.with_name(f".{uuid.uuid4().hex}")
     try:
@@ -73,6 +75,24 @@ def release_hold(arrival: Arrival, cache: Path) -> None:
     """Let go of what `hold` kept; nothing held is no error."""
     with _cache_errors(cache):
         _remove(_held(arrival, cache))
+
+
+def held(cache: Path) -> frozenset[str]:
+    """Names of the holds there are now, for `release_other_holds`."""
+    folder = cache / "held"
+    if not folder.is_dir():
+        return frozenset()
+    return frozenset(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def release_other_holds(cache: Path, among: Collection[str], wanted: Iterable[tuple[str, int]]) -> None:
+    """Let go of every hold in `among` but those of the wanted arrivals (key, n).
+
+    `among` is what `held` said before it was asked what is wanted, so that a hold made since is left alone.
+    """
+    with _cache_errors(cache):
+        for name in set(among) - {_hold_name(key, n) for key, n in wanted}:
+            _remove(cache / "held" / name)
 
 
 def stage(arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -152,7 +172,11 @@ def release(checkpoint: Checkpoint) -> None:
 
 
 def _held(arrival: Arrival, cache: Path) -> Path:
-    return cache / "held" / content_id([arrival.key, arrival.n])
+    return cache / "held" / _hold_name(arrival.key, arrival.n)
+
+
+def _hold_name(key: str, n: int) -> str:
+    return content_id([key, n])
 
 
 def _source(arrival: Arrival) -> Path:
