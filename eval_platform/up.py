@@ -7,6 +7,7 @@ that a later `up` ends what a power cut or a kill -9 left of them, by process id
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import IO, Any
 from eval_platform import launch
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
-from eval_platform.store.process import known_dead, process_record
+from eval_platform.store.process import known_dead, process_record, same_machine
 
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
@@ -100,17 +101,26 @@ def running(config: Config) -> dict[str, Any] | None:
         body: dict[str, Any] = json.loads(_up_file(config).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return body if any(not known_dead(process) for process in body["processes"].values()) else None
+    return body if any(_lives(process) for process in body["processes"].values()) else None
+
+
+def _lives(process: dict[str, Any]) -> bool:
+    """Certainly alive: after a restart of the machine the same number is another's, and not ours to end."""
+    return same_machine(process) and not known_dead(process)
 
 
 @contextmanager
 def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> Iterator[Platform]:
     """Start the platform, wait until the web server answers, and stop it at the end.
 
-    Raises EvalPlatformError when one runs already, or when it does not come up; the error names the log.
+    Raises EvalPlatformError when one runs already, when the state folder or DAGSTER_HOME in it cannot be written, or
+    when it does not come up; the error names the folder or the log.
     """
-    config.state_dir.mkdir(parents=True, exist_ok=True)
-    lock = (config.state_dir / "up.lock").open("ab")
+    try:
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (config.state_dir / "up.lock").open("ab")
+    except OSError as error:
+        raise _unwritable(config.state_dir, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -122,9 +132,12 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
         ) from None
     with lock:
         _end_leftovers(config, say)
-        _instance_folder(config)
         ports = {"code_server": _free_port(), "webserver": config.ui.port or _free_port()}
-        (config.dagster_home / "workspace.yaml").write_text(_workspace(ports["code_server"]), encoding="utf-8")
+        try:
+            _instance_folder(config)
+            (config.dagster_home / "workspace.yaml").write_text(_workspace(ports["code_server"]), encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(config.dagster_home, error) from error
         one = Platform(
             config,
             f"http://{config.ui.host}:{ports['webserver']}",
@@ -142,6 +155,14 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
             yield one
         finally:
             one.stop()
+
+
+def _unwritable(folder: Path, error: OSError) -> EvalPlatformError:
+    return EvalPlatformError(
+        f"cannot keep Dagster's home and this machine's state in {folder}: {error.strerror} ({error.filename})",
+        remedy="give this user the right to write there, or set `state` in eval_platform.toml (or "
+        "$EVAL_PLATFORM_STATE) to another folder",
+    )
 
 
 def reload_code_location(config: Config) -> bool:
@@ -222,11 +243,12 @@ def _environment(config: Config) -> dict[str, str]:
 
 
 def _instance_folder(config: Config) -> None:
-    """DAGSTER_HOME with our dagster.yaml, unless the user has put one there."""
+    """DAGSTER_HOME with our dagster.yaml, unless the user has put one there or edited ours."""
     config.dagster_home.mkdir(parents=True, exist_ok=True)
     target = config.dagster_home / "dagster.yaml"
-    if not target.exists():
-        text = resources.files("eval_platform").joinpath("dagster.yaml").read_text(encoding="utf-8")
+    text = resources.files("eval_platform").joinpath("dagster.yaml").read_text(encoding="utf-8")
+    ours = re.escape(text).replace("EVALUATE_LIMIT", "[0-9]+")
+    if not target.exists() or re.fullmatch(ours, target.read_text(encoding="utf-8")):
         target.write_text(text.replace("EVALUATE_LIMIT", str(config.worker.slots)), encoding="utf-8")
 
 
@@ -270,12 +292,13 @@ def _end_leftovers(config: Config, say: Callable[[str], None]) -> None:
     if found is None:
         return
     for name, process in found["processes"].items():
-        if known_dead(process):
+        if not _lives(process):
             continue
         say(f"ending the {name} that an earlier `up` left (process {process['pid']})")
-        os.kill(process["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while not known_dead(process) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if not known_dead(process):
-            os.kill(process["pid"], signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself meanwhile
+            os.kill(process["pid"], signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while not known_dead(process) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if not known_dead(process):
+                os.kill(process["pid"], signal.SIGKILL)

@@ -36,6 +36,14 @@ def same_process(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(field) == other.get(field) for field in ("machine", "pid", "started", "token"))
 
 
+def same_machine(process: Mapping[str, Any]) -> bool:
+    """Whether the record was made under this boot and in this process namespace: only then its number means one here.
+
+    True also where there is no /proc to tell by.
+    """
+    return process.get("machine") == _machine()
+
+
 def known_dead(process: Mapping[str, Any]) -> bool:
     """Whether the process of this record has certainly ended. False when it lives or when nobody here can know."""
     machine = _machine()
