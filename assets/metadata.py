@@ -1,13 +1,16 @@
 """How records of the store look in Dagster's UI: the same metadata from a run and from the reconciliation sensor."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
+from dagster._core.instance.utils import RUNLESS_JOB_NAME
+from dagster._core.event_api import PartitionKeyFilter
 
-from eval_platform.drive import Outcome
+from assets.standing import Standing
 from eval_platform.store import Store
-from eval_platform.values import Decision
+from eval_platform.values import Arrival, Decision
 
 DATA_VERSION = "dagster/data_version"
 DECISION_TAG = "eval/decision"
@@ -26,7 +29,7 @@ def result_tags(record: Mapping[str, Any], decision: Decision) -> dict[str, str]
 def result_metadata(store: Store, record: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
     """Numbers (they become plots over the partitions), the scores as a table, and where the answers lie."""
     primary = record["primary"]
-    whole = [s for s in record["scores"] if s["subset"] == "" and s["subject"] is None]
+    whole = [s for s in record["scores"] if s["subset"] == "" and s.get("subject") is None]
     main = next((s for s in whole if s["metric"] == primary["metric"]), None)
     metadata: dict[str, Any] = {
         "status": decision.status,
@@ -83,6 +86,34 @@ def check_severity(decision: Decision) -> tuple[bool, dg.AssetCheckSeverity]:
     return all(check.passed for check in decision.checks), dg.AssetCheckSeverity.WARN
 
 
+def report_check(
+    instance: dg.DagsterInstance, check: dg.AssetCheckKey, partition: str, decision: Decision, run_id: str | None = None
+) -> None:
+    """Tell Dagster of a decision outside the results of an op.
+
+    Not as a runless event: of those Dagster takes only one per check and partition (a unique index over check, run and
+    partition), and shows the row that was made last. So one outside any run gets the id of a run that never was.
+    """
+    if run_id is None:
+        before = instance.event_log_storage.get_asset_check_execution_history(
+            check, limit=1000, partition_filter=PartitionKeyFilter(key=partition)
+        )
+        run_id = f"mirrored-{len(before)}"
+    passed, severity = check_severity(decision)
+    evaluation = dg.AssetCheckEvaluation(
+        asset_key=check.asset_key,
+        check_name=check.name,
+        passed=passed,
+        severity=severity,
+        metadata=check_metadata(decision),
+        partition=partition,
+    )
+    event = dg.DagsterEvent(
+        dg.DagsterEventType.ASSET_CHECK_EVALUATION.value, RUNLESS_JOB_NAME, event_specific_data=evaluation
+    )
+    instance.report_dagster_event(event, run_id)
+
+
 def _scores_table(scores: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
@@ -109,10 +140,27 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def outcomes_table(outcomes: Sequence[Outcome]) -> str:
-    """One line a task: what became of it, its primary score, and the reasons."""
-    rows = []
-    for outcome in outcomes:
-        primary = outcome.record.get("primary", {})
-        rows.append((outcome.task, outcome.status, _number(primary.get("value")), " ".join(outcome.reasons)))
-    return _table(("task", "status", "score", "reasons"), rows)
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What became of one task, as `summary` lists it."""
+
+    task: str
+    status: str
+    value: float | None
+    reasons: Sequence[str]
+
+
+def standing_line(one: Standing) -> Line:
+    return Line(one.task, one.status, one.primary_value, one.reasons if one.status == "held" else ())
+
+
+def summary_metadata(arrival: Arrival, lines: Sequence[Line]) -> dict[str, Any]:
+    """How many tasks are published, held and failed, and one line a task: what became of it and why."""
+    lines = sorted(lines, key=lambda line: line.task)
+    rows = [(line.task, line.status, _number(line.value), " ".join(line.reasons)) for line in lines]
+    body: dict[str, Any] = {
+        status: sum(line.status == status for line in lines) for status in ("published", "held", "failed")
+    }
+    if arrival.step is not None:
+        body["step"] = arrival.step
+    return {**body, "tasks": dg.MetadataValue.md(_table(("task", "status", "score", "reasons"), rows))}

@@ -7,19 +7,29 @@ import dagster as dg
 
 from assets import metadata
 from assets.partitions import checkpoints
+from assets.standing import marks, standing
 from eval_platform.drive import Outcome
+from eval_platform.errors import EvalPlatformError
 from eval_platform.identity import content_id
 from eval_platform.store import Store, arrivals
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Arrival
 from resources.evaluator import EvaluatorResource
+from resources.run_launcher import process_tag
 from resources.store import StoreResource
+from resources.warehouse import WarehouseResource
 
 CHECKPOINT = dg.AssetKey("checkpoint")
 SUMMARY = dg.AssetKey("summary")
 GATE = "gate"
 EVALUATE_JOB = "evaluate"
-WAITING_TAG = "eval/waiting"
+# Of a run: which arrival (`<key>@<n>`), and which tasks it was asked for (a JSON list).
+ARRIVAL_TAG = "eval/arrival"
+TASKS_TAG = "eval/tasks"
+
+
+def arrival_name(key: str, n: int) -> str:
+    return f"{key}@{n}"
 
 
 def results_key(task: str) -> dg.AssetKey:
@@ -73,7 +83,8 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
         dg.AssetSpec(
             SUMMARY,
             deps=[results_key(name) for name in lock.tasks],
-            description="What became of each task on this checkpoint: published, held or failed, and why.",
+            description="What became of each task on this checkpoint: published, held or failed, and why."
+            + ("" if lock.tasks else "\n\nThere are no tasks yet: run `eval-platform tasks sync`."),
             group_name="checkpoints",
             partitions_def=checkpoints,
             owners=["team:evaluation"],
@@ -96,33 +107,48 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
         op_tags={"eval/kind": "evaluate"},
     )
     def evaluate_checkpoint(
-        context: dg.AssetExecutionContext, store: StoreResource, evaluator: EvaluatorResource
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        evaluator: EvaluatorResource,
+        warehouse: WarehouseResource,
     ) -> Iterator[Any]:
         opened = store.open()
-        arrival = _arrival(context, opened)
         selected = set(context.selected_asset_keys)
         tasks = [name for name in lock.tasks if results_key(name) in selected]
         if not tasks and SUMMARY not in selected and CHECKPOINT not in selected:
             return
+        arrival = _arrival(context, opened)
+        tags = {ARRIVAL_TAG: arrival_name(arrival.key, arrival.n), **process_tag(context.run_id)}
+        context.instance.add_run_tags(context.run_id, tags)
         outcomes: list[Outcome] = []
-        for outcome in evaluator.evaluate(
-            arrival, tasks or list(lock.tasks), actor="dagster", on_message=_log_to(context)
-        ):
-            outcomes.append(outcome)
-            if outcome.record and CHECKPOINT in selected:
-                selected.discard(CHECKPOINT)
-                yield _checkpoint(arrival, outcome.record)
-            if results_key(outcome.task) in selected and outcome.decision is not None:
-                yield from _result(context, opened, outcome)
-        yield from _summary(context, arrival, outcomes, is_selected=SUMMARY in selected)
-        _finish(context, outcomes)
+        try:
+            for outcome in evaluator.evaluate(
+                arrival, tasks or list(lock.tasks), actor="dagster", on_message=_log_to(context)
+            ):
+                outcomes.append(outcome)
+                if not _is_newest(opened, arrival):
+                    continue
+                if outcome.record and CHECKPOINT in selected:
+                    selected.discard(CHECKPOINT)
+                    yield _checkpoint(arrival, outcome.record)
+                if results_key(outcome.task) in selected and outcome.decision is not None:
+                    yield from _result(context, opened, outcome)
+        except EvalPlatformError as error:  # its message is meant for people, a stack of calls would hide it
+            raise dg.Failure(str(error), allow_retries=False) from error
+        if _is_newest(opened, arrival):
+            yield from _summary(context, warehouse, lock, arrival, outcomes, is_selected=SUMMARY in selected)
+            _finish(context, outcomes)
+        else:
+            # The partition is the newest arrival's: it shows what that one scored, and alerts for it alone. If the
+            # newest turns out to be no model, the reconciliation sensor shows this one.
+            context.log.warning(f"{context.partition_key} has arrived anew since: {_told(outcomes)}")
 
     return evaluate_checkpoint
 
 
 def _arrival(context: dg.AssetExecutionContext, store: Store) -> Arrival:
     key = context.partition_key
-    asked = context.run.tags.get("eval/arrival", "").rpartition("@")[2]
+    asked = context.run.tags.get(ARRIVAL_TAG, "").rpartition("@")[2]
     arrival = arrivals.get(store, key, int(asked)) if asked else arrivals.newest(store, key)
     if arrival is None:
         raise dg.Failure(
@@ -131,6 +157,11 @@ def _arrival(context: dg.AssetExecutionContext, store: Store) -> Arrival:
             allow_retries=False,
         )
     return arrival
+
+
+def _is_newest(store: Store, arrival: Arrival) -> bool:
+    newest = arrivals.newest(store, arrival.key)
+    return newest is None or newest.n == arrival.n
 
 
 def _log_to(context: dg.AssetExecutionContext) -> Callable[[dict[str, Any]], None]:
@@ -189,49 +220,43 @@ def _result(context: dg.AssetExecutionContext, store: Store, outcome: Outcome) -
             metadata=metadata.check_metadata(decision),
         )
     else:  # someone selected the asset without its check; the decision was made all the same
-        context.instance.report_runless_asset_event(
-            dg.AssetCheckEvaluation(
-                asset_key=key,
-                check_name=GATE,
-                passed=passed,
-                severity=severity,
-                metadata=metadata.check_metadata(decision),
-                partition=context.partition_key,
-            )
+        metadata.report_check(
+            context.instance, dg.AssetCheckKey(key, GATE), context.partition_key, decision, context.run_id
         )
 
 
 def _summary(
-    context: dg.AssetExecutionContext, arrival: Arrival, outcomes: list[Outcome], *, is_selected: bool
+    context: dg.AssetExecutionContext,
+    warehouse: WarehouseResource,
+    lock: TaskLock,
+    arrival: Arrival,
+    outcomes: list[Outcome],
+    *,
+    is_selected: bool,
 ) -> Iterator[Any]:
     """Last, whatever happened: the leaderboard hangs on it."""
-    known = [outcome for outcome in outcomes if outcome.record]
-    version = content_id([[o.task, o.record["evaluation_id"], o.record["attempt"], o.status] for o in known])
-    body = {
-        "published": sum(o.status == "published" for o in outcomes),
-        "held": sum(o.status == "held" for o in outcomes),
-        "failed": sum(o.status == "failed" for o in outcomes),
-        "tasks": dg.MetadataValue.md(metadata.outcomes_table(outcomes)),
-    }
-    if arrival.step is not None:
-        body["step"] = arrival.step
+    key = context.partition_key
+    lines = {one.task: metadata.standing_line(one) for one in standing(warehouse, lock, [key])[key]}
+    for outcome in outcomes:
+        if outcome.status in {"failed", "waiting"}:
+            lines[outcome.task] = metadata.Line(outcome.task, outcome.status, None, outcome.reasons)
+    body = metadata.summary_metadata(arrival, list(lines.values()))
+    version = marks(warehouse, lock).get(key) or content_id("nothing stands")
     if is_selected:
         yield dg.MaterializeResult(asset_key=SUMMARY, metadata=body, data_version=dg.DataVersion(version))
     else:  # results/<task> was asked for alone: the board must move all the same
-        yield dg.AssetMaterialization(
-            SUMMARY, partition=context.partition_key, metadata=body, tags={metadata.DATA_VERSION: version}
-        )
+        yield dg.AssetMaterialization(SUMMARY, partition=key, metadata=body, tags={metadata.DATA_VERSION: version})
 
 
 def _finish(context: dg.AssetExecutionContext, outcomes: list[Outcome]) -> None:
     """Red when something is held or failed, so that the alert fires; a task at another worker is no failure."""
     bad = [outcome for outcome in outcomes if outcome.status in {"held", "failed"}]
-    if any(outcome.status == "waiting" for outcome in outcomes):
-        # The reconciliation sensor looks again: it mirrors the other worker's commit, or asks for another run.
-        context.instance.add_run_tags(context.run_id, {WAITING_TAG: "true"})
     if bad:
-        raise dg.Failure(
-            f"{context.partition_key}: "
-            + "; ".join(f"{o.task} {o.status}: {' '.join(o.reasons) or 'no reason given'}" for o in bad),
-            allow_retries=False,
-        )
+        raise dg.Failure(f"{context.partition_key}: {_told(bad)}", allow_retries=False)
+
+
+def _told(outcomes: list[Outcome]) -> str:
+    return "; ".join(
+        f"{o.task} {o.status}" + (f": {' '.join(o.reasons) or 'no reason given'}" if o.status != "published" else "")
+        for o in outcomes
+    )

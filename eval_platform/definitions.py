@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.boards import boards
 from assets.results import EVALUATE_JOB, dataset_specs, evaluate_asset
-from eval_platform.config import load_config
+from eval_platform.config import Config, load_config
 from eval_platform.identity import content_id
 from eval_platform.tasks import read_lock
 from resources.evaluator import EvaluatorResource
@@ -15,8 +15,8 @@ from sensors.arrivals import new_checkpoints_sensor
 from sensors.reconciliation import reconciliation_sensor
 
 
-def _definitions() -> dg.Definitions:
-    config = load_config()
+def gather(config: Config) -> dg.Definitions:
+    """The definitions for a configuration. Raises SchemaError when its lock cannot be read."""
     lock = read_lock(config.lock_path)
     settings = content_id(config.engine.model_dump())[:8]
     results = evaluate_asset(lock, lambda name: f"{lock.tasks[name].task_id[:16]}-{settings}")
@@ -31,8 +31,8 @@ def _definitions() -> dg.Definitions:
         assets=dg.with_source_code_references([*dataset_specs(lock), results, boards]),
         jobs=[job],
         sensors=[
-            new_checkpoints_sensor(config.sensor.interval_seconds),
-            reconciliation_sensor(),
+            new_checkpoints_sensor(lock, config.sensor.interval_seconds),
+            reconciliation_sensor(lock),
             alert_sensor(),
             dg.AutomationConditionSensorDefinition(
                 "boards_follow",
@@ -51,4 +51,4 @@ def _definitions() -> dg.Definitions:
     )
 
 
-defs = _definitions()
+defs = gather(load_config())

@@ -1,36 +1,45 @@
 """A new checkpoint in a watched folder -> an arrival, a partition and a run, in one tick."""
 
 import json
-import time
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
+from datetime import datetime
 
 import dagster as dg
 
 from assets.partitions import checkpoints
-from assets.results import CHECKPOINT, EVALUATE_JOB
+from assets.results import ARRIVAL_TAG, CHECKPOINT, EVALUATE_JOB, SUMMARY, TASKS_TAG, arrival_name, results_key
 from eval_platform.checkpoints import Found, Watch, discover, hold
 from eval_platform.store import arrivals, register_root, watcher_id
+from eval_platform.tasks import TaskLock
 from eval_platform.values import Arrival, Incomplete
 from resources.store import StoreResource
 
 
-def run_request(arrival: Arrival, *, repair: int = 0, priority: int | None = None) -> dg.RunRequest:
-    """One run for one arrival. run_keys last for ever, so that a repair needs another."""
-    name = f"{arrival.key}@{arrival.n}"
+def run_request(arrival: Arrival, lock: TaskLock, tasks: Collection[str], *, suffix: str = "") -> dg.RunRequest:
+    """A run for one arrival on `tasks`. run_keys last for ever, so that a repair needs another: `suffix`."""
+    name = arrival_name(arrival.key, arrival.n)
+    selection = None
+    if set(tasks) != set(lock.tasks):
+        selection = [CHECKPOINT, *(results_key(task) for task in sorted(tasks)), SUMMARY]
     return dg.RunRequest(
-        run_key=f"{name}#{repair}" if repair else name,
+        run_key=name + suffix,
         partition_key=arrival.key,
+        asset_selection=selection,
         tags={
-            "eval/arrival": name,
+            ARRIVAL_TAG: name,
+            TASKS_TAG: json.dumps(sorted(tasks)),
             "eval/run": arrival.run,
             "eval/kind": "evaluate",
-            # Newest first once a queue stands: people wait for the latest number.
-            "dagster/priority": str(priority if priority is not None else int(time.time())),
+            # Newest first once a queue stands: people wait for the latest number. A repair keeps its place.
+            "dagster/priority": str(int(datetime.fromisoformat(arrival.arrived_at).timestamp()))
+            if arrival.arrived_at
+            else "0",
         },
     )
 
 
-def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
+def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDefinition:
     """Looks at every root in each tick (a listing, never an event) and at some known folders again."""
 
     @dg.sensor(
@@ -40,7 +49,9 @@ def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Finds complete checkpoints in the watched folders, numbers their arrival and asks for a run.",
     )
-    def new_checkpoints(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult:
+    def new_checkpoints(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult | dg.SkipReason:
+        if not lock.tasks:
+            return dg.SkipReason("there is nothing to ask yet: run `eval-platform tasks sync`")
         config, opened = store.config(), store.open()
         for root in config.checkpoints:
             register_root(opened, root.name, root.path)
@@ -49,7 +60,7 @@ def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
         keys = sorted(context.instance.get_dynamic_partitions(str(checkpoints.name)))
         sweep, position = _sweep(keys, cursor.get("position", ""), config.sensor.sweep_per_tick)
         known = dict.fromkeys(keys, "")
-        for key in sweep:
+        for key in {*sweep, *(key for key in keys if key in watch)}:
             newest = arrivals.newest(opened, key)
             known[key] = newest.fingerprint if newest else ""
 
@@ -60,19 +71,20 @@ def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
                 found.append(candidate)
             else:
                 waiting.append(candidate)
-        found.sort(key=lambda f: (f.run, -(f.step or 0)))
-        taken = found[: config.sensor.new_per_tick]
         watcher = watcher_id(config.state_dir)
         requests, events, added = [], [], []
-        for one in taken:
+        for one in _in_turn(found):
+            if len(requests) >= config.sensor.new_per_tick:
+                break
             arrival, is_new = arrivals.register(opened, watcher=watcher, **asdict(one))
             if one.key not in known:
+                # Also when another watcher, or a tick that was cut off, has numbered it: then Dagster lacks it.
                 added.append(one.key)
             elif not is_new:
                 continue  # another watcher's arrival, or a sweep of what has not changed
             # A trainer may delete the folder while the run waits in the queue.
             held = hold(arrival, config.cache_dir)
-            requests.append(run_request(arrival))
+            requests.append(run_request(arrival, lock, lock.tasks))
             events.append(
                 dg.AssetObservation(
                     CHECKPOINT,
@@ -84,7 +96,7 @@ def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
             "watch": watch.to_json(),
             "position": position,
             "known": len(known),
-            "backlog": len(found) - len(taken),
+            "backlog": len(found) - len(requests),
             "waiting": [f"{w.key}: {w.reason}" for w in waiting[:20]],
         }
         skip = None
@@ -101,10 +113,19 @@ def new_checkpoints_sensor(interval_seconds: int) -> dg.SensorDefinition:
     return new_checkpoints
 
 
-def _sweep(keys: list[str], position: str, count: int) -> tuple[list[str], str]:
+def _in_turn(found: Iterable[Found]) -> list[Found]:
+    """Newest step first within a run, the runs taking turns, so that one run's backlog never keeps another waiting."""
+    by_run: dict[str, list[Found]] = {}
+    for one in sorted(found, key=lambda f: -(f.step if f.step is not None else -1)):
+        by_run.setdefault(one.run, []).append(one)
+    ranked = [(rank, run, one) for run, group in by_run.items() for rank, one in enumerate(group)]
+    return [one for _, _, one in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def _sweep(keys: Sequence[str], position: str, count: int) -> tuple[list[str], str]:
     """The next `count` known keys after `position`, going round; so every folder is looked at again in turn."""
     if not keys:
         return [], ""
     later = [key for key in keys if key > position]
-    chosen = (later + keys)[: min(count, len(keys))]
+    chosen = [*later, *keys][: min(count, len(keys))]
     return chosen, chosen[-1]

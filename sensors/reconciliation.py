@@ -1,12 +1,11 @@
-"""Repairs what a crash dropped, and mirrors into Dagster what happened outside its runs.
+"""Mirrors into Dagster what happened outside its runs, and asks for what is owed (`repairs.py`).
 
 Dagster mirrors the store: releases, CLI runs, rescoring, links and other platforms' commits all happen without it.
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -18,80 +17,38 @@ from assets.results import (
     EVALUATE_JOB,
     GATE,
     SUMMARY,
-    WAITING_TAG,
     checkpoint_metadata,
     dataset_key,
     results_key,
 )
+from assets.standing import Standing, Unfinished, marks, standing, unfinished
+from eval_platform import warehouse as library
+from eval_platform.checkpoints import held
 from eval_platform.config import Config
-from eval_platform.identity import content_id
-from eval_platform.store import Store, arrivals, commits, decisions, log
-from eval_platform.tasks import TaskLock, read_lock
+from eval_platform.store import Store, arrivals, commits, decisions
+from eval_platform.tasks import TaskLock
 from resources.store import StoreResource
 from resources.warehouse import WarehouseResource
-from sensors.arrivals import run_request
+from sensors.repairs import Repairs, is_busy, release_holds, repairs, reruns
 
-MIRRORED_PER_TICK = 200
-REPAIRS_PER_TICK = 25
-FIRST_REPAIR_SECONDS = 15.0
-LONGEST_REPAIR_SECONDS = 3600.0
-
-_RUNNING = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
-
-# Every decision on every key that has the evaluated checkpoint under it: what Dagster should know.
-_STANDING = """
-    select a.key, a.n, e.task, e.evaluation_id, e.attempt, d.n as decision
-    from arrivals a
-    join evaluations e on e.checkpoint_id = a.checkpoint_id
-    join (select evaluation_id, attempt, max(n) as n from decisions group by all) d
-      on d.evaluation_id = e.evaluation_id and d.attempt = e.attempt
-    where not e.stale and e.item_limit is null
-      and a.n = (select max(b.n) from arrivals b where b.key = a.key)
-      and e.attempt = (
-        select max(f.attempt) from evaluations f join decisions g using (evaluation_id, attempt)
-        where f.evaluation_id = e.evaluation_id
-      )
-    order by a.key, e.task
-"""
-
-# Newest arrivals with a task that has neither a commit nor a final failure.
-_UNFINISHED = """
-    select a.key, a.n
-    from arrivals a
-    where a.n = (select max(b.n) from arrivals b where b.key = a.key) and not a.failed
-      and (
-        select count(distinct e.task) from evaluations e
-        where e.checkpoint_id = a.checkpoint_id and not e.stale and e.item_limit is null
-          and e.task in ({tasks})
-      ) < {count}
-    order by a.key, a.n
-"""
+MIRRORED_KEYS_PER_TICK = 25
 
 
-@dataclass(frozen=True)
-class _Standing:
-    key: str
-    n: int
-    task: str
-    evaluation_id: str
-    attempt: int
-    decision: int
+@dataclass
+class _Memory:
+    """What this process has seen. It only saves work: Dagster's own records decide, and a restart forgets it."""
 
-    @property
-    def mark(self) -> str:
-        return f"{self.evaluation_id}.{self.attempt}#{self.decision}"
+    catalog: tuple[int, ...] = ()
+    marks: dict[str, str] = field(default_factory=dict)
+    unfinished: list[Unfinished] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)  # key -> mark that Dagster shows
+    datasets: dict[str, str] = field(default_factory=dict)
+    repairs: Repairs = field(default_factory=Repairs)
 
 
-def reconciliation_sensor() -> dg.SensorDefinition:
-    """Runs every 15 s. Cheap when nothing happened: the store's log says so."""
-    looked: set[str] = set()  # log entries already looked at for reruns; a run_key is asked for once in any case
-    mirrored: dict[tuple[str, str], str] = {}  # (key, task) -> mark; only saves look-ups, Dagster's own record decides
+def reconciliation_sensor(lock: TaskLock) -> dg.SensorDefinition:
+    """Runs every 15 s. Asks the catalog only when it has changed."""
+    memory = _Memory()
 
     @dg.sensor(
         name="reconciliation",
@@ -102,57 +59,76 @@ def reconciliation_sensor() -> dg.SensorDefinition:
     )
     def reconciliation(
         context: dg.SensorEvaluationContext, store: StoreResource, warehouse: WarehouseResource
-    ) -> dg.SensorResult:
-        config, opened = store.config(), store.open()
-        lock = read_lock(config.lock_path)
-        known = set(context.instance.get_dynamic_partitions(str(checkpoints.name)))
-        standing = [_Standing(**row) for row in warehouse.query(_STANDING).to_pylist() if row["task"] in lock.tasks]
+    ) -> dg.SensorResult | dg.SkipReason:
+        if not lock.tasks:
+            return dg.SkipReason("there is nothing to ask yet: run `eval-platform tasks sync`")
+        config, opened, instance = store.config(), store.open(), context.instance
+        holds = held(config.cache_dir)
+        _look(memory, config, opened, warehouse, lock)
+        known = set(instance.get_dynamic_partitions(str(checkpoints.name)))
+        cursor = json.loads(context.cursor or "{}")
 
-        events: list[Any] = list(_datasets(context.instance, lock))
-        added: list[str] = []
-        touched: set[str] = set()
-        for one in standing:
-            if mirrored.get((one.key, one.task)) == one.mark:
-                continue
-            if len(events) >= MIRRORED_PER_TICK:
-                break
-            if _dagster_knows(context.instance, one):
-                mirrored[one.key, one.task] = one.mark
-                continue
-            if _busy(context.instance, one.key):
-                continue  # its own run reports it
-            if one.key not in known:
-                added.append(one.key)
-                known.add(one.key)
-            events += _mirror(opened, one, is_first=one.key not in touched)
-            touched.add(one.key)
-        for key in sorted(touched):
-            marks = [one.mark for one in standing if one.key == key]
-            events.append(
-                dg.AssetMaterialization(
-                    SUMMARY,
-                    partition=key,
-                    description="mirrored from the results root",
-                    tags={metadata.DATA_VERSION: content_id(marks)},
-                )
-            )
-        repairs = [
-            *_repairs(context.instance, config, opened, lock, warehouse, known),
-            *_reruns(opened, lock, known, looked),
-        ]
-        skip = None if repairs or events else "Dagster shows what the results root holds"
+        events: list[Any] = list(_datasets(instance, lock, memory.datasets))
+        mirrored = _unseen(instance, memory)
+        for key, results in standing(warehouse, lock, mirrored).items():
+            if results:
+                events += _mirror(instance, opened, key, results, memory.marks[key])
+        added = sorted(set(mirrored) - known)
+        known.update(added)
+
+        requests = list(repairs(instance, config, opened, lock, memory.unfinished, known, memory.repairs))
+        asked_again, cursor["reruns_since"] = reruns(
+            instance, opened, lock, known, cursor.get("reruns_since"), memory.repairs
+        )
+        requests += asked_again
+        release_holds(instance, config, holds, memory.unfinished, memory.repairs)
         return dg.SensorResult(
-            run_requests=repairs,
+            run_requests=requests,
             asset_events=events,
-            dynamic_partitions_requests=[checkpoints.build_add_request(sorted(set(added)))] if added else None,
-            skip_reason=skip if not repairs else None,
-            cursor=json.dumps({"standing": len(standing), "mirrored": len(events), "repairs": len(repairs)}),
+            dynamic_partitions_requests=[checkpoints.build_add_request(added)] if added else None,
+            skip_reason=None if requests or events else "Dagster shows what the results root holds",
+            cursor=json.dumps(cursor),
         )
 
     return reconciliation
 
 
-def _latest(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str | None) -> Mapping[str, str]:
+def _look(memory: _Memory, config: Config, store: Store, warehouse: WarehouseResource, lock: TaskLock) -> None:
+    """Ask the catalog again if it is another than last time: every refresh that finds news replaces the file."""
+    library.refresh(store, config.catalog_path)
+    state = config.catalog_path.stat()
+    seen = (state.st_ino, state.st_mtime_ns, state.st_size)
+    if seen == memory.catalog:
+        return
+    memory.marks = marks(warehouse, lock)
+    memory.unfinished = unfinished(warehouse, lock)
+    memory.catalog = seen
+
+
+def _unseen(instance: dg.DagsterInstance, memory: _Memory) -> list[str]:
+    """Keys of which Dagster shows something else than what stands, what was decided last first."""
+    differ = [key for key, mark in memory.marks.items() if memory.shown.get(key) != mark]
+    if not differ:
+        return []
+    # One question for all keys; Dagster's own staleness page asks the same.
+    latest = instance.event_log_storage.get_latest_tags_by_partition(
+        SUMMARY,
+        dg.DagsterEventType.ASSET_MATERIALIZATION,
+        [metadata.DATA_VERSION],
+        asset_partitions=differ if len(differ) <= MIRRORED_KEYS_PER_TICK else None,
+    )
+    found: list[str] = []
+    for key in differ:
+        if len(found) == MIRRORED_KEYS_PER_TICK:
+            break
+        if latest.get(key, {}).get(metadata.DATA_VERSION) == memory.marks[key]:
+            memory.shown[key] = memory.marks[key]
+        elif not is_busy(instance, key):  # else its own run reports it
+            found.append(key)
+    return found
+
+
+def _tags(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str | None) -> Mapping[str, str]:
     """The tags of the newest materialization; empty when there is none."""
     where = dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition] if partition else None)
     records = instance.fetch_materializations(where, limit=1).records
@@ -161,112 +137,54 @@ def _latest(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str | Non
     return records[0].asset_materialization.tags or {}
 
 
-def _dagster_knows(instance: dg.DagsterInstance, one: _Standing) -> bool:
-    tags = _latest(instance, results_key(one.task), one.key)
-    version = f"{one.evaluation_id}.{one.attempt}"
-    return tags.get(metadata.DATA_VERSION) == version and tags.get(metadata.DECISION_TAG) == str(one.decision)
-
-
-def _busy(instance: dg.DagsterInstance, key: str) -> bool:
-    where = dg.RunsFilter(tags={"dagster/partition": key}, statuses=_RUNNING)
-    return instance.get_runs_count(where) > 0
-
-
-def _mirror(store: Store, one: _Standing, *, is_first: bool) -> Iterator[Any]:
-    record = commits.read(store, one.evaluation_id, one.attempt)
-    decision = decisions.standing(store, one.evaluation_id, one.attempt)
-    arrival = arrivals.get(store, one.key, one.n)
-    if record is None or decision is None or arrival is None:
-        raise RuntimeError(f"{one.key}, {one.task}: the catalog knows what the store has lost: {one.mark}")
-    if is_first:
+def _mirror(instance: dg.DagsterInstance, store: Store, key: str, results: list[Standing], mark: str) -> Iterator[Any]:
+    """Events for what Dagster does not show of a key; `summary` last, so that what a crash cuts off is still owed."""
+    arrival = arrivals.get(store, key, results[0].n)
+    if arrival is None:
+        raise RuntimeError(f"{key}@{results[0].n}: the catalog knows an arrival that the store has lost")
+    for one in results:
+        record = commits.read(store, one.evaluation_id, one.attempt)
+        decision = decisions.standing(store, one.evaluation_id, one.attempt)
+        if record is None or decision is None:
+            raise RuntimeError(f"{key}, {one.task}: the catalog knows what the store has lost: {one.evaluation_id}")
+        if one is results[0] and _tags(instance, CHECKPOINT, key).get(metadata.DATA_VERSION) != record["checkpoint_id"]:
+            yield dg.AssetMaterialization(
+                CHECKPOINT,
+                partition=key,
+                metadata=checkpoint_metadata(arrival, record["checkpoint_id"], record["weights_id"]),
+                tags={metadata.DATA_VERSION: record["checkpoint_id"]},
+            )
+        tags = metadata.result_tags(record, decision)
+        shown = _tags(instance, results_key(one.task), key)
+        if all(shown.get(name) == value for name, value in tags.items()):
+            continue
         yield dg.AssetMaterialization(
-            CHECKPOINT,
-            partition=one.key,
-            metadata=checkpoint_metadata(arrival, record["checkpoint_id"], record["weights_id"]),
-            tags={metadata.DATA_VERSION: record["checkpoint_id"]},
+            results_key(one.task),
+            partition=key,
+            description=f"{decision.action} by {decision.actor}",
+            metadata=metadata.result_metadata(store, record, decision),
+            tags=tags,
         )
+        metadata.report_check(instance, dg.AssetCheckKey(results_key(one.task), GATE), key, decision)
     yield dg.AssetMaterialization(
-        results_key(one.task),
-        partition=one.key,
-        description=f"{decision.action} by {decision.actor}",
-        metadata=metadata.result_metadata(store, record, decision),
-        tags=metadata.result_tags(record, decision),
-    )
-    passed, severity = metadata.check_severity(decision)
-    yield dg.AssetCheckEvaluation(
-        asset_key=results_key(one.task),
-        check_name=GATE,
-        passed=passed,
-        severity=severity,
-        metadata=metadata.check_metadata(decision),
-        partition=one.key,
+        SUMMARY,
+        partition=key,
+        description="mirrored from the results root",
+        metadata=metadata.summary_metadata(arrival, [metadata.standing_line(one) for one in results]),
+        tags={metadata.DATA_VERSION: mark},
     )
 
 
-def _datasets(instance: dg.DagsterInstance, lock: TaskLock) -> Iterator[dg.AssetMaterialization]:
+def _datasets(instance: dg.DagsterInstance, lock: TaskLock, shown: dict[str, str]) -> Iterator[dg.AssetMaterialization]:
     """The snapshots that `tasks sync` froze, so that lineage begins where the questions come from."""
     for name, task in lock.tasks.items():
-        if _latest(instance, dataset_key(name), None).get(metadata.DATA_VERSION) != task.dataset_id:
-            yield dg.AssetMaterialization(
-                dataset_key(name),
-                metadata={"dataset_id": task.dataset_id, "dagster/row_count": task.n_documents},
-                tags={metadata.DATA_VERSION: task.dataset_id},
-            )
-
-
-def _repairs(
-    instance: dg.DagsterInstance,
-    config: Config,
-    store: Store,
-    lock: TaskLock,
-    warehouse: WarehouseResource,
-    known: set[str],
-) -> Iterator[dg.RunRequest]:
-    """Runs for arrivals that none has, or whose last one crashed or left tasks to another worker."""
-    count = 0
-    if not lock.tasks:
-        return
-    names = ", ".join("'" + name.replace("'", "''") + "'" for name in lock.tasks)
-    rows = warehouse.query(_UNFINISHED.format(tasks=names, count=len(lock.tasks)))
-    for row in rows.to_pylist():
-        if row["key"] not in known or count >= REPAIRS_PER_TICK:
+        if shown.get(name) == task.dataset_id:
             continue
-        arrival = arrivals.get(store, row["key"], row["n"])
-        if arrival is None:
+        if _tags(instance, dataset_key(name), None).get(metadata.DATA_VERSION) == task.dataset_id:
+            shown[name] = task.dataset_id
             continue
-        runs = instance.get_run_records(dg.RunsFilter(tags={"eval/arrival": f"{arrival.key}@{arrival.n}"}), limit=50)
-        if runs:
-            last = runs[0]
-            status = last.dagster_run.status
-            crashed = (
-                status == dg.DagsterRunStatus.FAILURE and last.dagster_run.tags.get("dagster/will_retry") != "true"
-            )
-            left = status == dg.DagsterRunStatus.SUCCESS and last.dagster_run.tags.get(WAITING_TAG) == "true"
-            if not (crashed or left):
-                continue
-            wait = min(FIRST_REPAIR_SECONDS * 2 ** (len(runs) - 1), LONGEST_REPAIR_SECONDS)
-            if last.end_time is None or time.time() - last.end_time < wait:
-                continue
-        count += 1
-        yield run_request(arrival, repair=len(runs))
-
-
-def _reruns(store: Store, lock: TaskLock, known: set[str], looked: set[str]) -> Iterator[dg.RunRequest]:
-    """Runs for the attempts that a person opened and nobody has answered yet."""
-    for entry in log.read(store, log.recent_dates(), looked):
-        if entry["kind"] != "asked" or entry.get("action") != "rerun":
-            looked.add(entry["log_key"])
-            continue
-        evaluation_id, attempt = entry["evaluation_id"], entry["attempt"]
-        before = commits.read(store, evaluation_id, attempt - 1)
-        if before is None or commits.read(store, evaluation_id, attempt) is not None:
-            continue
-        arrival = arrivals.get(store, before["key"], before["arrival"])
-        if arrival is None or arrival.key not in known or before["task"] not in lock.tasks:
-            continue
-        yield dg.RunRequest(
-            run_key=f"{arrival.key}@{arrival.n}#rerun-{evaluation_id}-{attempt}",
-            partition_key=arrival.key,
-            asset_selection=[results_key(before["task"])],
-            tags=run_request(arrival).tags,
+        yield dg.AssetMaterialization(
+            dataset_key(name),
+            metadata={"dataset_id": task.dataset_id, "dagster/row_count": task.n_documents},
+            tags={metadata.DATA_VERSION: task.dataset_id},
         )

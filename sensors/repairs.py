@@ -1,0 +1,200 @@
+"""Runs that are owed: what a crash dropped, what was left to another worker, what a person asked for again."""
+
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+
+import dagster as dg
+
+from assets.results import ARRIVAL_TAG, TASKS_TAG, arrival_name, results_key
+from assets.standing import Unfinished
+from eval_platform.checkpoints import hold, release_other_holds
+from eval_platform.config import Config
+from eval_platform.store import Store, arrivals, commits, layout, log, tries
+from eval_platform.tasks import TaskLock
+from sensors.arrivals import run_request
+
+REPAIRS_PER_TICK = 25
+LOOKED_AT_PER_TICK = 200
+FIRST_REPAIR_SECONDS = 15.0
+LONGEST_REPAIR_SECONDS = 3600.0
+RERUN_TAG = "eval/rerun"
+# Of a run that changed its state so lately that a tick may not have seen it yet, whatever the clocks say.
+RECENT_SECONDS = 600.0
+
+_GOING_ON = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+@dataclass
+class Repairs:
+    """What this process has looked at already; it only saves work."""
+
+    # Arrivals that lack tasks nobody has asked for: with `on_task_change = new_only` they stay so.
+    settled: dict[str, Unfinished] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)  # log entries
+
+
+def is_busy(instance: dg.DagsterInstance, key: str) -> bool:
+    """Whether a run for the key waits or works."""
+    where = dg.RunsFilter(tags={"dagster/partition": key}, statuses=_GOING_ON)
+    return instance.get_runs_count(where) > 0
+
+
+def repairs(
+    instance: dg.DagsterInstance,
+    config: Config,
+    store: Store,
+    lock: TaskLock,
+    unfinished: Sequence[Unfinished],
+    known: set[str],
+    memory: Repairs,
+) -> Iterator[dg.RunRequest]:
+    """Runs for newest arrivals that have none, or whose runs ended without a result or a final failure of a task.
+
+    What is asked of an arrival is what its runs were asked for, and what a changed task makes due (`_due`). Each
+    further run of an arrival waits twice as long.
+    """
+    recently = datetime.now(UTC) - timedelta(seconds=RECENT_SECONDS)
+    for record in instance.get_run_records(dg.RunsFilter(updated_after=recently)):
+        memory.settled.pop(record.dagster_run.tags.get(ARRIVAL_TAG, ""), None)
+    roots = {root.name for root in config.checkpoints}
+    looked = count = 0
+    for one in unfinished:
+        name = arrival_name(one.key, one.n)
+        if one.key not in known or memory.settled.get(name) == one:
+            continue
+        if looked == LOOKED_AT_PER_TICK or count == REPAIRS_PER_TICK:
+            return
+        looked += 1
+        if is_busy(instance, one.key):
+            continue
+        records = [
+            record
+            for record in instance.get_run_records(dg.RunsFilter(tags={ARRIVAL_TAG: name}))
+            if RERUN_TAG not in record.dagster_run.tags
+        ]
+        if any(_will_be_retried(record, records) for record in records):
+            continue
+        asked = {task for record in records for task in _asked_of(record.dagster_run, lock)}
+        if not records and one.key.partition("/")[0] in roots:
+            asked = set(lock.tasks)  # `eval-platform run` asks its own checkpoints what it was told to ask, no more
+        owed = (asked | _due(config, one)) & one.missing
+        if not owed:
+            memory.settled[name] = one
+            continue
+        if _too_soon(records):
+            continue
+        arrival = arrivals.get(store, one.key, one.n)
+        if arrival is None:
+            continue
+        count += 1
+        hold(arrival, config.cache_dir)  # the tick that registered it may have been cut off before
+        # Of a first run everything is asked: what is answered already costs nothing, and is shown.
+        tasks = owed if records else asked | owed
+        yield run_request(arrival, lock, tasks, suffix=f"#{len(records)}" if records else "")
+
+
+def release_holds(
+    instance: dg.DagsterInstance,
+    config: Config,
+    held: Collection[str],
+    unfinished: Sequence[Unfinished],
+    memory: Repairs,
+) -> None:
+    """Let go of checkpoints that nothing waits for any more: superseded, failed for good, or done.
+
+    held: the holds there were before the catalog was asked; a worker lets go only of what it finished.
+    """
+    if not held:
+        return
+    wanted = {(one.key, one.n) for one in unfinished if memory.settled.get(arrival_name(one.key, one.n)) != one}
+    for run in instance.get_runs(dg.RunsFilter(statuses=_GOING_ON)):
+        key, _, n = run.tags.get(ARRIVAL_TAG, "").rpartition("@")
+        if key:
+            wanted.add((key, int(n)))
+    release_other_holds(config.cache_dir, held, wanted)
+
+
+def reruns(
+    instance: dg.DagsterInstance,
+    store: Store,
+    lock: TaskLock,
+    known: set[str],
+    since: str | None,
+    memory: Repairs,
+) -> tuple[list[dg.RunRequest], str]:
+    """(runs for the attempts that a person opened and nobody has answered yet, the date to look from next time).
+
+    since: the date (UTC) from which attempts may still be open; None: yesterday.
+    """
+    recent = log.recent_dates()
+    days = [day for day in log.dates(store) if day >= (since or recent[0])]
+    found: list[dg.RunRequest] = []
+    open_since = recent[0]
+    for entry in log.read(store, days, memory.looked):
+        opened = (entry["evaluation_id"], entry["attempt"]) if entry.get("action") == "rerun" else None
+        if opened is None or commits.read(store, *opened) is not None:
+            memory.looked.add(entry["log_key"])
+            continue
+        evaluation_id, attempt = opened
+        before = commits.read(store, evaluation_id, attempt - 1)
+        if before is None or commits.slot(store, evaluation_id) != attempt:
+            continue  # announced, and not opened (yet)
+        open_since = min(open_since, entry["time"][:10])
+        arrival = arrivals.get(store, before["key"], before["arrival"])
+        task = next((name for name, locked in lock.tasks.items() if locked.task_id == before["task_id"]), None)
+        if arrival is None or arrival.key not in known or task is None or is_busy(instance, arrival.key):
+            continue
+        subjects = tries.evaluation_subject(evaluation_id, attempt), tries.arrival_subject(arrival)
+        if any(tries.state(store, subject) is not None for subject in subjects):
+            continue  # failed for good, until `retry`
+        name = f"{evaluation_id}-{attempt}"
+        records = list(instance.get_run_records(dg.RunsFilter(tags={RERUN_TAG: name})))
+        if _too_soon(records) or any(_will_be_retried(record, records) for record in records):
+            continue
+        asked = run_request(arrival, lock, [task], suffix=f"#rerun-{name}#{len(records)}")
+        found.append(asked.with_replaced_attrs(tags={**asked.tags, RERUN_TAG: name}))
+    folders = tuple(layout.log_folder(day) for day in days)
+    memory.looked = {key for key in memory.looked if key.startswith(folders)}
+    return found, (date.fromisoformat(open_since) - timedelta(days=1)).isoformat()
+
+
+def _due(config: Config, one: Unfinished) -> frozenset[str]:
+    """Tasks that a new definition makes due: those that need scoring only, always; the others if so configured."""
+    return one.missing if config.tasks.on_task_change == "backfill" else one.answered
+
+
+def _asked_of(run: dg.DagsterRun, lock: TaskLock) -> list[str]:
+    """Tasks of the lock that a run was asked for; none if a person cancelled it."""
+    if run.status == dg.DagsterRunStatus.CANCELED:
+        return []
+    if TASKS_TAG in run.tags:
+        return [task for task in json.loads(run.tags[TASKS_TAG]) if task in lock.tasks]
+    if run.asset_selection is None:
+        return list(lock.tasks)
+    return [task for task in lock.tasks if results_key(task) in run.asset_selection]
+
+
+def _will_be_retried(record: dg.RunRecord, records: Sequence[dg.RunRecord]) -> bool:
+    """Dagster itself starts a crashed run again, and has not done so yet."""
+    run = record.dagster_run
+    if run.status != dg.DagsterRunStatus.FAILURE or run.tags.get("dagster/will_retry") != "true":
+        return False
+    return not any(other.dagster_run.parent_run_id == run.run_id for other in records)
+
+
+def _too_soon(records: Sequence[dg.RunRecord]) -> bool:
+    if not records:
+        return False
+    wait = min(FIRST_REPAIR_SECONDS * 2 ** min(len(records) - 1, 16), LONGEST_REPAIR_SECONDS)
+    ended = max((record.end_time or 0.0) for record in records)
+    # A time that is yet to come is another clock's: it says nothing.
+    return 0 <= time.time() - ended < wait
