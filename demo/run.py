@@ -99,12 +99,14 @@ def _watch(
     deadline = time.monotonic() + GIVE_UP_SECONDS
     planted = False
     found: list[status.CheckpointStatus] = []
+    told = ""
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         while time.monotonic() < deadline:
             running.revive()
             planted = planted or next(plants, True)
             found = status.status(config, store, lock)
             live.update(_screen(config, found, trainer))
+            told = _tell(found, told)
             if trainer.poll() not in (None, 0):
                 return [f"the trainer ended with code {trainer.poll()}: see {config.state_dir}/logs/train.log"]
             busy = [one for one in found if one.state in {"waiting", "queued", "running", "missing"}]
@@ -115,6 +117,19 @@ def _watch(
         f"{one.key} is {one.state}" for one in found if one.state in {"waiting", "queued", "running", "missing"}
     )
     return [f"not done after {GIVE_UP_SECONDS / 60:.0f} minutes: {left}"]
+
+
+def _tell(found: list[status.CheckpointStatus], told: str) -> str:
+    """Where nobody looks at a live screen (a log file, CI): one line whenever something has changed."""
+    counts: dict[str, int] = {}
+    for one in found:
+        counts[one.state] = counts.get(one.state, 0) + 1
+    published = sum(task.state == "published" for one in found for task in one.tasks)
+    line = f"{len(found)} checkpoints: {', '.join(f'{n} {state}' for state, n in sorted(counts.items()))}; "
+    line += f"{published} scores published"
+    if line != told and not console.is_terminal:
+        console.print(f"{time.strftime('%H:%M:%S')}  {line}", highlight=False)
+    return line
 
 
 def _plants(arrivals: Path) -> Iterator[bool]:
