@@ -67,13 +67,13 @@ WORDS: dict[str, Any] = {
 }
 
 
-def until(found: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+def until(found: Callable[[], Any], what: str, patience_s: float = PATIENCE_S, *, every_s: float = 0.05) -> Any:
     """The first true value of `found()`; fails, saying what was awaited, when it never comes."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if value := found():
             return value
-        time.sleep(0.05)
+        time.sleep(every_s)
     raise AssertionError(f"waited {patience_s:.0f} s for {what}")
 
 
@@ -152,9 +152,9 @@ class Place:
     def revoke(self, name: str) -> None:
         (self.control / name).unlink()
 
-    def paused(self) -> int:
+    def paused(self, patience_s: float = PATIENCE_S) -> int:
         """Wait for a worker to pause; its process number."""
-        found: list[Path] = until(lambda: list(self.control.glob("paused-*")), "a worker to pause")
+        found: list[Path] = until(lambda: list(self.control.glob("paused-*")), "a worker to pause", patience_s)
         (mark,) = found
         mark.unlink()
         return int(mark.name.removeprefix("paused-"))

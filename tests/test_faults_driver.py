@@ -16,7 +16,7 @@ from eval_platform import launch
 from eval_platform.adopt import adopt
 from eval_platform.drive import drive
 from eval_platform.plan import plan
-from eval_platform.store import decisions, layout, tries
+from eval_platform.store import decisions, layout, process, tries
 from eval_platform.tasks import read_lock
 
 pytestmark = pytest.mark.slow
@@ -184,3 +184,23 @@ def test_two_platforms_on_one_folder_and_one_results_root(place):
     for row in place.sql("select evaluation_id from evaluations"):
         told = tries.history(place.store, tries.evaluation_subject(row["evaluation_id"], 1))
         assert [t.outcome for t in told] == ["committed"]
+
+
+def test_after_a_restart_of_the_machine_the_lease_passes_on_by_its_ttl(place, monkeypatch):
+    """Process numbers of another boot say nothing: nobody can be known dead, and silence must do."""
+    place.lease_seconds = 1.0
+    with forked(place):
+        arrival = place.arrive()
+        place.command("pause_answer", PAUSE)
+        worker = place.launch(arrival)
+        place.paused()
+        worker.process.kill()
+        worker.process.wait()
+        place.revoke("pause_answer")
+        asked = len(place.asked())
+        monkeypatch.setattr(process, "_machine", lambda: "another boot of this kernel")
+
+        assert [o.status for o in place.drive(arrival)] == ["published", "published"]
+
+    assert len(place.asked()) == asked + 80 - 64 + 6
+    must_be_decided_once(place)
