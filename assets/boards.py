@@ -37,6 +37,7 @@ LEARNING_CURVES = dg.AssetKey("learning_curves")
 )
 def boards(context: dg.AssetExecutionContext, store: StoreResource, warehouse: WarehouseResource) -> Any:
     """Both boards, from one look at the catalog."""
+    warehouse.refresh()
     board = warehouse.query("select * from leaderboard order by run, step, key, task")
     curves = warehouse.query("select * from learning_curves where subset = '' order by run, task, metric, step")
     yield dg.MaterializeResult(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
-from dagster._core.instance.utils import RUNLESS_JOB_NAME
 from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.instance.utils import RUNLESS_JOB_NAME
 
 from assets.standing import Standing
 from eval_platform.store import Store

@@ -236,6 +236,7 @@ def _summary(
 ) -> Iterator[Any]:
     """Last, whatever happened: the leaderboard hangs on it."""
     key = context.partition_key
+    warehouse.refresh()
     lines = {one.task: metadata.standing_line(one) for one in standing(warehouse, lock, [key])[key]}
     for outcome in outcomes:
         if outcome.status in {"failed", "waiting"}:

@@ -22,7 +22,6 @@ from assets.results import (
     results_key,
 )
 from assets.standing import Standing, Unfinished, marks, standing, unfinished
-from eval_platform import warehouse as library
 from eval_platform.checkpoints import held
 from eval_platform.config import Config
 from eval_platform.store import Store, arrivals, commits, decisions
@@ -64,7 +63,7 @@ def reconciliation_sensor(lock: TaskLock) -> dg.SensorDefinition:
             return dg.SkipReason("there is nothing to ask yet: run `eval-platform tasks sync`")
         config, opened, instance = store.config(), store.open(), context.instance
         holds = held(config.cache_dir)
-        _look(memory, config, opened, warehouse, lock)
+        _look(memory, config, warehouse, lock)
         known = set(instance.get_dynamic_partitions(str(checkpoints.name)))
         cursor = json.loads(context.cursor or "{}")
 
@@ -93,9 +92,9 @@ def reconciliation_sensor(lock: TaskLock) -> dg.SensorDefinition:
     return reconciliation
 
 
-def _look(memory: _Memory, config: Config, store: Store, warehouse: WarehouseResource, lock: TaskLock) -> None:
+def _look(memory: _Memory, config: Config, warehouse: WarehouseResource, lock: TaskLock) -> None:
     """Ask the catalog again if it is another than last time: every refresh that finds news replaces the file."""
-    library.refresh(store, config.catalog_path)
+    warehouse.refresh()
     state = config.catalog_path.stat()
     seen = (state.st_ino, state.st_mtime_ns, state.st_size)
     if seen == memory.catalog:
