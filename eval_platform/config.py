@@ -70,7 +70,8 @@ class Worker(_Section):
 class Sensor(_Section):
     """How often Dagster looks: `[sensor]`."""
 
-    interval_seconds: int = Field(default=5, ge=1)
+    # Dagster's loop looks every 5 s; an interval of 5 s misses every other look, so that an arrival waits up to 10 s.
+    interval_seconds: int = Field(default=1, ge=1)
     new_per_tick: int = Field(default=25, ge=1)
     sweep_per_tick: int = Field(default=500, ge=1, description="known folders looked at again in one tick")
 
