@@ -42,7 +42,7 @@ app.add_typer(tasks_app, name="tasks")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; recorded for good.")]
 EvaluationId = Annotated[str, typer.Argument(help="evaluation_id, or the first digits that tell it apart.")]
-Attempt = Annotated[int | None, typer.Option(min=1, help="Which attempt; default: the newest.")]
+Attempt = Annotated[int | None, typer.Option(min=1, help="Which attempt; default: the newest that has a result.")]
 Later = Annotated[bool, typer.Option("--later", help="Only record it; a platform on these results answers it.")]
 
 
@@ -313,8 +313,13 @@ def release(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None
 
 
 @app.command(epilog=_example('eval-platform retract 3fa9c1d2 --reason "test items were in the training data"'))
-def retract(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
-    """Take a published evaluation off the boards."""
+def retract(
+    evaluation_id: EvaluationId,
+    reason: Reason,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Only this attempt.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a published evaluation off the boards: every attempt that stands published, unless you name one."""
     _act("retract", evaluation_id, attempt, reason, as_json)
 
 

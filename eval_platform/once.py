@@ -10,9 +10,10 @@ from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import ConfigError, EvalPlatformError
 from eval_platform.plan import Plan, PlannedTask, plan
-from eval_platform.store import Store, arrivals, commits, register_root, tries, watcher_id
+from eval_platform.store import Store, arrivals, commits, decisions, register_root, tries, watcher_id
 from eval_platform.tasks import TaskLock, read_lock
 from eval_platform.values import RunSettings
+from eval_platform.warehouse.connection import literal
 
 _MISSING = """
     select a.key, a.n, t.name as task
@@ -20,9 +21,13 @@ _MISSING = """
     where t.current and not exists (
         select 1 from evaluations e
         where e.checkpoint_id = a.checkpoint_id and e.task_id = t.task_id and e.item_limit is null
-          and e.status in ('published', 'held')
     )
     order by a.run, a.step desc nulls last, a.key, t.name
+"""
+
+_FAILED_OF = """
+    select distinct evaluation_id, attempt from evaluations
+    where checkpoint_id = (select checkpoint_id from arrivals where key = {} and n = {}) and status = 'failed'
 """
 
 # The newest attempt of one evaluation that has no commit: what failed tries told of it.
@@ -119,7 +124,10 @@ def act(
     if action == "retry" and "/" in subject:
         return _retry_arrival(config, store, subject, actor, reason)
     evaluation_id = _evaluation(config, store, subject)
-    chosen = attempt or commits.slot(store, evaluation_id)
+    committed = commits.attempts(store, evaluation_id)
+    # What is open has nothing yet that could be judged.
+    newest = committed[-1] if committed and action in ("release", "recheck") else commits.slot(store, evaluation_id)
+    chosen = attempt or newest
     todo: Plan | None = None
     match action:
         case "rerun":
@@ -134,22 +142,39 @@ def act(
             forgiven = quality.retry(store, tries.evaluation_subject(evaluation_id, chosen), actor, reason)
             done = f"{evaluation_id}: {_failed_tries(forgiven)} forgiven"
         case "release":
-            done = f"decision {quality.release(store, evaluation_id, chosen, actor, reason).n}: published"
+            decision = quality.release(store, evaluation_id, chosen, actor, reason)
+            done = f"attempt {chosen}, decision {decision.n}: published"
         case "retract":
-            done = f"decision {quality.retract(store, evaluation_id, chosen, actor, reason).n}: held"
+            # Boards show the lowest published attempt: all must go, or the next one would take its place.
+            shown = [attempt] if attempt else _published(store, evaluation_id, committed) or [chosen]
+            made = [quality.retract(store, evaluation_id, one, actor, reason) for one in shown]
+            done = "; ".join(f"attempt {decision.attempt}, decision {decision.n}: held" for decision in made)
         case "recheck":
             decision = quality.recheck(store, config.catalog_path, evaluation_id, chosen, actor, reason)
-            done = f"decision {decision.n}: {decision.status}" + "".join(f"\n  {r}" for r in decision.reasons)
+            done = f"attempt {chosen}, decision {decision.n}: {decision.status}" + "".join(
+                f"\n  {r}" for r in decision.reasons
+            )
     warehouse.refresh(store, config.catalog_path)
     return Act(done, evaluation_id, chosen, todo)
 
 
+def _published(store: Store, evaluation_id: str, attempts: Sequence[int]) -> list[int]:
+    standing = {attempt: decisions.standing(store, evaluation_id, attempt) for attempt in attempts}
+    return [attempt for attempt, decision in standing.items() if decision and decision.status == "published"]
+
+
 def _retry_arrival(config: Config, store: Store, key: str, actor: str, reason: str) -> Act:
+    """Forgive what failed of the newest arrival under `key`: its staging and loading, and every task that failed."""
     arrival = arrivals.newest(store, key)
     if arrival is None:
         raise EvalPlatformError(f"no checkpoint has arrived as {key}", remedy="see `eval-platform status`")
     todo = plan(arrival, read_lock(config.lock_path), config, store)
-    forgiven = quality.retry(store, tries.arrival_subject(arrival), actor, reason)
+    failed = warehouse.query(config.catalog_path, store, _FAILED_OF.format(literal(key), arrival.n)).to_pylist()
+    subjects = [tries.evaluation_subject(row["evaluation_id"], row["attempt"]) for row in failed]
+    of_arrival = tries.arrival_subject(arrival)
+    if not subjects or tries.state(store, of_arrival) is not None:
+        subjects.insert(0, of_arrival)
+    forgiven = [one for subject in subjects for one in quality.retry(store, subject, actor, reason)]
     warehouse.refresh(store, config.catalog_path)
     return Act(f"{key}: {_failed_tries(forgiven)} forgiven", todo=todo)
 

@@ -119,8 +119,9 @@ def _one(
             left: State = "missing" if known or key.startswith("adhoc/") else "queued"
             tasks.append(TaskStatus(name, left))
     states = {task.state for task in tasks}
-    state = next((state for state in _ATTENTION if state in states), "queued")
-    return CheckpointStatus(key, state, reason, first["run"], first["step"], first["n"], tuple(tasks))
+    no_tasks: State = "queued"
+    worst = min(states, key=_ATTENTION.index) if states else no_tasks
+    return CheckpointStatus(key, worst, reason, first["run"], first["step"], first["n"], tuple(tasks))
 
 
 def _running(name: str, worker: launch.Running, usual: dict[str, float]) -> TaskStatus:

@@ -108,7 +108,7 @@ def _coloured(cell: str) -> str:
 
 def _told(text: str, lines: int = REASON_LINES) -> None:
     """`text` indented and wrapped, at most `lines` lines of it."""
-    width = max(40, out.width - len(_INDENT) - 1)
+    width = max(40, out.width - len(_INDENT))
     wrapped = textwrap.wrap(
         " ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False, subsequent_indent="  "
     )
