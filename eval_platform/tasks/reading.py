@@ -1,5 +1,6 @@
 """From a YAML file to a TaskFile, with errors that name file, line, key and remedy."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from eval_platform.tasks.schema import REFUSED_KEYS, TaskFile, did_you_mean
 MAX_NODES = 100_000
 
 _REMEDY = "docs/tasks.md shows every key"
+_NAME_LINE = re.compile(r"""^task:[ \t]*["']?([A-Za-z0-9_][A-Za-z0-9_.-]*)""", re.MULTILINE)
 
 
 class _Place(NamedTuple):
@@ -48,8 +50,12 @@ def task_name(path: Path) -> str | None:
     """The name a file claims, also when the rest of it is broken; None when even that cannot be read."""
     try:
         name = _read_mapping(path, ())[0].get("task")
-    except TaskError:  # the caller reports it when it reads the whole file
-        return None
+    except TaskError:  # the caller reports it when it reads the whole file; a typo must not cost the lock its task
+        try:
+            line = _NAME_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            return None
+        return line[1] if line else None
     return name if isinstance(name, str) else None
 
 
