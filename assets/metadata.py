@@ -35,7 +35,7 @@ def result_metadata(store: Store, record: Mapping[str, Any], decision: Decision)
         "status": decision.status,
         "primary metric": primary["metric"],
         "evaluation_id": record["evaluation_id"],
-        "attempt": record["attempt"],
+        "attempt": str(record["attempt"]),  # text, or it would be a plot
         "checkpoint_id": record["checkpoint_id"],
         "origin": record["origin"],
         "seconds": round(record["seconds"], 2),

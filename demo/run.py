@@ -112,7 +112,7 @@ def _watch(
             busy = [one for one in found if one.state in {"waiting", "queued", "running", "missing"}]
             if planted and trainer.poll() == 0 and found and not busy:
                 return list(_problems(config, lock, arrivals))
-            time.sleep(1)
+            time.sleep(2)
     left = ", ".join(
         f"{one.key} is {one.state}" for one in found if one.state in {"waiting", "queued", "running", "missing"}
     )

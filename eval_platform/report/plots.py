@@ -44,7 +44,10 @@ def learning_curves_png(board: pa.Table, path: Path) -> Path:
                 alpha=0.2,
                 linewidth=0,
             )
-        metric = next(iter(curves[task].values()))[0]["metric"]
+        first = next(iter(curves[task].values()))[0]
+        metric, chance = first["metric"], first["chance"]
+        if chance is not None:
+            panel.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance")
         panel.set_title(task, fontsize=10)
         panel.set_ylabel(metric, fontsize=8)
         panel.set_xlabel("step", fontsize=8)

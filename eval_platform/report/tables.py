@@ -11,7 +11,7 @@ MARKDOWN_ROWS = 100
 
 
 def leaderboard_markdown(board: pa.Table) -> str:
-    """`board`: rows of the view `leaderboard`. Newest step first, each cell the score and half its interval.
+    """`board`: rows of the view `leaderboard`. Newest step first, each cell the score and its 95 % interval.
 
     No mean over tasks: tasks have different scales, and a mean over whatever exists compares nothing.
     """
@@ -41,7 +41,8 @@ def _cell(row: dict[str, Any] | None) -> str:
         return ""
     if row["ci_low"] is None or row["ci_high"] is None:
         return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} ± {(row['ci_high'] - row['ci_low']) / 2:.3f}"
+    # No plus-minus: at 1.0 the interval has only one side. The space does not break.
+    return f"{row['value']:.3f}\u00a0[{row['ci_low']:.2f},\u00a0{row['ci_high']:.2f}]"
 
 
 def leaderboard_table(board: pa.Table) -> "Table":
