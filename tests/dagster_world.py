@@ -1,10 +1,13 @@
 """A results root, a watched folder and a real Dagster instance; ticks of the real sensors are applied as the daemon
 applies them."""
 
+import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,53 @@ class DagsterWorld(World):
         )
         records = self.instance.fetch_materializations(where, limit=1000).records
         return [record.asset_materialization for record in records if record.asset_materialization is not None]
+
+
+def write_task(folder: Path, name: str) -> None:
+    rows = [{"question": f"{name} {i}?", "label": i % 2} for i in range(8)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    body = {
+        "task": name,
+        "documents": {"file": f"{name}.jsonl"},
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": ["Yes", "No"],
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+        "primary_metric": "acc",
+        "higher_is_better": True,
+        "chance": 0.5,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(body))
+
+
+class Webhook:
+    """A server that keeps what it is told, and answers with `status`."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.status = 200
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if hook.status == 200:
+                    hook.told.append(body)
+                self.send_response(hook.status)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook?key=secret"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
 
 @contextmanager

@@ -4,12 +4,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
-from dagster_world import DagsterWorld
+from dagster_world import DagsterWorld, write_task
+from fault_tools import forked
 from tiny_models import make_checkpoint
 
 from eval_platform.checkpoints import locate
@@ -29,25 +30,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterWorld]:
             write_task(folder / "tasks", name)
         make_checkpoint(one.checkpoints / "a" / "step_1", seed=1)
         sync(one)
-        yield one
-
-
-def write_task(folder: Path, name: str) -> None:
-    rows = [{"question": f"{name} {i}?", "label": i % 2} for i in range(8)]
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    body = {
-        "task": name,
-        "documents": {"file": f"{name}.jsonl"},
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": ["Yes", "No"],
-        "doc_to_target": "label",
-        "metric_list": [{"metric": "acc"}],
-        "primary_metric": "acc",
-        "higher_is_better": True,
-        "chance": 0.5,
-    }
-    (folder / f"{name}.yaml").write_text(json.dumps(body))
+        control = folder / "control"
+        control.mkdir()
+        with forked(SimpleNamespace(control=control)):  # type: ignore[arg-type]
+            yield one
 
 
 def sync(world: DagsterWorld) -> None:
