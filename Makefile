@@ -1,4 +1,7 @@
 .PHONY: install demo test lint bench clean
+
+# make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published)
+# make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of docs/log.md
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -14,13 +17,18 @@ demo: install
 	$(BIN)/python demo/run.py $(if $(ONCE),--once)
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks.leaderboard
+	$(BIN)/python -m benchmarks.sensor_tick
+	$(BIN)/python -m benchmarks.arrival_latency
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .eval_platform demo/.eval_platform demo/results demo/checkpoints
