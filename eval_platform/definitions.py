@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.boards import boards
+from assets.checks import look_at_tasks, tasks_valid
 from assets.results import EVALUATE_JOB, dataset_specs, evaluate_asset
 from eval_platform.config import Config, load_config
 from eval_platform.identity import content_id
@@ -29,7 +30,9 @@ def gather(config: Config) -> dg.Definitions:
     store = StoreResource(config_file=str(config.file or ""))
     return dg.Definitions(
         assets=dg.with_source_code_references([*dataset_specs(lock), results, boards]),
+        asset_checks=[tasks_valid],
         jobs=[job],
+        schedules=[look_at_tasks],
         sensors=[
             new_checkpoints_sensor(lock, config.sensor.interval_seconds),
             reconciliation_sensor(lock),

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster_world import DagsterWorld, dagster_world
+from dagster_world import DagsterWorld, dagster_world, write_task
 
 from eval_platform import up
 from eval_platform.errors import EvalPlatformError
@@ -39,9 +40,9 @@ def loaded(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> DagsterWorld:
+def world(tmp_path: Path) -> Iterator[DagsterWorld]:
     with dagster_world(tmp_path) as one:
-        return one
+        yield one
 
 
 def test_loads_without_tasks_and_with_them_but_never_the_models_libraries(world: DagsterWorld) -> None:
@@ -80,6 +81,25 @@ def test_what_a_person_sees_of_a_task(world: DagsterWorld) -> None:
     graph = world.definitions().get_repository_def().asset_graph
     assert graph.get(dg.AssetKey(["results", "a"])).code_version != versions["a"]
     assert graph.get(dg.AssetKey(["results", "b"])).code_version == versions["b"]
+
+
+def test_a_broken_task_file_fails_a_check_and_nothing_else(world: DagsterWorld) -> None:
+    (world.folder / "tasks").mkdir()
+    write_task(world.folder / "tasks", "good")
+    world.file.write_text(world.file.read_text() + '[tasks]\nfolders = ["tasks"]\n')
+
+    def check() -> dg.AssetCheckEvaluation:
+        job = world.definitions().get_implicit_global_asset_job_def()
+        key = dg.AssetCheckKey(dg.AssetKey("leaderboard"), "tasks_valid")
+        subset = job.get_subset(asset_selection=set(), asset_check_selection={key})
+        return subset.execute_in_process(instance=world.instance).get_asset_check_evaluations()[0]
+
+    assert check().passed
+    (world.folder / "tasks" / "bad.yaml").write_text("task: bad\nno_such_key: 1\n")
+    found = check()
+    assert not found.passed
+    assert "bad.yaml" in str(found.metadata["errors"].value)
+    assert "no_such_key" in str(found.metadata["errors"].value)
 
 
 # ------------------------------------------------------------------------------------------------------------- up
