@@ -227,7 +227,7 @@ def leaderboard(
 ) -> None:
     """The newest published score of every checkpoint on every task; with its 95 % interval in all but `table`."""
     from eval_platform import report, warehouse
-    from eval_platform.terminal import print_table, say
+    from eval_platform.terminal import print_board, say
 
     config, store = _opened()
     warehouse.refresh(store, config.catalog_path)
@@ -239,7 +239,7 @@ def leaderboard(
     elif output != "table":
         _write(warehouse.render(board, output))
     elif board.num_rows:
-        print_table(report.leaderboard_table(board))
+        print_board(board.to_pylist())
     else:
         say("Nothing is published yet: `eval-platform status` says why.")
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,7 +22,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
@@ -167,10 +165,26 @@ def _done(task: TaskStatus) -> str:
     return f"{told} about {task.seconds_left:.0f} s left".strip() if task.seconds_left is not None else told
 
 
-def print_table(table: Table) -> None:
-    """As wide as the window on a terminal, else as wide as it needs."""
-    width = None if out.is_terminal else Measurement.get(out, out.options.update(width=10_000), table).maximum
-    out.print(table, width=width, soft_wrap=width is not None)
+def print_board(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the view `leaderboard`: a line a checkpoint, a column a task; on a terminal in blocks that fit it."""
+    tasks = sorted({row["task"] for row in rows})
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row["key"], {})[row["task"]] = "none" if row["value"] is None else f"{row['value']:.3f}"
+    key_width = max(len(key) for key in cells)
+    block: list[str] = []
+    used = key_width
+    for task in [*tasks, None]:
+        width = 2 + max(len(task), *(len(found.get(task, "")) for found in cells.values())) if task else 0
+        if block and (task is None or (out.is_terminal and used + width > out.width)):
+            lines = [(key, *(found.get(name, "") for name in block)) for key, found in cells.items()]
+            print_rows(("checkpoint", *block), lines, right=range(1, len(block) + 1))
+            if task is not None:
+                out.print()
+            block, used = [], key_width
+        if task is not None:
+            block.append(task)
+            used += width
 
 
 def print_tasks(lock: TaskLock) -> None:
