@@ -72,7 +72,7 @@ class _Model:
     def loaded(self) -> Engine:
         if self.engine is None:
             started = time.monotonic()
-            with _arrival_try(self.store, self.plan):
+            with _arrival_try(self.store, self.plan), _told_of(self.path, self.plan.arrival.uri):
                 loaded = self.load(self.path, self.settings)
             self.engine = loaded
             self.emit({"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(loaded.info)})
@@ -133,12 +133,22 @@ def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
         path = checkpoint.path
         if path is None:
             raise EvalPlatformError(f"checkpoint {plan.arrival.key} has no local files", remedy="stage it first")
-        settings = resolve_settings(plan.settings, path)
+        with _told_of(path, plan.arrival.uri):
+            settings = resolve_settings(plan.settings, path)
         arrivals.record_identity(store, plan.arrival, checkpoint)
     emit(
         {"type": "staged", "checkpoint_id": checkpoint.checkpoint_id, "weights_id": checkpoint.weights_id},
     )
     return _Model(plan, store, checkpoint, path, settings, checkpoints.tokenizer_id(path), load, emit)
+
+
+@contextmanager
+def _told_of(staged: Path, uri: str) -> Iterator[None]:
+    """Errors that name a staged file name the user's own instead: that is the one to mend."""
+    try:
+        yield
+    except EvalPlatformError as error:
+        raise type(error)(str(error).replace(str(staged), uri)) from error
 
 
 @contextmanager
