@@ -33,7 +33,9 @@ err = Console(stderr=True, highlight=False)
 
 Message = dict[str, Any]
 
-REASON_LINES = 2  # the rest are examples: `eval-platform sql "select * from held"` has them
+# What is held names examples after its reason: `eval-platform sql "select * from held"` has them whole.
+REASON_LINES = {"held": 2}
+LONGEST_REASON = 10
 SHOWN_REASONS = 2
 _INDENT = "    "
 _COLOURS = {"published": "green", "held": "yellow", "failed": "red", "refused": "red", "running": "cyan"}
@@ -104,8 +106,9 @@ def _coloured(cell: str) -> str:
     return f"[{colour}]{cell}[/]" if colour else escape(cell)
 
 
-def _told(text: str, lines: int = REASON_LINES) -> None:
-    """`text` indented and wrapped, at most `lines` lines of it."""
+def _told(text: str, state: str) -> None:
+    """Why it is in this state, indented and wrapped, cut where it grows too long."""
+    lines = REASON_LINES.get(state, LONGEST_REASON)
     width = max(40, out.width - len(_INDENT))
     wrapped = textwrap.wrap(
         " ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False, subsequent_indent="  "
@@ -123,18 +126,18 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
     for one, row in zip(found, body, strict=True):
         out.print(_line(row, state=0), soft_wrap=True)
         if one.reason:
-            _told(one.reason)
+            _told(one.reason, one.state)
         left = [task.seconds_left for task in one.tasks if task.seconds_left is not None]
         if one.state == "running" and left:
-            _told(f"about {sum(left):.0f} s left")
+            _told(f"about {sum(left):.0f} s left", one.state)
         if all_tasks:
             _print_tasks(one)
             continue
         told = [task for task in one.tasks if task.reason and task.state != "published" and task.reason != one.reason]
         for task in told[:SHOWN_REASONS]:
-            _told(f"{task.task}: {task.reason}")
+            _told(f"{task.task}: {task.reason}", task.state)
         if len(told) > SHOWN_REASONS:
-            _told(f"and {len(told) - SHOWN_REASONS} more: `eval-platform status --tasks`")
+            _told(f"and {len(told) - SHOWN_REASONS} more: `eval-platform status --tasks`", one.state)
     states = {one.state for one in found} | {task.state for one in found for task in one.tasks}
     hints = [hint for state, hint in _WHAT_NEXT.items() if state in states]
     if hints:
@@ -150,7 +153,7 @@ def _print_tasks(one: CheckpointStatus) -> None:
     for task, row in zip(one.tasks, aligned(cells), strict=True):
         out.print(f"  {_line(row, state=0)}", soft_wrap=True)
         if task.reason and task.reason != one.reason:
-            _told(task.reason)
+            _told(task.reason, task.state)
 
 
 def _tally(one: CheckpointStatus) -> str:
@@ -227,15 +230,15 @@ def print_outcomes(outcomes: Sequence[tuple[str | None, Outcome]]) -> None:
     header = (*first, "task", "status", "metric", "value", "95 % interval", "n", "")
     shift = len(first)
     print_rows(header, rows, right=(3 + shift, 5 + shift), state=1 + shift)
-    reasons: dict[tuple[str, ...], list[str]] = {}
+    reasons: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for key, outcome in outcomes:
         if outcome.reasons:
             name = f"{key} {outcome.task}" if several else outcome.task
-            reasons.setdefault(outcome.reasons, []).append(name)
-    for told, names in reasons.items():
+            reasons.setdefault((outcome.status, outcome.reasons), []).append(name)
+    for (status, told), names in reasons.items():
         out.print(f"[bold]{escape(', '.join(names))}[/]", soft_wrap=True)
         for reason in told:
-            _told(reason)
+            _told(reason, status)
     held = [outcome.record["evaluation_id"] for _, outcome in outcomes if outcome.status == "held"]
     if held:
         say(f"held back; look with `eval-platform samples --evaluation {held[0][:8]}`, then release or rerun it")

@@ -14,7 +14,8 @@ from cli_tools import Lived, Place, lived_in, parse, run_cli
 
 from eval_platform import cli
 
-pytestmark = pytest.mark.slow
+# The first test waits for the whole place to be made.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 COMMAND = typer.main.get_command(cli.app)
 COMMANDS = {

@@ -14,6 +14,8 @@ from pydantic_core import PydanticUndefined
 from eval_platform import config, tasks
 from eval_platform.config import Config
 
+pytestmark = pytest.mark.timeout(900)  # one test waits for the whole place to be made
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "log.md"]  # a journal of what was
