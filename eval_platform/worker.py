@@ -68,12 +68,19 @@ class _Model:
     load: Load
     emit: Emit
     engine: Engine | None = None
+    refused: EvalPlatformError | None = None
 
     def loaded(self) -> Engine:
+        if self.refused is not None:  # what could not be loaded for one task cannot be for the next
+            raise self.refused
         if self.engine is None:
             started = time.monotonic()
-            with _arrival_try(self.store, self.plan), _told_of(self.path, self.plan.arrival.uri):
-                loaded = self.load(self.path, self.settings)
+            try:
+                with _arrival_try(self.store, self.plan), _told_of(self.path, self.plan.arrival.uri):
+                    loaded = self.load(self.path, self.settings)
+            except EvalPlatformError as error:
+                self.refused = error if error.class_ == "deterministic" else None
+                raise
             self.engine = loaded
             self.emit({"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(loaded.info)})
         return self.engine
