@@ -118,7 +118,7 @@ WRONG_FILES = {
     "a.json": [(b"[]", "holds no documents"), (b"[1]", "document 0 is not an object"), (b"[{]", "is not json")],
     "a.csv": [(b"", "holds no documents"), (b"q,n\n", "holds no documents"), (b'q\n"a\n', "is not csv")],
     "a.parquet": [(b"PAR1", "is not parquet")],
-    "a.jsonl.gz": [(b"{}", "cannot be read"), (gzip.compress(b"{}" * 99)[:20], "is not json")],
+    "a.jsonl.gz": [(b"{}", "cannot be read"), (gzip.compress(b"{}" * 99, mtime=0)[:20], "is not json")],
     "a.txt": [(b"text", "unknown kind of file")],
 }
 
