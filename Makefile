@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/python demo/run.py $(if $(ONCE),--once)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
