@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it, to look at logs and messages")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a `timeout` ends the platform too
     if arguments.keep:
         arguments.keep.mkdir(parents=True)
         return _measure(arguments.keep.resolve(), arguments.arrivals)

@@ -1,4 +1,4 @@
-"""The driver's half: put what a worker committed through the gate, record the decision, refresh the catalog."""
+"""The driver's half: put what a worker committed through the gate and record the decision."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ def adopt(store: Store, catalog: Path, evaluation_id: str, attempt: int, actor: 
     """The decision that stands on a committed attempt; the gate's, made now, where there is none.
 
     Anyone may call it at any time and as often as they like: the first decision is the only one that the gate makes.
-    The catalog holds the commit and the decision afterwards.
+    The catalog is brought up to date before the gate looks at it, not after: the decision comes with the next refresh
+    (two for each task of an arrival took longer than the gate itself).
 
     Raises EvalPlatformError when that attempt is not committed, StoreError or SchemaError when its samples are not
     those that were committed.
@@ -24,5 +25,4 @@ def adopt(store: Store, catalog: Path, evaluation_id: str, attempt: int, actor: 
         decision = quality.decide(store, evaluation, quality.judge(store, catalog, evaluation), actor)
     else:
         quality.hold_contradicted(store, decision)
-    warehouse.refresh(store, catalog)
     return decision

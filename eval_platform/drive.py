@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eval_platform import adopt, launch, quality
+from eval_platform import adopt, launch, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.plan import Plan
@@ -74,6 +74,7 @@ def drive(
         else:
             reason = f"the worker ended with code {code} before it got there; its last words:\n{handle.last_words()}"
             yield Outcome(task.name, "failed", (reason,))
+    warehouse.refresh(store, config.catalog_path)  # so that whoever reads the catalog next finds every decision there
 
 
 def _adopted(store: Store, config: Config, message: Mapping[str, Any], actor: str) -> Outcome:
