@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 
-from eval_platform import report, status, warehouse
+from eval_platform import report, status, terminal, warehouse
 from eval_platform.config import Config, load_config
 from eval_platform.store import open_store
 from eval_platform.tasks import TaskLock, read_lock, sync_tasks
@@ -226,8 +226,14 @@ def _problems(config: Config, lock: TaskLock, arrivals: Path) -> Iterator[str]:
         yield f"{nan} is not held on {', '.join(sorted(set(lock.tasks) - held))}"
     if nan in published:
         yield f"{nan} is on the leaderboard"
-    if ask(f"select 1 from evaluations where key = '{name}/{PLANTED}/copy_of_second'"):
-        yield "the copy was evaluated again instead of linked"
+    # Whichever of the two had its turn first was evaluated; the other is linked to that.
+    twice = ask(
+        "select e.task, count(*) as n from evaluations e "
+        f"where e.checkpoint_id in (select checkpoint_id from arrivals where key = '{name}/{PLANTED}/copy_of_second') "
+        "group by e.task having count(*) > 1"
+    )
+    if twice:
+        yield f"the copy and its original were both evaluated: {twice}"
     once = ask(
         f"select count(*) as n, count(distinct task) as tasks, max(arrival) as arrival from evaluations "
         f"where key = '{name}/{PLANTED}/half_copied'"
@@ -243,7 +249,7 @@ def _problems(config: Config, lock: TaskLock, arrivals: Path) -> Iterator[str]:
 
 
 def _print_board(config: Config) -> None:
-    console.print(report.leaderboard_table(_board(config)))
+    terminal.print_board(_board(config).to_pylist())
 
 
 def _print_where_to_look(running: Platform, config: Config) -> None:

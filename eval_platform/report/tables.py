@@ -46,16 +46,17 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def leaderboard_table(board: pa.Table) -> "Table":
-    """The same for a terminal, narrow enough to read: scores without their intervals."""
+    """The board for a screen that is looked at while it grows: a line a task, a column a checkpoint, by step."""
     from rich.table import Table
 
     rows = board.to_pylist()
-    tasks = sorted({row["task"] for row in rows})
-    table = Table("checkpoint", *tasks, box=None)
+    columns = {row["key"]: (row["run"], -1 if row["step"] is None else row["step"], row["key"]) for row in rows}
+    keys = sorted(columns, key=lambda key: columns[key])
+    names = [str(step) if step >= 0 else key.rpartition("/")[2] for _, step, key in (columns[key] for key in keys)]
+    table = Table("task", *names, box=None, padding=(0, 1, 0, 0))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        value = "" if row["value"] is None else f"{row['value']:.3f}"
-        cells.setdefault(row["key"], {})[row["task"]] = value
-    for key, found in cells.items():
-        table.add_row(key, *(found.get(task, "") for task in tasks))
+        cells.setdefault(row["task"], {})[row["key"]] = "" if row["value"] is None else f"{row['value']:.2f}"
+    for task, found in sorted(cells.items()):
+        table.add_row(task, *(found.get(key, "") for key in keys))
     return table
