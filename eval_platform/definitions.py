@@ -41,7 +41,8 @@ def gather(config: Config) -> dg.Definitions:
                 "boards_follow",
                 target=dg.AssetSelection.assets(boards),
                 default_status=dg.DefaultSensorStatus.RUNNING,
-                minimum_interval_seconds=5,
+                # SQL is up to date at once; a picture of it costs ten seconds of CPU and can wait half a minute.
+                minimum_interval_seconds=30,
             ),
         ],
         resources={
