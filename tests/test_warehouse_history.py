@@ -4,6 +4,7 @@ import pytest
 from warehouse_world import World
 
 from eval_platform import warehouse
+from eval_platform.warehouse.connection import open_catalog
 
 
 @pytest.fixture
@@ -22,7 +23,8 @@ def test_the_same_answers_of_other_weights_are_found_whatever_their_status(world
     warehouse.refresh(world.store, world.catalog)
 
     def same(weights_id, digest="same"):
-        return warehouse.same_answers(world.catalog, answers_digest=digest, ask_id="ask-add", weights_id=weights_id)
+        with open_catalog(world.catalog) as con:
+            return warehouse.same_answers(con, answers_digest=digest, ask_id="ask-add", weights_id=weights_id)
 
     assert same("w-new") == ["r/run/A", "r/run/B"]
     assert same("w-A") == ["r/run/B"]
@@ -33,7 +35,8 @@ def test_prompts_are_compared_within_ask_tokenizer_and_settings(world):
     for i, fields in enumerate(({}, {"tokenizer_id": "other"}, {"settings_id": "other"}, {"ask_id": "other"}, {})):
         world.commit(f"C{i}", "add", "add-1", prompts_id=f"p{i}", **fields)
     warehouse.refresh(world.store, world.catalog)
-    found = warehouse.prompts_ids(world.catalog, ask_id="ask-add", tokenizer_id="tok", settings_id="s")
+    with open_catalog(world.catalog) as con:
+        found = warehouse.prompts_ids(con, ask_id="ask-add", tokenizer_id="tok", settings_id="s")
     assert found == ["p0", "p4"]
 
 
@@ -48,9 +51,10 @@ def test_the_past_of_a_run_is_its_published_earlier_steps_newest_first(world):
     warehouse.refresh(world.store, world.catalog)
 
     def past(before):
-        found = warehouse.previous_scores(
-            world.catalog, run="run", task_id="add-1", settings_id="s", metric="acc", before_step=before
-        )
+        with open_catalog(world.catalog) as con:
+            found = warehouse.previous_scores(
+                con, run="run", task_id="add-1", settings_id="s", metric="acc", before_step=before
+            )
         return [(score.key, score.step, score.value, score.standard_error) for score in found]
 
     assert past(4) == [("r/run/3", 3, 0.3, 0.05), ("r/run/1", 1, 0.1, 0.05)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval_platform.engine.face import Engine
 from eval_platform.engine.settings import read_json_object, resolve_settings
 from eval_platform.errors import CheckpointError, ConfigError
+from eval_platform.importing import collector_paused
 from eval_platform.values import RunSettings
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ def load(path: Path, settings: RunSettings) -> Engine:
     device this machine does not have. Memory and I/O errors pass through: they may pass by themselves.
     """
     settings = resolve_settings(settings, path)
-    import safetensors
-    import tokenizers
-    import torch
-    import transformers
+    with collector_paused():
+        import safetensors
+        import tokenizers
+        import torch
+        import transformers
+        import transformers.modeling_utils  # most of what transformers is, and only imported on first use
 
-    from eval_platform.engine.plain import PlainEngine
+        from eval_platform.engine.plain import PlainEngine
 
     device = _device(settings.device)
     config = _load_config(path, settings)

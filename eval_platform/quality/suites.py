@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from eval_platform.importing import collector_paused
 from eval_platform.quality import frames
 from eval_platform.values import Check, Severity
 
@@ -262,8 +263,9 @@ def _expectations() -> Any:
 @cache
 def _make_batch_definition() -> BatchDefinition:
     """One pandas asset for the whole process, to which every frame is handed in turn: it keeps only the last one."""
-    import great_expectations as gx
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    with collector_paused():
+        import great_expectations as gx
+        from great_expectations.data_context.types.base import ProgressBarsConfig
 
     context = gx.get_context(mode="ephemeral")
     context.enable_analytics(False)
