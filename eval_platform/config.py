@@ -56,6 +56,10 @@ class Engine(_Section):
     max_length: int | None = Field(default=None, gt=0)
     seed: int = 0
     batch_tokens: int | None = Field(default=None, gt=0, description="tokens in one forward pass; default by device")
+    path: Literal["auto", "tree", "plain"] = Field(
+        default="auto", description="tree shares prefixes; plain is transformers as it is; auto: tree where it can"
+    )
+    deterministic: bool = Field(default=False, description="fixed kernels and threads: repeats to the last digit")
     trust_remote_code: bool = Field(default=False, description="run the checkpoint's own Python; recorded when set")
 
 
@@ -143,6 +147,8 @@ class Config(_Section):
             limit=limit,
             trust_remote_code=engine.trust_remote_code if trust_remote_code is None else trust_remote_code,
             batch_tokens=engine.batch_tokens,
+            engine_path=engine.path,
+            deterministic=engine.deterministic,
         )
 
 

@@ -204,7 +204,11 @@ def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Pl
         arrival=arrival,
         tasks=(PlannedTask(record["task"], record["task_id"], record["ask_id"]),),
         settings=RunSettings(
-            **record["settings"], device=config.engine.device, batch_tokens=config.engine.batch_tokens
+            **record["settings"],
+            device=config.engine.device,
+            batch_tokens=config.engine.batch_tokens,
+            engine_path=config.engine.path,
+            deterministic=config.engine.deterministic,
         ),
         store=store.uri,
         cache=str(config.cache_dir),

@@ -168,13 +168,17 @@ class RunSettings:
     seed: int = 0
     limit: int | None = None
     trust_remote_code: bool = False
-    batch_tokens: int | None = None  # recorded, not part of identity
+    # Recorded, not part of identity: by any path, in any batch, the answers are the same but for rounding.
+    batch_tokens: int | None = None
+    engine_path: str = "auto"  # "auto" | "tree" | "plain"
+    deterministic: bool = False  # fixed kernels and threads: runs repeat to the last digit
 
     def identity(self) -> dict[str, Any]:
         """The part that is hashed into settings_id. Raises ValueError while something is still "auto"."""
         if self.dtype == "auto" or self.max_length is None:
             raise ValueError("settings must be resolved (dtype, max_length) before they have an identity")
-        return {k: v for k, v in asdict(self).items() if k not in {"device", "batch_tokens"}}
+        recorded_only = {"device", "batch_tokens", "engine_path", "deterministic"}
+        return {k: v for k, v in asdict(self).items() if k not in recorded_only}
 
 
 @dataclass(frozen=True, slots=True)
