@@ -14,7 +14,7 @@ from tiny_models import ARCHITECTURES, BOS, EOS, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_platform.engine import Engine, load
-from eval_platform.engine.encoding import encode, encode_pair, model_input, prefix_token, rolling_windows
+from eval_platform.engine.encoding import encode_pairs, encode_texts, model_input, prefix_token, rolling_windows
 from eval_platform.errors import CheckpointError, TaskError
 from eval_platform.values import Generation, Request, Response, RunSettings, make_request
 
@@ -86,13 +86,13 @@ def by_hand(tiny: Subject, tokens_in: list[int], targets: list[int]) -> tuple[fl
 
 def check_scored(tiny: Subject, request: Request, response: Response) -> None:
     if request.kind == "rolling":
-        tokens = encode(tiny.tokenizer, request.context)
+        tokens = encode_texts(tiny.tokenizer, [request.context])[request.context]
         parts = [by_hand(tiny, *window) for window in rolling_windows(tokens, prefix_token(tiny.tokenizer), WINDOW)]
         assert log_likelihood(response) == pytest.approx(sum(part[0] for part in parts), abs=tolerance(len(tokens)))
         assert (response.is_greedy, response.n_tokens) == (None, len(tokens))
         return
     assert request.continuation is not None
-    context, continuation = encode_pair(tiny.tokenizer, request.context, request.continuation)
+    ((context, continuation),) = encode_pairs(tiny.tokenizer, [(request.context, request.continuation)])
     tokens_in, cut = model_input(context, continuation, WINDOW)
     total, greedy, gap = by_hand(tiny, tokens_in, continuation)
     assert log_likelihood(response) == pytest.approx(total, abs=tolerance(len(continuation)))
@@ -239,7 +239,7 @@ def test_greedy_text_is_that_of_one_prompt_at_a_time(tiny: Subject, prompts: lis
     answered = ask(tiny.engine, requests)
     for request in requests:
         response = answered[request.request_id, 0]
-        tokens = encode(tiny.tokenizer, request.context)
+        tokens = encode_texts(tiny.tokenizer, [request.context])[request.context]
         assert (response.text, response.finish_reason) == greedy_by_hand(tiny, tokens[-room:], generation)
         assert response.truncated_left_tokens == max(0, len(tokens) - room)
         assert response.log_likelihood is None
@@ -266,7 +266,7 @@ def test_a_stop_string_may_cross_tokens(llama: Subject) -> None:
 
 
 def greedy_tokens(tiny: Subject, prompt: str, n: int) -> list[int]:
-    tokens = encode(tiny.tokenizer, prompt)
+    tokens = encode_texts(tiny.tokenizer, [prompt])[prompt]
     for _ in range(n):
         with torch.no_grad():
             tokens.append(int(tiny.model(torch.tensor([tokens])).logits[0, -1].argmax()))

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import BOS, EOS, make_tokenizer
 
-from eval_platform.engine.encoding import encode, encode_pair, encode_prompt, model_input, prefix_token, rolling_windows
+from eval_platform.engine.encoding import (
+    Tokens,
+    encode_pairs,
+    encode_prompts,
+    encode_texts,
+    model_input,
+    prefix_token,
+    rolling_windows,
+)
 from eval_platform.errors import CheckpointError
 
 pytest.importorskip("lm_eval")
@@ -28,6 +36,22 @@ def peer(tokenizer: Any) -> Any:
     lm.backend = "causal"
     lm.enable_thinking = False
     return lm
+
+
+# Each text is asked for amid others, which must not show.
+NEIGHBOURS = ["the river", f"{BOS}the", "", f"{EOS} the"]
+
+
+def encode(tokenizer: Any, text: str) -> Tokens:
+    return encode_texts(tokenizer, [*NEIGHBOURS, text])[text]
+
+
+def encode_prompt(tokenizer: Any, text: str) -> Tokens:
+    return encode_prompts(tokenizer, [*NEIGHBOURS[:2], text])[-1]
+
+
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[Tokens, Tokens]:
+    return encode_pairs(tokenizer, [("the river", " Yes"), (context, continuation)])[-1]
 
 
 TOKENIZERS = {

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Prompt:
-    """A prompt's tokens, and what its draws are seeded with."""
+    """A prompt's tokens, how it is completed, what its draws are seeded with, and the tokens it lost on the left."""
 
     owner: int
     tokens: list[int]
+    settings: Generation
     seed_text: str
+    truncated: int
 
 
 @dataclass(slots=True)
@@ -77,13 +79,13 @@ def complete(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],
-    settings: Generation,
     ends: frozenset[int],
 ) -> list[Completion]:
     """Complete `prompts`, all under the same settings, in one padded batch. A row that has ended draws nothing more.
 
     A prompt's completion depends on its own tokens and seed only (beyond the rounding of a padded batch).
     """
+    settings = prompts[0].settings
     longest = max(len(prompt.tokens) for prompt in prompts)
     # Any token pads: it is masked, and what follows a row's end is never read.
     pad = min(ends) if ends else 0
@@ -155,7 +157,7 @@ class _Draw(LogitsProcessor):
     def __init__(self, rows: Sequence[Completion], settings: Generation, seed_texts: Sequence[str]) -> None:
         self._rows = rows
         self._settings = settings
-        self._generators = [_generator(text) for text in seed_texts] if settings.temperature > 0 else []
+        self._generators = [generator(text) for text in seed_texts] if settings.temperature > 0 else []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # The maximum is NaN if any logit is, +inf if one is, -inf if nothing is left to choose.
@@ -193,7 +195,8 @@ class _Finish(StoppingCriteria):
         return cast(torch.BoolTensor, ended)
 
 
-def _generator(seed_text: str) -> torch.Generator:
+def generator(seed_text: str) -> torch.Generator:
+    """A generator of the prompt's own, on the CPU whatever the device, so that devices draw alike."""
     seed = int.from_bytes(hashlib.sha256(seed_text.encode()).digest()[:8], "big") >> 1
     return torch.Generator(device="cpu").manual_seed(seed)
 

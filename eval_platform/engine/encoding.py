@@ -4,7 +4,7 @@ The boundary between context and continuation is where two correct programs come
 function of its own. Tokens are plain lists of vocabulary indices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from eval_platform.errors import CheckpointError
@@ -36,45 +36,57 @@ def _prefix_or_none(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     return None
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tokens:
-    """Tokens of `text` with the special tokens the tokenizer adds, unless the text already begins with the prefix."""
+def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> dict[str, Tokens]:
+    """Tokens of each text with the special tokens the tokenizer adds, unless the text already begins with the prefix.
+
+    Each distinct text is encoded once, and all in one call, which a fast tokenizer spreads over its threads.
+    """
     prefix = _prefix_or_none(tokenizer)
-    if prefix is not None and text.startswith(str(tokenizer.decode([prefix]))):
-        return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode(text)
+    return _encode(tokenizer, texts, None if prefix is None else str(tokenizer.decode([prefix])))
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tokens:
-    """Tokens of a prompt to be completed. Here lm-evaluation-harness looks for BOS only, not for EOS in its place.
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Tokens]:
+    """Tokens of prompts to be completed. Here lm-evaluation-harness looks for BOS only, not for EOS in its place.
 
     It looks at the first prompt of a batch only; here every prompt is looked at, so no neighbour changes it.
     An empty prompt becomes the prefix token (there: an error).
     """
-    if tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token)):
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-    else:
-        tokens = tokenizer.encode(text)
-    return tokens or [prefix_token(tokenizer)]
+    tokens = _encode(tokenizer, texts, None if tokenizer.bos_token is None else str(tokenizer.bos_token))
+    return [tokens[text] or [prefix_token(tokenizer)] for text in texts]
 
 
-def encode_pair(tokenizer: "PreTrainedTokenizerBase", context: str, continuation: str) -> tuple[Tokens, Tokens]:
-    """Tokens of context and continuation. The continuation's may be empty: the caller must refuse that.
+def encode_pairs(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
+    """Tokens of each (context, continuation). The continuation's may be empty: the caller must refuse that.
 
     Spaces at the end of the context move to the continuation; context and whole are encoded separately, and the
     continuation is what the whole has beyond the context's length. A context that is empty, or empty once its
     spaces have moved and no special token stands for it (there: an assertion fails), is the prefix token, unless the
     continuation begins with just that token, which then serves as the context.
     """
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    context_tokens = encode(tokenizer, stripped) if context else []
-    if context_tokens:
-        return context_tokens, encode(tokenizer, stripped + continuation)[len(context_tokens) :]
-    prefix = prefix_token(tokenizer)
-    tokens = tokenizer.encode(continuation, add_special_tokens=False)
-    if tokens and tokens[0] == prefix:
-        return tokens[:1], tokens[1:]
-    return [prefix], tokens
+    # Stripped context + moved spaces + continuation is the whole, so the whole is what it was.
+    texts = [text for context, continuation in pairs if context for text in (context.rstrip(), context + continuation)]
+    tokens = encode_texts(tokenizer, texts)
+    encoded = []
+    for context, continuation in pairs:
+        context_tokens = tokens[context.rstrip()] if context else []
+        if context_tokens:
+            encoded.append((context_tokens, tokens[context + continuation][len(context_tokens) :]))
+            continue
+        prefix = prefix_token(tokenizer)
+        bare = tokenizer.encode(context + continuation, add_special_tokens=False)
+        encoded.append((bare[:1], bare[1:]) if bare and bare[0] == prefix else ([prefix], bare))
+    return encoded
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], begins: str | None) -> dict[str, Tokens]:
+    """Tokens of the distinct `texts`, without special tokens for those that begin with the text `begins`."""
+    found: dict[str, Tokens] = {}
+    for special in (True, False):
+        batch = [t for t in dict.fromkeys(texts) if (begins is None or not t.startswith(begins)) is special]
+        if batch:
+            ids = tokenizer(batch, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+            found |= zip(batch, ids, strict=True)
+    return found
 
 
 def model_input(context: Tokens, continuation: Tokens, max_length: int) -> tuple[Tokens, int]:
