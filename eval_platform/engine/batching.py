@@ -30,7 +30,7 @@ def run_batches(
         try:
             result = run(batch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size == 1:
                 raise MemoryError(f"one request does not fit into memory: {error}") from error
@@ -48,7 +48,8 @@ def run_batches(
         yield batch, result
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on any device."""
     # On CPU torch raises a plain RuntimeError, whose text is all there is to know it by.
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text

@@ -40,7 +40,7 @@ def load(path: Path, settings: RunSettings) -> Engine:
     tokenizer = _load_tokenizer(path, settings, config)
     model = _load_model(path, settings, config).to(device)
     model.eval()
-    _make_nan_visible(model, path)
+    finite = _make_nan_visible(model, path)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,7 +48,50 @@ def load(path: Path, settings: RunSettings) -> Engine:
         "tokenizers": tokenizers.__version__,
         "safetensors": safetensors.__version__,
     }
+    if settings.engine_path == "plain":
+        return PlainEngine(model, tokenizer, settings, versions)
+    if settings.engine_path == "auto" and (device.type != "cpu" or not finite):
+        # Where a weight is NaN there is nothing to be fast for; and packed attention has only been measured on CPU.
+        return PlainEngine(model, tokenizer, settings, versions)
+    from eval_platform.engine.attention import Unsupported
+
+    try:
+        return _tree_engine(model, tokenizer, settings, versions)
+    except Unsupported as error:
+        if settings.engine_path == "tree":
+            raise ConfigError(
+                f'[engine] path = "tree", but {path} cannot run so: {error}', remedy='set [engine] path = "auto"'
+            ) from error
+        _log.warning("%s takes the plain path: %s", path, error)
     return PlainEngine(model, tokenizer, settings, versions)
+
+
+def _tree_engine(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: RunSettings,
+    versions: Mapping[str, str],
+) -> Engine:
+    """Raises Unsupported, with the model as it was."""
+    from eval_platform.engine import support
+    from eval_platform.engine.head import Head
+    from eval_platform.engine.tree import TreeEngine
+
+    original = support.attention_of(model)
+    expected = support.reference(model)
+    packed = support.packed_model(model, expected)
+    head = Head(model)
+    support.check(packed, head, expected)
+    return TreeEngine(
+        model,
+        tokenizer,
+        settings,
+        versions,
+        packed=packed,
+        head=head,
+        budget=settings.batch_tokens or 2048,
+        original_attention=original,
+    )
 
 
 def _device(asked: str) -> Any:
@@ -169,11 +212,11 @@ def _refuse_partial(path: Path, report: Mapping[str, Any]) -> None:
         )
 
 
-def _make_nan_visible(model: "PreTrainedModel", path: Path) -> None:
+def _make_nan_visible(model: "PreTrainedModel", path: Path) -> bool:
     """Where a weight is not finite, compute attention step by step, so that its NaN reaches the output.
 
     torch 2.13's fused attention on CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys, so a model
-    with a ruined query projection would answer short prompts with plausible numbers.
+    with a ruined query projection would answer short prompts with plausible numbers. Returns whether all are finite.
     """
     import torch
 
@@ -184,7 +227,8 @@ def _make_nan_visible(model: "PreTrainedModel", path: Path) -> None:
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 _log.warning("%s: weight %s is not finite (NaN or infinity)", path, name)
                 model.set_attn_implementation("eager")
-                return
+                return False
+    return True
 
 
 def _may_pass(error: Exception) -> bool:

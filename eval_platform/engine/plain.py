@@ -28,7 +28,7 @@ _DECODING_FACTOR = 8
 _DECODING_ROWS = 64
 # With these the rotary frequencies are fixed (transformers' modeling_rope_utils.dynamic_rope_update); "dynamic" and
 # "longrope" choose them by the longest row of the batch, and an unknown kind may.
-_FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
+FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 
 
 class PlainEngine:
@@ -49,7 +49,7 @@ class PlainEngine:
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         text_config: Any = model.config.get_text_config()
-        fixed_rope = _rope_types(text_config.to_dict()) <= _FIXED_ROPE
+        fixed_rope = rope_types(text_config.to_dict()) <= FIXED_ROPE
         # Rows of different length may share a batch when nothing but a row's own tokens decides its numbers.
         self._mixes_rows = fixed_rope
         # Without position ids (recurrent models, ALiBi) left padding is not promised to be invisible.
@@ -133,8 +133,15 @@ class PlainEngine:
         value = response.log_likelihood
         if value is not None and not math.isfinite(value) and not self._warned:
             self._warned = True
-            _log.warning("the model's output is not finite, first seen for %s", name(request))
+            where = self._first_broken()
+            _log.warning(
+                "the model's output is not finite%s, first seen for %s", where and f" in {where}", name(request)
+            )
         return response
+
+    def _first_broken(self) -> str:
+        """Where in the model a number was not finite first, if that is known."""
+        return ""
 
 
 def _head(rest: Sequence[Any], size: int) -> list[Any]:
@@ -145,12 +152,12 @@ def _same_length(lengths: Sequence[int]) -> int:
     return next((i for i, length in enumerate(lengths) if length != lengths[0]), len(lengths))
 
 
-def _rope_types(config: Mapping[str, Any]) -> set[str]:
+def rope_types(config: Mapping[str, Any]) -> set[str]:
     """Every rope_type named anywhere in a model config (some models have one per kind of layer)."""
     found: set[str] = set()
     for key, value in config.items():
         if key == "rope_type" and isinstance(value, str):
             found.add(value)
         elif isinstance(value, Mapping):
-            found |= _rope_types(value)
+            found |= rope_types(value)
     return found

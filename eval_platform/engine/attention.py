@@ -1,0 +1,423 @@
+"""What does each token look at? Attention over a packed stream of tree nodes, under transformers' own attention face.
+
+A forward is one row without padding (`stream.Forward`). Each piece looks at itself causally and at its ancestors
+densely, unless a sliding window cuts them; partial results are merged by their log-sum-exps, which is exact
+(Milakov & Gimelshein 2018, arXiv:1805.02867; the same merge as cascade inference and split-K flash decoding).
+The model's own code stays as it is: the function is registered with `AttentionInterface`, and the mask function with
+`AttentionMaskInterface` hands each layer a marker that says how far back the layer sees.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from eval_platform.engine.stream import Block, Forward, Piece
+
+IMPLEMENTATION = "eval_platform_tree"
+
+# Scores of one block of masked or soft-capped attention: 4 MiB of float32, about what a core's caches hold.
+_SCORES = 2**20
+# Arguments of attention functions that change nothing here: the mask's marker carries the window, the rest is about
+# outputs and caches. Anything else that is set is a kind of attention we do not know.
+_HARMLESS = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "is_causal",
+    "max_length_k",
+    "max_length_q",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+
+
+class Unsupported(Exception):
+    """The model does something that packed attention does not do; the plain path does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """A mask's marker: a token sees those at most `window - 1` positions before it, or all (None)."""
+
+    window: int | None
+
+
+@dataclass(slots=True)
+class Slots:
+    """The own keys and values of rows that are being decoded: row i of a forward is slot i.
+
+    keys[layer]: [slots, key-value heads, capacity, head dimension], the first `lengths[i]` of row i filled.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows of a decoding forward (indices, or a slice when they are contiguous) that share the blocks of a node."""
+
+    rows: Tensor | slice
+    blocks: list[Block]
+
+
+@dataclass(slots=True)
+class Broken:
+    """Rows of a forward where something was not finite, and the first layer that met it."""
+
+    rows: Tensor  # bool [rows]
+    where: str
+
+
+@dataclass(slots=True)
+class Pass:
+    """What the attention of one forward needs to know. Layers and masks are counted as they are called."""
+
+    positions: Tensor  # [rows], absolute
+    reaches: Sequence[Reach] | None  # of the model's masks, in the order it makes them; None: find out
+    pieces: Sequence[Piece] = ()
+    ancestors: Sequence[Any] = ()
+    keep: Sequence[tuple[Piece, Block]] = ()
+    layers: int = 0
+    masks: int = 0
+    found: list[Reach] = field(default_factory=list)
+    broken: "Broken | None" = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+        """query [heads, rows, d], key and value [key-value heads, rows, d] -> [rows, heads, d of value]."""
+        layer = self.layers
+        for piece, block in self.keep:
+            rows = slice(piece.row, piece.stop)
+            # A copy: a view would keep the keys and values of the whole forward.
+            block.layers.append((key[:, rows].clone(), value[:, rows].clone()))
+        heads = key.shape[0]
+        grouped = query.unflatten(0, (heads, -1))
+        if len(self.pieces) == 1 and not self.ancestors:
+            output, lse = _causal(grouped, key, value, self.positions, how)
+        else:
+            output, lse = _empty(grouped, value)
+            for piece in self.pieces:
+                rows = slice(piece.row, piece.stop)
+                part = _causal(grouped[:, :, rows], key[:, rows], value[:, rows], self.positions[rows], how)
+                output[:, :, rows], lse[:, :, rows] = part
+            for ancestor in self.ancestors:
+                rows = slice(ancestor.first, ancestor.last)
+                if isinstance(ancestor.source, Piece):
+                    there = slice(ancestor.source.row, ancestor.source.stop)
+                    keys, values = key[:, there], value[:, there]
+                else:
+                    keys, values = ancestor.source.layers[layer]
+                part = _dense(grouped[:, :, rows], keys, values, self.positions[rows], ancestor.start, how)
+                if part is not None:
+                    _merge(output[:, :, rows], lse[:, :, rows], *part)
+        return _finish(output, lse, how)
+
+
+@dataclass(slots=True)
+class DecodingPass:
+    """Attention of a forward in which every row is one more token of a sample of its own."""
+
+    positions: Tensor  # [rows], absolute
+    reaches: Sequence[Reach]
+    slots: Slots
+    lengths: Tensor  # [rows], of what the slots hold before this forward
+    longest: int
+    groups: Sequence[Group]
+    layers: int = 0
+    masks: int = 0
+    broken: "Broken | None" = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+        rows = query.shape[1]
+        keys, values = self.slots.keys[self.layers], self.slots.values[self.layers]
+        index = torch.arange(rows, device=query.device)
+        keys[index, :, self.lengths] = key.transpose(0, 1)
+        values[index, :, self.lengths] = value.transpose(0, 1)
+        grouped = query.unflatten(0, (key.shape[0], -1))
+        output, lse = _own(grouped, keys[:rows, :, : self.longest + 1], values[:rows, :, : self.longest + 1], self, how)
+        for group in self.groups:
+            chosen = grouped[:, :, group.rows]
+            at = self.positions[group.rows]
+            so_far, so_far_lse = output[:, :, group.rows], lse[:, :, group.rows]
+            for block in group.blocks:
+                part = _dense(chosen, *block.layers[self.layers], at, block.start, how)
+                if part is not None:
+                    _merge(so_far, so_far_lse, *part)
+            if not isinstance(group.rows, slice):  # those were copies
+                output[:, :, group.rows], lse[:, :, group.rows] = so_far, so_far_lse
+        return _finish(output, lse, how)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # [heads]: a logit of its own in each head's softmax, with no value behind it
+
+
+_current: ContextVar[Pass | DecodingPass | None] = ContextVar("_current", default=None)
+
+
+@contextlib.contextmanager
+def running(a_pass: Pass | DecodingPass) -> Iterator[None]:
+    """Within, attention of a model under IMPLEMENTATION is that of `a_pass`."""
+    token = _current.set(a_pass)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def forward_pass(forward: Forward, reaches: Sequence[Reach] | None, device: torch.device) -> Pass:
+    return Pass(
+        positions=torch.from_numpy(forward.positions).to(device),
+        reaches=reaches,
+        pieces=forward.pieces,
+        ancestors=forward.ancestors,
+        keep=forward.keep,
+    )
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention face: query [1, heads, rows, d], key and value [1, key-value heads, rows, d]."""
+    a_pass = _current.get()
+    if a_pass is None:
+        raise Unsupported("attention was called outside a forward of the engine")
+    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+    if unknown:
+        raise Unsupported(f"its attention takes {', '.join(unknown)}")
+    if not isinstance(attention_mask, Reach):
+        raise Unsupported("its layers make attention masks of their own")
+    if query.shape[0] != 1 or dropout:
+        raise Unsupported("its attention is not called row by row")
+    how = _How(query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask.window, softcap, s_aux)
+    _look_for_broken(a_pass, query, key, value)
+    output = a_pass.attend(query[0], key[0], value[0], how)
+    a_pass.layers += 1
+    return output[None], None
+
+
+def _look_for_broken(a_pass: Pass | DecodingPass, *states: Tensor) -> None:
+    """Note rows with a NaN or an infinity in their queries, keys or values: the fused attention kernel hides them.
+
+    torch 2.13 on CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys. A sum is finite only if every
+    term is, and cheaper than a look at each.
+    """
+    if all(bool(state.sum(dtype=torch.float32).isfinite()) for state in states):
+        return
+    rows = torch.zeros(states[0].shape[2], dtype=torch.bool, device=states[0].device)
+    for state in states:
+        rows |= ~state[0].isfinite().all(-1).all(0)
+    if a_pass.broken is None:
+        if bool(rows.any()):
+            a_pass.broken = Broken(rows, f"layer {a_pass.layers}")
+    else:
+        a_pass.broken.rows |= rows
+
+
+def _mask(mask_function: Callable[..., Any], **_others: Any) -> Reach:
+    a_pass = _current.get()
+    if a_pass is None:
+        raise Unsupported("a mask was made outside a forward of the engine")
+    if a_pass.reaches is None:
+        assert isinstance(a_pass, Pass)
+        reach = reach_of(mask_function)
+        a_pass.found.append(reach)
+    elif a_pass.masks < len(a_pass.reaches):
+        reach = a_pass.reaches[a_pass.masks]
+    else:
+        raise Unsupported("it makes more masks in one forward than in another")
+    a_pass.masks += 1
+    return reach
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
+
+def reach_of(mask_function: Callable[..., Any]) -> Reach:
+    """How far back a mask lets a token see, found by asking it: `mask_function(batch, head, query, key)`.
+
+    Raises Unsupported when that differs from position to position (chunked attention) or when it looks ahead.
+    """
+    zero = torch.zeros((), dtype=torch.long)
+
+    def sees(query: int, distance: int) -> bool:
+        return bool(mask_function(zero, zero, torch.tensor(query), torch.tensor(query - distance)))
+
+    far = 2**30  # beyond every window
+    queries = [far + offset for offset in (0, 1, 12345, 2**20 + 7)]
+    if any(not sees(query, 0) or sees(query, -1) for query in queries):
+        raise Unsupported("its mask is not causal")
+    windows = set()
+    for query in queries:
+        if sees(query, query):
+            windows.add(None)
+            continue
+        low, high = 0, query  # sees low, does not see high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if sees(query, middle) else (low, middle)
+        windows.add(high)
+    if len(windows) > 1:
+        raise Unsupported("how far back its mask sees differs from position to position (chunked attention?)")
+    return Reach(windows.pop())
+
+
+# -- partial attention: each gives (output [kv heads, group, rows, d], log-sum-exp [kv heads, group, rows])
+
+
+def _empty(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the whole forward's output, rows outermost in memory, so that the model's reshape copies nothing."""
+    heads, group, rows, _ = query.shape
+    output = query.new_empty(rows, heads, group, value.shape[-1]).permute(1, 2, 0, 3)
+    lse = torch.empty(rows, heads, group, device=query.device).permute(1, 2, 0)
+    return output, lse
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, how: _How) -> tuple[Tensor, Tensor]:
+    """Every row sees itself and the rows before it."""
+    if _flash_takes(query, value, how) and (how.window is None or how.window >= query.shape[2]):
+        return _flash(query, key, value, how.scale, causal=True)
+    part = _blocked(query, key, value, positions, positions, how)
+    assert part is not None  # a row always sees itself
+    return part
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, start: int, how: _How
+) -> tuple[Tensor, Tensor] | None:
+    """Every row sees every key, unless it is out of the window; None when no row sees any."""
+    length = key.shape[1]
+    if how.window is not None:
+        nearest, farthest = int(positions.min()), int(positions.max())
+        # Keys before the first row's window are out of every row's.
+        hidden = max(0, nearest - how.window + 1 - start)
+        if hidden >= length:
+            return None
+        key, value, start, length = key[:, hidden:], value[:, hidden:], start + hidden, length - hidden
+        if farthest - start >= how.window:
+            there = torch.arange(start, start + length, device=query.device)
+            return _blocked(query, key, value, positions, there, how)
+    if _flash_takes(query, value, how):
+        return _flash(query, key, value, how.scale, causal=False)
+    return _blocked(query, key, value, None, None, how)
+
+
+def _own(query: Tensor, key: Tensor, value: Tensor, a_pass: DecodingPass, how: _How) -> tuple[Tensor, Tensor]:
+    """Each row on the filled part of its own slot, itself included. key: [rows, kv heads, longest + 1, d]."""
+    rows, longest = key.shape[0], key.shape[2]
+    there = torch.arange(longest, device=query.device)
+    seen = there <= a_pass.lengths[:, None]
+    if how.window is not None:
+        seen &= there > a_pass.lengths[:, None] - how.window
+    each = query.permute(2, 0, 1, 3)  # [rows, kv heads, group, d]
+    if _flash_takes(query, value, how):
+        bias = torch.zeros(rows, 1, 1, longest, dtype=query.dtype).masked_fill_(~seen[:, None, None], -torch.inf)
+        bias = bias.expand(rows, 1, query.shape[1], longest)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            each, key, value, 0.0, False, attn_mask=bias, scale=how.scale
+        )
+    else:
+        scores = _scores(each, key, how).masked_fill_(~seen[:, None, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        output = torch.matmul(scores.sub_(lse[..., None]).exp_().to(value.dtype), value)
+    room, room_lse = _empty(query, value)
+    room.copy_(output.permute(1, 2, 0, 3))
+    room_lse.copy_(lse.permute(1, 2, 0))
+    return room, room_lse
+
+
+def _flash_takes(query: Tensor, value: Tensor, how: _How) -> bool:
+    return query.device.type == "cpu" and how.softcap is None and query.shape[-1] == value.shape[-1]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    group = query.shape[1]
+    # Key-value heads are the kernel's batch, and each head of a group sees the same keys without a copy of them.
+    spread = (key.shape[0], group, key.shape[1], -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key[:, None].expand(spread), value[:, None].expand(spread), 0.0, causal, scale=scale
+    )
+
+
+def _blocked(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, there: Tensor | None, how: _How
+) -> tuple[Tensor, Tensor] | None:
+    """Attention written out, some rows at a time: with a window, soft-capping, or heads of unequal size.
+
+    positions [rows] and there [keys] are absolute; None: every row sees every key. A row that sees nothing gets a
+    log-sum-exp of -inf, which the merge takes as weight zero.
+    """
+    output, lse = _empty(query, value)
+    heads, group, rows, _ = query.shape
+    step = max(1, _SCORES // (heads * group * key.shape[1]))
+    for first in range(0, rows, step):
+        some = slice(first, min(rows, first + step))
+        scores = _scores(query[:, :, some], key[:, None], how)
+        if positions is not None and there is not None:
+            distance = positions[some, None] - there[None]
+            hidden = distance < 0
+            if how.window is not None:
+                hidden |= distance >= how.window
+            scores.masked_fill_(hidden, -torch.inf)
+        high = scores.amax(-1, keepdim=True)
+        # Of a row that sees nothing all scores are -inf, and -inf - -inf would be NaN.
+        weights = scores.sub_(high.clamp_min(torch.finfo(torch.float32).min)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        output[:, :, some] = torch.matmul(weights / total.clamp_min(1e-37), value[:, None].float()).to(query.dtype)
+        lse[:, :, some] = (total.log() + high).squeeze(-1)
+    return output, lse
+
+
+def _scores(query: Tensor, key: Tensor, how: _How) -> Tensor:
+    """float32 [..., rows, keys]."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    return scores
+
+
+def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """In place: attention over two sets of keys from attention over each."""
+    # sigmoid(b - a) = e^b / (e^a + e^b): the other set's share. NaN only where both saw nothing, which no row does:
+    # every row sees itself first.
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    if output.dtype == torch.float32:
+        output.lerp_(other, share)
+    else:
+        output.copy_(output.float().lerp_(other.float(), share))
+    lse.copy_(torch.logaddexp(lse, other_lse))
+
+
+def _finish(output: Tensor, lse: Tensor, how: _How) -> Tensor:
+    """[kv heads, group, rows, d] -> [rows, heads, d], with the sinks' share of the softmax taken off."""
+    if how.sinks is not None:
+        sinks = how.sinks.float().view(*output.shape[:2], 1)
+        output = output * torch.sigmoid(lse - sinks)[..., None].to(output.dtype)
+    return output.permute(2, 0, 1, 3).flatten(1, 2)

@@ -1,0 +1,352 @@
+"""What does it go on to say? Continuous batching over shared prefixes: prompts are prefilled through the tree, each
+sample holds only what is its own, and a finished sample makes room for the next.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval_platform.engine import trie
+from eval_platform.engine.attention import Group, Slots
+from eval_platform.engine.batching import is_out_of_memory
+from eval_platform.engine.completion import Completion, Prompt, StopFinder, generator, sample
+from eval_platform.engine.head import Head
+from eval_platform.engine.packed import PackedModel
+from eval_platform.engine.stream import Block, Kept, forwards
+from eval_platform.engine.trie import Node
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+# Samples that are decoded together. Each step reads every weight once, however many they are.
+_SLOTS = 64
+# New samples are taken in when this share of the slots is free: a prefill of few tokens costs as much as a step.
+_REFILL = 1 / 8
+# A shared beginning costs every step an attention call in each layer, so a short one is computed for each prompt.
+_LEAST_SHARED = 32
+# Slots grow by this many tokens, so that a completion that ends early never takes the room of the longest.
+_GROWTH = 128
+# What a generation config may say without touching which token comes next (completion.plain_generation_config has
+# taken care of the rest).
+_HARMLESS = {
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "remove_invalid_values",
+    "return_dict_in_generate",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def why_not(model: "PreTrainedModel") -> str:
+    """Why the model's completions need transformers' own loop; "" when they don't."""
+    config = cast("GenerationConfig | None", model.generation_config)
+    if config is None:
+        return ""
+    shaping = {key for key, value in config.to_diff_dict().items() if value} - _HARMLESS
+    return f"its generation config sets {', '.join(sorted(shaping))}" if shaping else ""
+
+
+@dataclass(eq=False, slots=True)
+class _Sample:
+    """One completion being drawn, for every prompt that asks for just this one."""
+
+    prompts: list[Prompt]
+    end: Node
+    holds_stop: StopFinder
+    draws: torch.Generator | None
+    own: int = 0  # tokens of the prompt that lie in its slot, not in a shared node
+    completion: Completion = field(default_factory=Completion)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return self.end.end
+
+
+def complete(
+    packed: PackedModel,
+    head: Head,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    ends: frozenset[int],
+    *,
+    budget: int,
+) -> Iterator[tuple[Prompt, Completion]]:
+    """Complete every prompt, each as soon as its completion has ended. A prompt's completion depends on its own
+    tokens, settings and seed only, beyond rounding.
+
+    When memory runs out the samples at hand start again with
+    half as many at once. Raises MemoryError when a single one does not fit.
+    """
+    slots = _SLOTS
+    waiting = list(prompts)
+    while waiting:
+        done: set[int] = set()
+        try:
+            run = _Run(packed, head, tokenizer, waiting, ends, budget, slots)
+            for prompt, completion in run.samples():
+                done.add(prompt.owner)
+                yield prompt, completion
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if slots == 1:
+                raise MemoryError(f"one request does not fit into memory: {error}") from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        slots //= 2
+        budget = max(1, budget // 2)
+        _log.warning("out of memory; going on with %d completions at once", slots)
+        waiting = [prompt for prompt in waiting if prompt.owner not in done]
+
+
+class _Run:
+    """The state of one call of `complete`: samples waiting, samples in slots, shared nodes in memory."""
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        head: Head,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: Sequence[Prompt],
+        ends: frozenset[int],
+        budget: int,
+        slots: int,
+    ) -> None:
+        self._packed = packed
+        self._head = head
+        self._ends = ends
+        self._budget = budget
+        self._kept = Kept()
+        self._computed: set[Node] = set()
+        self._ruined: set[Node] = set()
+        self._last_hidden: dict[Node, Tensor] = {}
+        self._queue, self._place = _samples(prompts, tokenizer)
+        self._users: dict[Node, int] = {}
+        ending: dict[Node, int] = {}
+        for one in self._queue:
+            ending[one.end] = ending.get(one.end, 0) + 1
+            for node in one.end.path():
+                self._users[node] = self._users.get(node, 0) + 1
+        for one in self._queue:
+            # What one sample alone uses goes to its slot.
+            one.own = 0 if self._users[one.end] > 1 else len(one.end.tokens)
+        self._ending = ending
+        self._queue.reverse()  # taken from its end
+        self._active: list[_Sample] = []
+        self._most = min(slots, len(self._queue))
+        self._slots = Slots()
+        self._capacity = 0
+        self._groups: list[Group] | None = None
+
+    @torch.inference_mode()
+    def samples(self) -> Iterator[tuple[Prompt, Completion]]:
+        while self._queue or self._active:
+            free = self._most - len(self._active)
+            if self._queue and (not self._active or free >= max(1, int(self._most * _REFILL))):
+                yield from self._retire(self._admit(free))
+            if self._active:
+                yield from self._retire(self._step())
+
+    # -- admission
+
+    def _admit(self, count: int) -> list[_Sample]:
+        """Prefill the next `count` samples and draw each one's first token; those that ended with it."""
+        new = [self._queue.pop() for _ in range(min(count, len(self._queue)))]
+        nodes = {node for one in new for node in one.end.path() if node not in self._computed}
+        order = sorted(nodes, key=self._place.__getitem__)
+        self._kept.pinned |= nodes
+        for forward in forwards(order, self._budget, self._kept):
+            hidden, broken = self._packed.run(forward)
+            bad = None if broken is None else broken.rows.cpu().numpy()
+            for piece in forward.pieces:
+                node = piece.node
+                if node.parent in self._ruined or (bad is not None and bad[piece.row : piece.stop].any()):
+                    self._ruined.add(node)
+                if piece.last == len(node.tokens) and node in self._ending:
+                    self._last_hidden[node] = hidden[piece.stop - 1].clone()
+        self._computed |= nodes
+        self._groups = None
+
+        first = len(self._active)
+        self._active.extend(new)
+        self._grow(max(one.own for one in new) + 1)
+        for row, one in enumerate(new, start=first):
+            if one.own:
+                self._to_slot(row, one.end)
+        hidden = torch.stack([self._last_hidden[one.end] for one in new])
+        for one in new:
+            self._ending[one.end] -= 1
+            if not self._ending[one.end]:
+                del self._last_hidden[one.end]
+        return self._draw(new, hidden, [one.end in self._ruined for one in new])
+
+    def _to_slot(self, row: int, node: Node) -> None:
+        start = node.start
+        for block in self._kept.blocks[node]:
+            for layer, (keys, values) in enumerate(block.layers):
+                at = slice(block.start - start, block.end - start)
+                self._slots.keys[layer][row, :, at] = keys
+                self._slots.values[layer][row, :, at] = values
+        self._kept.drop(node)
+
+    def _grow(self, needed: int) -> None:
+        """Make room for `needed` tokens in every slot."""
+        if needed <= self._capacity:
+            return
+        capacity = needed + _GROWTH
+        layers = _a_block(self._kept).layers if not self._slots.keys else None
+        shapes = layers if layers is not None else list(zip(self._slots.keys, self._slots.values, strict=True))
+        for layer, (keys, values) in enumerate(shapes):
+            for states, stored in ((keys, self._slots.keys), (values, self._slots.values)):
+                heads, depth = states.shape[-3], states.shape[-1]
+                room = states.new_zeros(self._most, heads, capacity, depth)
+                if layers is None:
+                    room[:, :, : self._capacity] = states
+                    stored[layer] = room
+                else:
+                    stored.append(room)
+        self._capacity = capacity
+
+    # -- decoding
+
+    def _step(self) -> list[_Sample]:
+        """One more token of every active sample; those that ended with it."""
+        active = self._active
+        lengths = [one.own + len(one.completion.tokens) - 1 for one in active]
+        self._grow(max(lengths) + 1)
+        if self._groups is None:
+            self._groups = self._find_groups()
+        hidden, broken = self._packed.decode(
+            tokens=[one.completion.tokens[-1] for one in active],
+            positions=[one.length + len(one.completion.tokens) - 1 for one in active],
+            slots=self._slots,
+            lengths=lengths,
+            groups=self._groups,
+        )
+        bad = [False] * len(active) if broken is None else broken.rows.tolist()
+        return self._draw(active, hidden, bad)
+
+    def _find_groups(self) -> list[Group]:
+        rows: dict[Node, list[int]] = {}
+        for row, one in enumerate(self._active):
+            for node in one.end.path():
+                if not (one.own and node is one.end):
+                    rows.setdefault(node, []).append(row)
+        groups = []
+        for node, its in rows.items():
+            contiguous = its[-1] - its[0] + 1 == len(its)
+            index = slice(its[0], its[-1] + 1) if contiguous else torch.tensor(its, device=self._packed.device)
+            groups.append(Group(index, self._kept.blocks[node]))
+        return groups
+
+    def _draw(self, drawing: Sequence[_Sample], hidden: Tensor, bad: Sequence[bool]) -> list[_Sample]:
+        """Choose the next token of each sample from its hidden state; those that ended with it."""
+        chosen: dict[int, int] = {}
+        for rows in (
+            [i for i, one in enumerate(drawing) if one.draws is None],
+            [i for i, one in enumerate(drawing) if one.draws is not None],
+        ):
+            if not rows:
+                continue
+            states = hidden if len(rows) == len(drawing) else hidden[torch.tensor(rows, device=hidden.device)]
+            if drawing[rows[0]].draws is None:
+                tokens, finite = self._head.best(states)
+                chosen |= {i: token for i, token, ok in zip(rows, tokens, finite, strict=True) if ok}
+            else:
+                chosen |= self._draw_each(drawing, rows, states)
+        ended = []
+        for i, one in enumerate(drawing):
+            completion = one.completion
+            token = chosen.get(i)
+            if token is None or bad[i]:
+                completion.finish_reason = "non_finite"
+            else:
+                completion.tokens.append(token)
+                if token in self._ends:
+                    completion.finish_reason = "eos"
+                elif one.holds_stop(completion.tokens):
+                    completion.finish_reason = "stop"
+                elif len(completion.tokens) == one.prompts[0].settings.max_new_tokens:
+                    completion.finish_reason = "length"
+            if completion.finish_reason:
+                ended.append(one)
+        return ended
+
+    def _draw_each(self, drawing: Sequence[_Sample], rows: Sequence[int], states: Tensor) -> dict[int, int]:
+        chosen = {}
+        for i, logits in zip(rows, self._head.logits(states).cpu(), strict=True):
+            one = drawing[i]
+            high = logits.max()
+            if bool(high.isfinite()) and one.draws is not None:
+                chosen[i] = sample(logits, one.prompts[0].settings, one.draws)
+        return chosen
+
+    # -- retirement
+
+    def _retire(self, ended: Sequence[_Sample]) -> Iterator[tuple[Prompt, Completion]]:
+        """Free the slots of `ended`, and the shared nodes that nobody uses any more."""
+        for one in ended:
+            row, last = self._active.index(one), len(self._active) - 1
+            if row != last:
+                moved = self._active[row] = self._active[last]
+                length = moved.own + len(moved.completion.tokens)
+                for states in (*self._slots.keys, *self._slots.values):
+                    states[row, :, :length] = states[last, :, :length]
+            self._active.pop()
+            self._groups = None
+            for node in one.end.path():
+                self._users[node] -= 1
+                if not self._users[node]:
+                    self._kept.drop(node)
+        for one in ended:
+            for prompt in one.prompts:
+                yield prompt, one.completion
+
+
+def _samples(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[_Sample], dict[Node, int]]:
+    """The distinct completions that `prompts` ask for, in depth-first order of their tree, and every node's place."""
+    distinct: dict[tuple[int, ...], Node | None] = {tuple(prompt.tokens): None for prompt in prompts}
+    roots, ends = trie.build([np.asarray(tokens, dtype=np.int64) for tokens in distinct], _LEAST_SHARED)
+    place = {node: i for i, node in enumerate(trie.depth_first(roots))}
+    end_of = dict(zip(distinct, ends, strict=True))
+    finders: dict[tuple[str, ...], StopFinder] = {}
+    found: dict[Any, _Sample] = {}
+    for prompt in prompts:
+        tokens = tuple(prompt.tokens)
+        greedy = prompt.settings.temperature == 0
+        # Greedy completions of one prompt are one; drawn ones each have a seed of their own.
+        key = (tokens, prompt.settings, None if greedy else prompt.seed_text)
+        if key in found:
+            found[key].prompts.append(prompt)
+            continue
+        stop = prompt.settings.stop
+        finder = finders.setdefault(stop, StopFinder(tokenizer, stop))
+        found[key] = _Sample([prompt], end_of[tokens], finder, None if greedy else generator(prompt.seed_text))
+    return sorted(found.values(), key=lambda one: (place[one.end], one.prompts[0].seed_text)), place
+
+
+def _a_block(kept: Kept) -> Block:
+    return next(block for blocks in kept.blocks.values() for block in blocks)

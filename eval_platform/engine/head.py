@@ -1,0 +1,117 @@
+"""What comes next? Log-probabilities and best tokens from hidden states, without a [rows, vocabulary] tensor."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The block of logits that is made at a time: 8 MiB of float32, about what two cores' caches hold.
+_ROWS = 512
+_VOCABULARY = 4096
+
+
+class Head:
+    """A model's output embedding, applied in blocks of the vocabulary; logits are float32 whatever the model's dtype.
+
+    What models do to logits after the product (soft-capping, a scale) is read from their config; the engine's check
+    at load compares the result with the model's own logits, so that a model which does something else is seen.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        layer: Any = model.get_output_embeddings()
+        weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+        self._products: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+        for first in range(0, weight.shape[0], _VOCABULARY):
+            block = slice(first, first + _VOCABULARY)
+            part = None if bias is None else bias.detach()[block]
+            self._products.append((first, partial(functional.linear, weight=weight[block], bias=part)))
+        self.device = weight.device
+        config = model.config.get_text_config()
+        self._scale = 1.0
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps softly.
+        if getattr(config, "logit_scale", None):
+            self._scale *= float(config.logit_scale)
+        if getattr(config, "logits_scaling", None):
+            self._scale /= float(config.logits_scaling)
+        self._cap = getattr(config, "final_logit_softcapping", None)
+
+    def score(self, hidden: Tensor, rows: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log-probability (nats, float64) of tokens[i] after hidden[rows[i]], and whether it is the most probable.
+
+        hidden: [n, hidden size]; `rows` ascending. Both results are on the CPU; with a NaN nothing is most probable.
+        """
+        row_index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        token_index = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        bounds = torch.arange(0, hidden.shape[0] + _ROWS, _ROWS, device=self.device)
+        cuts = torch.searchsorted(row_index, bounds).tolist()
+        values, flags = [], []
+        for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+            if a == b:
+                continue
+            first = i * _ROWS
+            value, flag = self._score(hidden[first : first + _ROWS], row_index[a:b] - first, token_index[a:b])
+            values.append(value)
+            flags.append(flag)
+        if not values:
+            return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
+        return torch.cat(values).cpu(), torch.cat(flags).cpu()
+
+    def best(self, hidden: Tensor) -> tuple[list[int], list[bool]]:
+        """The most probable token after each row of hidden [n, hidden size], and whether its logits are all numbers."""
+        high, index = None, None
+        broken = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for first, logits in self._blocks(hidden):
+            block_high, block_index = logits.max(-1)
+            # The maximum is NaN if any logit is, +inf if one is.
+            broken |= block_high.isnan() | (block_high == torch.inf)
+            if high is None or index is None:
+                high, index = block_high, block_index
+            else:
+                better = block_high > high
+                high, index = torch.where(better, block_high, high), torch.where(better, block_index + first, index)
+        assert high is not None
+        assert index is not None
+        return index.tolist(), (~(broken | (high == -torch.inf))).tolist()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits: float32 [n, vocabulary]."""
+        return torch.cat([logits for _, logits in self._blocks(hidden)], dim=-1)
+
+    def _score(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        picked = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
+        total, high, best = None, None, None
+        for first, logits in self._blocks(hidden):
+            last = first + logits.shape[-1]
+            here = ((tokens >= first) & (tokens < last)).nonzero()[:, 0]
+            picked[here] = logits[rows[here], tokens[here] - first]
+            block_high, block_best = logits.max(-1)
+            # One pass in cache by row; taken at the maximum, where nothing cancels.
+            normalised = torch.log_softmax(logits, dim=-1)
+            block_total = block_high - normalised.gather(1, block_best[:, None])[:, 0]
+            block_best = block_best + first
+            if total is None or high is None or best is None:
+                total, high, best = block_total, block_high, block_best
+            else:
+                better = block_high > high  # the first of equals stays, as argmax has it
+                total = torch.logaddexp(total, block_total)
+                high, best = torch.where(better, block_high, high), torch.where(better, block_best, best)
+        assert total is not None
+        assert best is not None
+        value = picked.double() - total[rows].double()
+        return value, (best[rows] == tokens) & ~value.isnan()
+
+    def _blocks(self, hidden: Tensor) -> Any:
+        for first, multiply in self._products:
+            logits = multiply(hidden).float()
+            if self._scale != 1.0:
+                logits = logits * self._scale
+            if self._cap is not None:
+                logits = torch.tanh(logits / self._cap) * self._cap
+            yield first, logits

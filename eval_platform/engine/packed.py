@@ -1,0 +1,93 @@
+"""Runs a model over packed forwards: hidden states from tokens, positions and what each row looks at."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eval_platform.engine.attention import (
+    Broken,
+    DecodingPass,
+    Group,
+    Pass,
+    Reach,
+    Slots,
+    running,
+)
+from eval_platform.engine.stream import Forward, Piece
+from eval_platform.engine.trie import Node
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PackedModel:
+    """A causal model whose attention is `attention.IMPLEMENTATION`; counts what it computes.
+
+    `reaches`: of the masks that the model makes in one forward, in their order.
+    """
+
+    def __init__(self, model: "PreTrainedModel", reaches: Sequence[Reach] | None) -> None:
+        self._base: Any = model.base_model
+        self.reaches = reaches
+        self.device = model.device
+        self.forwards = 0
+        self.tokens = 0
+        self.first_broken = ""  # where a number was not finite first
+
+    def run(self, forward: Forward) -> tuple[Tensor, Broken | None]:
+        """Hidden states [rows, hidden size] of a forward, and which rows are no numbers; fills the blocks to keep."""
+        a_pass = Pass(
+            positions=torch.from_numpy(forward.positions).to(self.device),
+            reaches=self.reaches,
+            pieces=forward.pieces,
+            ancestors=forward.ancestors,
+            keep=forward.keep,
+        )
+        return self._through(torch.from_numpy(forward.tokens), a_pass)
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Slots, lengths: Sequence[int], groups: list[Group]
+    ) -> tuple[Tensor, Broken | None]:
+        """Hidden states of one more token for each row, whose keys and values go to its slot; as `run`."""
+        assert self.reaches is not None
+        a_pass = DecodingPass(
+            positions=torch.tensor(positions, device=self.device),
+            reaches=self.reaches,
+            slots=slots,
+            lengths=torch.tensor(lengths, device=self.device),
+            longest=max(lengths),
+            groups=groups,
+        )
+        return self._through(torch.tensor(tokens), a_pass)
+
+    def find_reaches(self, tokens: Sequence[int]) -> tuple[list[Reach], int]:
+        """The reaches of the masks the model makes, and how often it calls its attention, in one forward."""
+        ids = torch.tensor(tokens)
+        node = Node(None, 0, ids.numpy())
+        a_pass = Pass(torch.arange(len(tokens), device=self.device), None, [Piece(node, 0, len(tokens), 0)])
+        self._through(ids, a_pass)
+        return a_pass.found, a_pass.layers
+
+    @torch.inference_mode()
+    def _through(self, tokens: Tensor, a_pass: Pass | DecodingPass) -> tuple[Tensor, Broken | None]:
+        self.forwards += 1
+        self.tokens += len(tokens)
+        # No mask and no cache; positions are given, so nothing in the model's code counts rows.
+        with running(a_pass):
+            output = self._base(
+                input_ids=tokens[None].to(self.device), position_ids=a_pass.positions[None], use_cache=False
+            )
+        hidden: Tensor = output.last_hidden_state[0]
+        if not bool(hidden.sum(dtype=torch.float32).isfinite()):
+            rows = ~hidden.isfinite().all(-1)
+            if a_pass.broken is None:
+                a_pass.broken = Broken(rows, "the last hidden state")
+            else:
+                a_pass.broken.rows |= rows
+        if a_pass.broken is not None and not bool(a_pass.broken.rows.any()):
+            a_pass.broken = None
+        if a_pass.broken is not None:
+            self.first_broken = self.first_broken or a_pass.broken.where
+        return hidden, a_pass.broken

@@ -1,0 +1,164 @@
+"""Can this model run packed, and are its numbers then the same? Found out by running it both ways at load."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval_platform.engine import trie
+from eval_platform.engine.attention import IMPLEMENTATION, Group, Slots, Unsupported
+from eval_platform.engine.head import Head
+from eval_platform.engine.packed import PackedModel
+from eval_platform.engine.plain import FIXED_ROPE, rope_types
+from eval_platform.engine.stream import Kept, forwards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Expected = list[tuple[list[int], Tensor, Tensor]]
+
+# Largest error allowed in the check: of a hidden state relative to its length, and of a log-probability in nats. Two
+# right computations differ by some 1e-6 in float32 and 1e-2 in half precision; a wrong mask or position by 1e-1.
+_HIDDEN = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
+_NATS = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.2}
+
+
+@torch.inference_mode()
+def reference(model: "PreTrainedModel") -> Expected:
+    """(tokens, hidden states, logits) of the check's sequences, by the model as transformers runs it, one at a time.
+
+    Asked before anything is changed about the model. Raises Unsupported for what is known not to run packed.
+    """
+    _refuse_known(model)
+    found = []
+    for tokens in _sequences(model):
+        ids = torch.tensor([tokens], device=model.device)
+        output: Any = model(input_ids=ids, use_cache=False, output_hidden_states=False)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found.append((tokens, hidden[0].float(), output.logits[0].float()))
+    return found
+
+
+def packed_model(model: "PreTrainedModel", expected: Expected) -> PackedModel:
+    """The model set to packed attention and checked against `expected` (see `reference`).
+
+    Raises Unsupported with the reason when the model does what packed attention doesn't or gives other numbers; its
+    attention is then what it was.
+    """
+    original = attention_of(model)
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        packed = _packed(model, expected[0][0])
+        check(packed, Head(model), expected)
+    except Exception as error:
+        model.set_attn_implementation(original)
+        if isinstance(error, Unsupported):
+            raise
+        # A model's own code fails as it likes when it meets what it did not expect.
+        raise Unsupported(f"it fails in a packed forward: {type(error).__name__}: {error}") from error
+    return packed
+
+
+def attention_of(model: "PreTrainedModel") -> str:
+    """The name of the attention implementation that the model runs with."""
+    name = model.config._attn_implementation
+    assert name is not None  # set when the model was made
+    return name
+
+
+def _refuse_known(model: "PreTrainedModel") -> None:
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise Unsupported("it is an encoder-decoder")
+    rope = rope_types(config.to_dict()) - FIXED_ROPE
+    if rope:
+        raise Unsupported(
+            f"its rotary frequencies depend on the length of a batch (rope_type {', '.join(sorted(rope))})"
+        )
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise Unsupported("its forward takes no position ids")
+    if model.get_output_embeddings() is None:
+        raise Unsupported("it has no output embeddings")
+
+
+def _sequences(model: "PreTrainedModel") -> list[list[int]]:
+    """A small tree of token sequences: two branches of one beginning, one that ends inside another, one apart."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    window = min(24, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 24))
+    draw = np.random.default_rng(7)
+    first, second, apart = (draw.integers(0, vocabulary, window).tolist() for _ in range(3))
+    half, third = window // 2, window // 3
+    return [first, first[:half] + second[half:], first[:third], apart]
+
+
+def _packed(model: "PreTrainedModel", tokens: list[int]) -> PackedModel:
+    reaches, layers = PackedModel(model, None).find_reaches(tokens)
+    if not reaches:
+        raise Unsupported("it makes its attention masks by itself")
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", layers)
+    if layers != expected:
+        raise Unsupported(f"{layers} of its {expected} layers are attention of the usual kind")
+    return PackedModel(model, reaches)
+
+
+def check(packed: PackedModel, head: Head, expected: Expected) -> None:
+    """Raises Unsupported when packed hidden states or log-probabilities are not the `expected` ones."""
+    # As few tokens a forward as makes nodes wait for their descendants in memory.
+    sequences = [np.asarray(tokens, dtype=np.int64) for tokens, _, _ in expected]
+    roots, ends = trie.build(sequences)
+    kept = Kept()
+    order = list(trie.depth_first(roots))
+    kept.pinned |= set(order)  # for the decoding step below
+    hidden_of: dict[trie.Node, list[Tensor]] = {}
+    for forward in forwards(order, 11, kept):
+        hidden, broken = packed.run(forward)
+        if broken is not None:
+            raise Unsupported(f"{broken.where} is not finite")
+        for piece in forward.pieces:
+            hidden_of.setdefault(piece.node, []).append(hidden[piece.row : piece.stop])
+    for (tokens, hidden, logits), end in zip(expected, ends, strict=True):
+        path = list(end.path())[::-1]
+        ours = torch.cat([part for node in path for part in hidden_of[node]])
+        _must_agree(packed, head, tokens, ours, hidden, logits, "packed")
+    _compare_decoding(packed, head, expected, ends, kept)
+    packed.forwards = packed.tokens = 0
+
+
+def _compare_decoding(
+    packed: PackedModel,
+    head: Head,
+    expected: Expected,
+    ends: list[trie.Node],
+    kept: Kept,
+) -> None:
+    """The last tokens of the first sequence again, one at a time, after the third, which is its beginning."""
+    (tokens, hidden, logits), (beginning, _, _) = expected[0], expected[2]
+    path = list(ends[2].path())
+    slots = Slots()
+    for keys, values in kept.blocks[path[0]][0].layers:
+        for states, stored in ((keys, slots.keys), (values, slots.values)):
+            stored.append(states.new_zeros(1, states.shape[0], len(tokens), states.shape[-1]))
+    groups = [Group(slice(0, 1), kept.blocks[node]) for node in path]
+    ours = []
+    for position in range(len(beginning), len(tokens)):
+        own = position - len(beginning)
+        ours.append(packed.decode([tokens[position]], [position], slots, [own], groups)[0])
+    rest = slice(len(beginning), None)
+    _must_agree(packed, head, tokens[rest], torch.cat(ours), hidden[rest], logits[rest], "decoding")
+
+
+def _must_agree(
+    packed: PackedModel, head: Head, tokens: list[int], ours: Tensor, hidden: Tensor, logits: Tensor, what: str
+) -> None:
+    dtype = ours.dtype
+    error = ((ours.float() - hidden).norm(dim=-1) / hidden.norm(dim=-1).clamp_min(1e-30)).max().item()
+    if not error <= _HIDDEN[dtype]:
+        raise Unsupported(f"its hidden states come out otherwise ({what}: relative error {error:.1e})")
+    rows = list(range(len(tokens) - 1))
+    value, _ = head.score(ours, rows, tokens[1:])
+    right = torch.log_softmax(logits, -1).gather(1, torch.tensor([*tokens[1:], 0], device=logits.device)[:, None])
+    nats = (value - right[:-1, 0].double().cpu()).abs().max().item()
+    if not nats <= _NATS[dtype]:
+        raise Unsupported(f"its log-probabilities come out otherwise ({what}: {nats:.1e} nats off)")
