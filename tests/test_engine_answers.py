@@ -31,27 +31,36 @@ class Subject:
     engine: Engine
     model: Any
     tokenizer: Any
+    engine_path: str
 
     def with_budget(self, batch_tokens: int) -> Engine:
-        return load(self.path, RunSettings(device="cpu", batch_tokens=batch_tokens))
+        return load(self.path, RunSettings(device="cpu", batch_tokens=batch_tokens, engine_path=self.engine_path))
 
 
-def subject(path: Path) -> Subject:
+def subject(path: Path, engine_path: str) -> Subject:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return Subject(path, load(path, RunSettings(device="cpu")), model, AutoTokenizer.from_pretrained(path))
+    engine = load(path, RunSettings(device="cpu", engine_path=engine_path))
+    assert engine.info.engine_path == engine_path
+    return Subject(path, engine, model, AutoTokenizer.from_pretrained(path), engine_path)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module",
+    params=[("llama", "plain"), ("gpt2", "plain"), *((architecture, "tree") for architecture in ARCHITECTURES)],
+    ids="-".join,
+)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    folder = tmp_path_factory.mktemp(request.param)
+    architecture, engine_path = request.param
+    folder = tmp_path_factory.mktemp(architecture)
     # One architecture with a tokenizer that adds BOS by itself: in this many tests it cannot hide.
-    adds_bos = request.param == "llama"
-    return subject(make_checkpoint(folder, architecture=request.param, max_length=WINDOW, adds_bos=adds_bos))
+    adds_bos = architecture == "llama"
+    checkpoint = make_checkpoint(folder, architecture=architecture, max_length=WINDOW, adds_bos=adds_bos)
+    return subject(checkpoint, engine_path)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return subject(make_checkpoint(tmp_path_factory.mktemp("one"), max_length=WINDOW))
+@pytest.fixture(scope="module", params=["plain", "tree"])
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return subject(make_checkpoint(tmp_path_factory.mktemp("one"), max_length=WINDOW), request.param)
 
 
 def ask(engine: Engine, requests: Sequence[Request]) -> dict[tuple[str, int], Response]:
@@ -156,20 +165,21 @@ def test_asking_twice_gives_the_same_bits(tiny: Subject) -> None:
 
 def test_one_token_choices_of_a_context_share_one_row(llama: Subject) -> None:
     rows: list[int] = []
-    forward = llama.engine._model.forward  # type: ignore[attr-defined]
+    base = llama.engine._model.base_model  # type: ignore[attr-defined]
+    forward = base.forward
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         rows.append(len(kwargs["input_ids"]))
         return forward(*args, **kwargs)
 
-    llama.engine._model.forward = counting  # type: ignore[attr-defined]
+    base.forward = counting
     try:
         requests = [make_request("choice", "Question: the river", letter) for letter in "ABCD"]
         # The same tokens cut at another place read the same input too, but score another part of it.
         requests.append(make_request("choice", "Question:", " the riverA"))
         answered = ask(llama.engine, requests)
     finally:
-        llama.engine._model.forward = forward  # type: ignore[attr-defined]
+        base.forward = forward
     assert sum(rows) == 1
     for request in requests:
         check_scored(llama, request, answered[request.request_id, 0])
