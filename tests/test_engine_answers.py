@@ -2,46 +2,25 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_oracle import Subject, ask, check_scored, greedy_by_hand, log_likelihood, subject, tolerance
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, BOS, EOS, make_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from eval_platform.engine import Engine, load
-from eval_platform.engine.encoding import encode_pairs, encode_texts, model_input, prefix_token, rolling_windows
+from eval_platform.engine import load
+from eval_platform.engine.encoding import encode_texts
 from eval_platform.errors import CheckpointError, TaskError
 from eval_platform.values import Generation, Request, Response, RunSettings, make_request
 
 WINDOW = 64
 WORDS = ["the", "river", "is", "a", "mountain", "Question:", "Answer:", "Yes", "No", "東京", "café", "42", "over", ")"]
 PROMPT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=60).map(" ".join)
-
-
-@dataclass
-class Subject:
-    """A checkpoint as the engine sees it and as transformers alone does."""
-
-    path: Path
-    engine: Engine
-    model: Any
-    tokenizer: Any
-    engine_path: str
-
-    def with_budget(self, batch_tokens: int) -> Engine:
-        return load(self.path, RunSettings(device="cpu", batch_tokens=batch_tokens, engine_path=self.engine_path))
-
-
-def subject(path: Path, engine_path: str) -> Subject:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    engine = load(path, RunSettings(device="cpu", engine_path=engine_path))
-    assert engine.info.engine_path == engine_path
-    return Subject(path, engine, model, AutoTokenizer.from_pretrained(path), engine_path)
 
 
 @pytest.fixture(
@@ -61,70 +40,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module", params=["plain", "tree"])
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return subject(make_checkpoint(tmp_path_factory.mktemp("one"), max_length=WINDOW), request.param)
-
-
-def ask(engine: Engine, requests: Sequence[Request]) -> dict[tuple[str, int], Response]:
-    responses = list(engine.answer(requests))
-    assert len(responses) == len(requests)
-    answered = {(response.request_id, response.repeat): response for response in responses}
-    assert set(answered) == {(request.request_id, request.repeat) for request in requests}
-    return answered
-
-
-def log_likelihood(value: Response) -> float:
-    assert value.log_likelihood is not None
-    return value.log_likelihood
-
-
-def tolerance(n_tokens: int) -> float:
-    return max(1e-4, 1e-5 * n_tokens)
-
-
-# -- oracle 1: one request at a time, one forward, no batch, no cache, float64 log-softmax
-
-
-def by_hand(tiny: Subject, tokens_in: list[int], targets: list[int]) -> tuple[float, bool, float]:
-    """(log-likelihood, greedy, smallest gap between the two best logits) of targets at the end of tokens_in."""
-    with torch.no_grad():
-        logits = tiny.model(torch.tensor([tokens_in])).logits[0, len(tokens_in) - len(targets) :].double()
-    log_probability = logits - logits.exp().sum(-1, keepdim=True).log()
-    best = logits.topk(2).values
-    total = sum(float(log_probability[i, token]) for i, token in enumerate(targets))
-    return total, logits.argmax(-1).tolist() == targets, float((best[:, 0] - best[:, 1]).min())
-
-
-def check_scored(tiny: Subject, request: Request, response: Response) -> None:
-    if request.kind == "rolling":
-        tokens = encode_texts(tiny.tokenizer, [request.context])[request.context]
-        parts = [by_hand(tiny, *window) for window in rolling_windows(tokens, prefix_token(tiny.tokenizer), WINDOW)]
-        assert log_likelihood(response) == pytest.approx(sum(part[0] for part in parts), abs=tolerance(len(tokens)))
-        assert (response.is_greedy, response.n_tokens) == (None, len(tokens))
-        return
-    assert request.continuation is not None
-    ((context, continuation),) = encode_pairs(tiny.tokenizer, [(request.context, request.continuation)])
-    tokens_in, cut = model_input(context, continuation, WINDOW)
-    total, greedy, gap = by_hand(tiny, tokens_in, continuation)
-    assert log_likelihood(response) == pytest.approx(total, abs=tolerance(len(continuation)))
-    if gap > tolerance(1):
-        assert response.is_greedy == greedy
-    assert (response.n_tokens, response.truncated_left_tokens) == (len(continuation), cut)
-    assert response.finish_reason == "scored"
-
-
-def greedy_by_hand(tiny: Subject, prompt: list[int], settings: Generation) -> tuple[str, str]:
-    """(text, finish_reason) by whole forwards without a cache, looking at the whole text after every token."""
-    drawn: list[int] = []
-    for _ in range(settings.max_new_tokens):
-        with torch.no_grad():
-            token = int(tiny.model(torch.tensor([prompt + drawn])).logits[0, -1].argmax())
-        drawn.append(token)
-        if token == tiny.tokenizer.eos_token_id:
-            return tiny.tokenizer.decode(drawn[:-1]), "eos"
-        text = tiny.tokenizer.decode(drawn)
-        found = [text.index(stop) for stop in settings.stop if stop in text]
-        if found:
-            return text[: min(found)], "stop"
-    return tiny.tokenizer.decode(drawn), "length"
 
 
 CHOICE = st.builds(
