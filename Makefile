@@ -1,7 +1,8 @@
 .PHONY: install demo test lint bench clean
 
 # make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published)
-# make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of docs/log.md
+# make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of
+#                     docs/log.md and docs/performance.md (an hour on an idle machine)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -29,6 +30,10 @@ bench: install
 	$(BIN)/python -m benchmarks.leaderboard
 	$(BIN)/python -m benchmarks.sensor_tick
 	$(BIN)/python -m benchmarks.arrival_latency
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.engine --model llama120m
+	$(BIN)/python -m benchmarks.engine --dtype bfloat16
+	for model in gpt2 qwen3 pythia gemma2; do $(BIN)/python -m benchmarks.engine --model $$model || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .eval_platform demo/.eval_platform demo/results demo/checkpoints

@@ -306,6 +306,60 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command(epilog=_example("eval-platform bench --checkpoint out/step_1000 --tasks copying,addition --limit 50"))
+def bench(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint; without one, only the machine is measured.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all configured.")] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="File of requests instead of tasks, one JSON object a line.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First N items of each task, or N lines.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How fast is the engine here, how fast could it be, and how fast is lm-evaluation-harness beside it?
+
+    Measures the machine's rate of matrix products at the model's own shapes and of reading memory; counts what the
+    work must compute at the least (unique tokens, needed rows of the head), which at that rate is the floor; then
+    times our engine on it and, when it is installed, lm-eval with the best of three batch sizes. Records nothing.
+    Run it while nothing else runs: two programs on the same cores measure each other.
+    """
+    from eval_platform.bench import report as library
+    from eval_platform.bench import show
+    from eval_platform.bench.requests import read_requests
+    from eval_platform.tasks import read_lock
+    from eval_platform.terminal import print_json
+
+    if workload is not None and tasks is not None:
+        raise typer.BadParameter("give tasks or a workload, not both", param_hint="--workload")
+    if checkpoint is None and (workload is not None or tasks is not None or limit is not None):
+        raise typer.BadParameter("work needs a checkpoint to do it", param_hint="--checkpoint")
+    config = load_config(_State.config_file)
+    found: library.Report | library.MachineReport
+    with show.progress() as (step, done):
+        if checkpoint is None:
+            found = library.bench_machine(config.engine.device, step)
+        else:
+            if workload is not None:
+                requests = read_requests(workload, limit)
+            else:
+                config, store = _opened()
+                lock = read_lock(config.lock_path)
+                if not lock.tasks:
+                    lock = _synced(config, store).lock
+                names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
+                requests = library.task_requests(store, lock, names, limit)
+            settings = config.run_settings()
+            found = library.bench_checkpoint(checkpoint.resolve(), requests, settings, step=step, progress=done)
+    if as_json:
+        print_json(asdict(found))
+    elif isinstance(found, library.MachineReport):
+        show.print_machine(found)
+    else:
+        show.print_report(found)
+
+
 @app.command(epilog=_example('eval-platform release 3fa9c1d2 --reason "the jump is the new data mix"'))
 def release(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
     """Publish a held evaluation on your word. What has a missing or non-finite score cannot be; rerun it."""
