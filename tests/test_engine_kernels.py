@@ -1,0 +1,278 @@
+"""The chosen products are F.linear's, whatever shape and dtype, and packing keeps no second copy of the weights."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny_models import ARCHITECTURES, make_model, make_tokenizer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from eval_platform.engine import kernels
+from eval_platform.engine.kernels import KINDS, Kernels, install, product
+
+SHAPES = [(1, 1), (3, 5), (53, 37), (64, 64), (129, 512), (700, 33)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32).to(dtype)
+
+
+def _llama(*, layers: int = 2, hidden: int = 512, tied: bool = False) -> transformers.LlamaForCausalLM:
+    config = transformers.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=tied,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+def _swap_all(model: transformers.PreTrainedModel, kind: str) -> int:
+    """Swap every layer that may be swapped, whatever would win here; how many."""
+    places = kernels._swappable(model)
+    for parent, name in places:
+        kernels._swap(parent, name, kind, kernels._Pages())
+    return len(places)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_equal_linear(kind: str, dtype: torch.dtype, has_bias: bool) -> None:
+    for (inputs, outputs), rows in itertools.product(SHAPES, (0, 1, 2, 7, 64, 300)):
+        weight, x = _random(outputs, inputs, dtype=dtype), _random(rows, inputs, dtype=dtype)
+        bias = _random(outputs, dtype=dtype) if has_bias else None
+        given = product(weight, bias, kind)(x)
+        expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        # Rounding of one sum: a few units of the number format times the size of what is summed.
+        scale = (x.double().abs() @ weight.double().abs().T) + 1
+        unit = torch.finfo(torch.float32).eps * 4 * scale
+        if dtype == torch.bfloat16:
+            unit = unit + torch.finfo(dtype).eps * expected.abs()
+        assert given.dtype == dtype
+        assert given.shape == (rows, outputs)
+        assert bool(((given.double() - expected).abs() <= unit).all()), (inputs, outputs, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_take_the_layouts_that_models_make(kind: str) -> None:
+    weight = _random(40, 24)
+    run = product(weight, None, kind)
+    for x in (
+        _random(1, 9, 24),
+        _random(24, 9).T,
+        _random(9, 48)[:, ::2],
+        _random(9, 60)[:, 7:31],
+        _random(2, 3, 5, 24),
+    ):
+        torch.testing.assert_close(run(x), F.linear(x, weight))
+    transposed = _random(24, 40)
+    torch.testing.assert_close(product(transposed.T, None, kind)(_random(9, 24)), _random(9, 24) @ transposed)
+
+
+def test_products_keep_what_is_not_finite() -> None:
+    for kind in KINDS:
+        weight = _random(40, 24)
+        weight[3, 5] = torch.nan
+        given = product(weight, None, kind)(_random(9, 24))
+        assert given[:, 3].isnan().all()
+        assert given.isnan().sum() == 9
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="no kind of product"):
+        product(_random(3, 4), None, "cublas")
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_stay_with_every_layer_swapped(architecture: str, kind: str) -> None:
+    model = make_model(architecture, make_tokenizer())  # pyright: ignore[reportArgumentType]
+    tokens = torch.randint(0, 512, (1, 70), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = model(tokens).logits.log_softmax(-1)
+        # Llama and Qwen3: 7 a layer; GPT-2 (Conv1D) and GPT-NeoX: 4. The head is never among them.
+        assert _swap_all(model, kind) == {"llama": 14, "qwen3": 14, "gpt2": 8, "gpt_neox": 8}[architecture]
+        after = model(tokens).logits.log_softmax(-1)
+    assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
+
+
+def test_install_measures_in_time_and_changes_no_logit() -> None:
+    model = _llama()
+    tokens = torch.arange(300)[None]
+    with torch.inference_mode():
+        before = model(tokens).logits
+        start = time.perf_counter()
+        chosen = install(model, deterministic=False, seconds=0.3)
+        took = time.perf_counter() - start
+        torch.testing.assert_close(model(tokens).logits, before, atol=1e-5, rtol=1e-5)
+    assert set(chosen.linear) == {"512x512", "512x256", "512x1408", "1408x512"}
+    assert set(chosen.linear.values()) <= set(KINDS)
+    assert chosen.threads == torch.get_num_threads()
+    assert took < 5  # one round too many, on a machine that does other things
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_leaves_torch_and_repeats_to_the_last_digit(dtype: torch.dtype) -> None:
+    model = _llama().to(dtype)
+    threads = torch.get_num_threads()
+    chosen = install(model, deterministic=True)
+    assert set(chosen.linear.values()) == {"torch"}
+    assert chosen.threads == threads == torch.get_num_threads()
+    assert not any(isinstance(module, kernels._Linear) for module in model.modules())
+    tokens = torch.arange(200)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_float16_stays_with_torch() -> None:
+    assert set(install(_llama().half(), deterministic=False).linear.values()) == {"torch"}
+
+
+def test_small_models_cost_nothing() -> None:
+    model = make_model("llama", make_tokenizer())
+    start = time.perf_counter()
+    chosen = install(model, deterministic=False)
+    assert time.perf_counter() - start < 0.05
+    assert set(chosen.linear.values()) == {"torch"}
+
+
+def test_shared_hooked_and_foreign_layers_are_left() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.two.weight = self.one.weight
+            self.hooked, self.mine, self.free = nn.Linear(8, 8), Mine(8, 8), nn.Linear(8, 8)
+            self.again = self.free_twice = nn.Linear(8, 8)
+            self.other_dtype = nn.Linear(8, 8, dtype=torch.float64)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.hooked.register_forward_hook(lambda *_: None)
+
+    model = _llama(tied=True)
+    model.model.layers[0].mlp = Router()  # pyright: ignore[reportAttributeAccessIssue]
+    found = [getattr(parent, name) for parent, name in kernels._swappable(model)]
+    ours = [layer for layer in found if layer in list(model.model.layers[0].mlp.modules())]
+    assert ours == [model.model.layers[0].mlp.free]  # pyright: ignore[reportAttributeAccessIssue]
+    assert model.lm_head not in found
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    untied = _llama()
+    assert untied.lm_head not in [getattr(parent, name) for parent, name in kernels._swappable(untied)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_packed_layer_whose_weight_is_read_becomes_what_it_was(dtype: torch.dtype, is_transposed: bool) -> None:
+    layer = (Conv1D(48, 24) if is_transposed else nn.Linear(24, 48)).to(dtype)
+    original, x = layer.weight.detach().clone(), _random(1, 5, 24, dtype=dtype)
+    expected = layer(x)
+    swapped = kernels._Linear(layer, "onednn-packed")
+    assert not [name for name, _ in swapped.named_parameters() if "weight" in name]
+    torch.testing.assert_close(swapped(x), expected)
+    assert torch.equal(swapped.weight, original)
+    assert swapped.weight is swapped.weight
+    torch.testing.assert_close(swapped(x), expected)
+
+
+def test_half_the_threads_are_taken_only_when_faster() -> None:
+    usual = torch.get_num_threads()
+    sample = kernels._Sample(nn.Linear(512, 512))
+    with torch.inference_mode():
+        assert kernels._best_threads(sample, 0.05) in {usual, max(1, usual // 2)}
+    assert torch.get_num_threads() == usual
+
+
+def test_choice_wants_a_clear_gain_and_no_loss() -> None:
+    # Seconds of (scoring, decoding).
+    def chosen(onednn: tuple[float, float], packed: tuple[float, float]) -> str:
+        return kernels._fastest({"torch": (1.0, 1.0), "onednn": onednn, "onednn-packed": packed})
+
+    assert chosen((1.0, 1.0), (0.98, 0.98)) == "torch"
+    assert chosen((0.6, 1.0), (0.5, 1.0)) == "onednn-packed"
+    assert chosen((0.6, 0.6), (0.5, 1.1)) == "onednn"
+    assert chosen((1.0, 1.0), (1.2, 0.5)) == "torch"
+
+
+def test_describe() -> None:
+    linear = {"1x1": "torch", "1x2": "onednn-packed", "2x1": "onednn-packed"}
+    assert Kernels(linear, 2, True).describe() == "threads 2; linear onednn-packed (2 shapes), torch (1); huge pages"
+    assert Kernels({"1x1": "torch"}, 1, False).describe() == "threads 1; linear torch (1 shape)"
+    assert Kernels({}, 4, False).describe() == "threads 4; linear torch"
+
+
+_MEMORY = """
+import gc, json, sys
+import psutil, torch, transformers
+from eval_platform.engine import kernels
+
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32").eval()
+tokens = torch.arange(64)[None]
+with torch.inference_mode():
+    before = model(tokens).logits  # reads every weight once: what is mapped is resident
+    weights = sum(p.nbytes for p in model.parameters())
+    largest = max(getattr(*place).weight.nbytes for place in kernels._swappable(model))
+    gc.collect()
+    rss = psutil.Process().memory_info().rss
+    pages = kernels._Pages()
+    for parent, name in kernels._swappable(model):
+        kernels._swap(parent, name, "onednn-packed", pages)
+    grown = psutil.Process().memory_info().rss - rss
+    close = torch.allclose(model(tokens).logits, before, atol=1e-4)
+json.dump({"weights": weights, "largest": largest, "grown": grown, "close": close}, sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_packing_doubles_no_memory(tmp_path: Path, stored: torch.dtype) -> None:
+    # Stored in float32 the weights are pages of the mapped file, in bfloat16 they are converted into memory of ours.
+    _llama(layers=10).to(stored).save_pretrained(tmp_path)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", _MEMORY, str(tmp_path)], env=env, capture_output=True, text=True, check=True
+    )
+    seen = json.loads(run.stdout)
+    assert seen["weights"] > 100e6
+    assert seen["close"]
+    # One layer, and 4 MiB of oneDNN's own (kernels, fragments of the heap).
+    assert seen["grown"] < seen["largest"] + 4 * 2**20
+
+
+_FAULTS = """
+import resource, sys
+import torch
+from eval_platform.engine.kernels import settle_allocator
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):  # 24 MiB each, three at a time, all freed
+        kept = [torch.ones(6 * 2**20) for _ in range(3)]
+        del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+settle_allocator()
+faults()
+print(faults())
+"""
+
+
+def test_settled_memory_is_not_faulted_in_again() -> None:
+    run = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1000  # 18,432 pages are written in each of three turns
