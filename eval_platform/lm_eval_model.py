@@ -84,7 +84,7 @@ class EvalPlatformLM(LM):
                 f"model {NAME!r}: pretrained={pretrained!r} is no folder",
                 remedy="download the checkpoint and name the folder that holds its config.json",
             )
-        # 1 is what lm-eval's command line says where nobody said anything. Below a warning it would show no line of ours.
+        # 1 is what lm-eval's command line says where nobody said anything, and it shows our warnings only.
         if batch_size not in (None, 1, "1") or max_batch_size is not None:
             _log.warning("batch_size means nothing to model %r: the engine batches by tokens", NAME)
         self._folder = folder

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `lm-eval`)")
@@ -266,11 +267,15 @@ def test_what_the_task_leaves_open_the_checkpoint_says(tmp_path: Path, theirs: H
     assert lm.generate_until(drawn, disable_tqdm=True) == theirs.generate_until(greedy, disable_tqdm=True)
 
 
-def test_a_draw_asked_again_is_another_and_a_run_repeats(ours: EvalPlatformLM) -> None:
+def test_a_draw_asked_again_is_another_and_a_run_repeats(ours: EvalPlatformLM, checkpoint: Path) -> None:
     how = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
     texts = ours.generate_until(asked("generate_until", [("Where is", how)] * 4), disable_tqdm=True)
     assert len(set(texts)) == 4
     assert ours.generate_until(asked("generate_until", [("Where is", how)] * 4), disable_tqdm=True) == texts
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)  # as lm-eval's --seed does before it makes its model
+        other = EvalPlatformLM(str(checkpoint), device="cpu")
+    assert other.generate_until(asked("generate_until", [("Where is", how)] * 4), disable_tqdm=True) != texts
 
 
 @pytest.mark.parametrize(
