@@ -49,7 +49,11 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """A mask's marker: a token sees those at most `window - 1` positions before it, or all (None)."""
+    """A mask's marker: a token sees those at most `window - 1` positions before it, or all (None).
+
+    Of window 0 is a mask by which nothing is seen, not even the token itself: models that choose masks by the kind of
+    layer make one for a kind that no layer is of (Qwen2-MoE without sliding windows). No layer may attend by it.
+    """
 
     window: int | None
 
@@ -213,6 +217,8 @@ def _attention(
         raise Unsupported(f"its attention takes {', '.join(unknown)}")
     if not isinstance(attention_mask, Reach):
         raise Unsupported("its layers make attention masks of their own")
+    if attention_mask.window == 0:
+        raise Unsupported("a layer's mask hides a token from itself")
     if query.shape[0] != 1 or dropout:
         raise Unsupported("its attention is not called row by row")
     how = _How(query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask.window, softcap, s_aux)
@@ -272,8 +278,12 @@ def reach_of(mask_function: Callable[..., Any]) -> Reach:
 
     far = 2**30  # beyond every window
     queries = [far + offset for offset in (0, 1, 12345, 2**20 + 7)]
-    if any(not sees(query, 0) or sees(query, -1) for query in queries):
+    if any(sees(query, -1) for query in queries):
         raise Unsupported("its mask is not causal")
+    if not any(sees(query, distance) for query in queries for distance in (0, 1, query)):
+        return Reach(0)
+    if not all(sees(query, 0) for query in queries):
+        raise Unsupported("its mask hides a token from itself")
     windows = set()
     for query in queries:
         if sees(query, query):
