@@ -25,6 +25,11 @@ _HIDDEN = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
 _NATS = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.2}
 
 
+# In the name of a module by which attention looks at keys that it picks, or sums up, once there are many (DeepSeek
+# sparse attention and its like): the check's short sequences never get there.
+_LENGTH_DEPENDENT = ("Indexer", "Compressor")
+
+
 @torch.inference_mode()
 def reference(model: "PreTrainedModel") -> Expected:
     """(tokens, hidden states, logits) of the check's sequences, by the model as transformers runs it, one at a time.
@@ -79,6 +84,11 @@ def _refuse_known(model: "PreTrainedModel") -> None:
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise Unsupported("its forward takes no position ids")
+    for module in model.modules():
+        if any(word in type(module).__name__ for word in _LENGTH_DEPENDENT):
+            raise Unsupported(f"on long texts it looks at chosen or summed-up keys only ({type(module).__name__})")
+    if model.base_model is model:
+        raise Unsupported("its class does not say which of its modules is the model without the head")
     if model.get_output_embeddings() is None:
         raise Unsupported("it has no output embeddings")
 
