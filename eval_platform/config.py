@@ -54,6 +54,9 @@ class Engine(_Section):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_length: int | None = Field(default=None, gt=0)
+    rolling_stride: int | None = Field(
+        default=None, gt=0, description="perplexity: new tokens in each later window; default: disjoint windows"
+    )
     seed: int = 0
     batch_tokens: int | None = Field(default=None, gt=0, description="tokens in one forward pass; default by device")
     path: Literal["auto", "tree", "plain"] = Field(
@@ -147,6 +150,7 @@ class Config(_Section):
             limit=limit,
             trust_remote_code=engine.trust_remote_code if trust_remote_code is None else trust_remote_code,
             batch_tokens=engine.batch_tokens,
+            rolling_stride=engine.rolling_stride,
             engine_path=engine.path,
             deterministic=engine.deterministic,
         )

@@ -145,6 +145,8 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
             _environment(config),
             lock,
         )
+        # A service manager's stop is SIGTERM: it must end the children as Ctrl-C does, not leave them behind.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             one.start("code_server")
             _wait(one, "code_server", lambda: _listens(ports["code_server"]))
@@ -155,6 +157,7 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
             yield one
         finally:
             one.stop()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _unwritable(folder: Path, error: OSError) -> EvalPlatformError:

@@ -168,6 +168,7 @@ class RunSettings:
     seed: int = 0
     limit: int | None = None
     trust_remote_code: bool = False
+    rolling_stride: int | None = None  # new tokens scored in each later window; None: windows are disjoint
     # Recorded, not part of identity: by any path, in any batch, the answers are the same but for rounding.
     batch_tokens: int | None = None
     engine_path: str = "auto"  # "auto" | "tree" | "plain"
@@ -178,7 +179,10 @@ class RunSettings:
         if self.dtype == "auto" or self.max_length is None:
             raise ValueError("settings must be resolved (dtype, max_length) before they have an identity")
         recorded_only = {"device", "batch_tokens", "engine_path", "deterministic"}
-        return {k: v for k, v in asdict(self).items() if k not in recorded_only}
+        fields = {k: v for k, v in asdict(self).items() if k not in recorded_only}
+        if self.rolling_stride is None:  # so that settings from before it existed keep their id
+            del fields["rolling_stride"]
+        return fields
 
 
 @dataclass(frozen=True, slots=True)

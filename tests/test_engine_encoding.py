@@ -166,3 +166,19 @@ def _instance(context: str, continuation: str) -> Any:
     from lm_eval.api.instance import Instance
 
     return Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.lists(st.integers(0, 99), max_size=60), max_length=st.integers(1, 20), data=st.data())
+def test_strided_windows_score_every_token_once_with_all_the_context_that_fits(
+    tokens: list[int], max_length: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, max_length))
+    whole, done = [99, *tokens], 0
+    for tokens_in, targets in rolling_windows(tokens, 99, max_length, stride):
+        assert targets == tokens[done : done + len(targets)]
+        assert len(targets) <= (max_length if done == 0 else stride)
+        done += len(targets)
+        assert tokens_in == whole[max(0, done - max_length) : done]
+    assert done == len(tokens)
+    assert list(rolling_windows(tokens, 99, max_length, max_length)) == list(rolling_windows(tokens, 99, max_length))

@@ -44,9 +44,9 @@ def _llama(*, layers: int = 2, hidden: int = 512, tied: bool = False) -> transfo
 
 def _swap_all(model: transformers.PreTrainedModel, kind: str) -> int:
     """Swap every layer that may be swapped, whatever would win here; how many."""
-    places = kernels._swappable(model)
+    places = kernels._swappable(model)[0]
     for parent, name in places:
-        kernels._swap(parent, name, kind, kernels._Pages())
+        kernels._swap(parent, name, kind, kernels.Pages())
     return len(places)
 
 
@@ -169,13 +169,13 @@ def test_shared_hooked_and_foreign_layers_are_left() -> None:
 
     model = _llama(tied=True)
     model.model.layers[0].mlp = Router()  # pyright: ignore[reportAttributeAccessIssue]
-    found = [getattr(parent, name) for parent, name in kernels._swappable(model)]
+    found = [getattr(parent, name) for parent, name in kernels._swappable(model)[0]]
     ours = [layer for layer in found if layer in list(model.model.layers[0].mlp.modules())]
     assert ours == [model.model.layers[0].mlp.free]  # pyright: ignore[reportAttributeAccessIssue]
     assert model.lm_head not in found
     assert model.lm_head.weight is model.model.embed_tokens.weight
     untied = _llama()
-    assert untied.lm_head not in [getattr(parent, name) for parent, name in kernels._swappable(untied)]
+    assert untied.lm_head not in [getattr(parent, name) for parent, name in kernels._swappable(untied)[0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,9 +213,11 @@ def test_choice_wants_a_clear_gain_and_no_loss() -> None:
 
 def test_describe() -> None:
     linear = {"1x1": "torch", "1x2": "onednn-packed", "2x1": "onednn-packed"}
-    assert Kernels(linear, 2, True).describe() == "threads 2; linear onednn-packed (2 shapes), torch (1); huge pages"
-    assert Kernels({"1x1": "torch"}, 1, False).describe() == "threads 1; linear torch (1 shape)"
-    assert Kernels({}, 4, False).describe() == "threads 4; linear torch"
+    assert Kernels(linear, "onednn", 2, True).describe() == (
+        "threads 2; linear onednn-packed (2 shapes), torch (1); head onednn; huge pages"
+    )
+    assert Kernels({"1x1": "torch"}, "torch", 1, False).describe() == "threads 1; linear torch (1 shape); head torch"
+    assert Kernels({}, "torch", 4, False).describe() == "threads 4; linear torch; head torch"
 
 
 _MEMORY = """
@@ -228,11 +230,11 @@ tokens = torch.arange(64)[None]
 with torch.inference_mode():
     before = model(tokens).logits  # reads every weight once: what is mapped is resident
     weights = sum(p.nbytes for p in model.parameters())
-    largest = max(getattr(*place).weight.nbytes for place in kernels._swappable(model))
+    largest = max(getattr(*place).weight.nbytes for place in kernels._swappable(model)[0])
     gc.collect()
     rss = psutil.Process().memory_info().rss
-    pages = kernels._Pages()
-    for parent, name in kernels._swappable(model):
+    pages = kernels.Pages()
+    for parent, name in kernels._swappable(model)[0]:
         kernels._swap(parent, name, "onednn-packed", pages)
     grown = psutil.Process().memory_info().rss - rss
     close = torch.allclose(model(tokens).logits, before, atol=1e-4)

@@ -24,7 +24,7 @@ def test_info_says_what_ran(architecture: Any, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model.safetensors")
     assert isinstance(info, EngineInfo)
     assert info.architecture == json.loads((tmp_path / "config.json").read_text())["architectures"][0]
-    assert (info.device, info.dtype, info.max_length, info.engine_path) == ("cpu", "float32", 96, "plain")
+    assert (info.device, info.dtype, info.max_length, info.engine_path) == ("cpu", "float32", 96, "tree")
     assert info.n_parameters == sum(weight.numel() for weight in stored.values())
     assert info.vocab_size == 512
     assert {"torch", "transformers", "tokenizers", "python"} <= set(info.versions)

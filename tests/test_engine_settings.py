@@ -84,6 +84,15 @@ def test_a_shorter_window_may_be_asked_for_but_no_longer_one(tmp_path: Path) -> 
         resolve_settings(RunSettings(max_length=513), path)
 
 
+def test_a_stride_no_longer_than_the_window_and_part_of_the_identity_only_when_set(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, {"max_position_embeddings": 512})
+    strided = resolve_settings(RunSettings(rolling_stride=512), path).identity()
+    assert strided.pop("rolling_stride") == 512
+    assert strided == resolve_settings(RunSettings(), path).identity()
+    with pytest.raises(ConfigError, match=r"rolling_stride 101 .* 100 tokens"):
+        resolve_settings(RunSettings(rolling_stride=101, max_length=100), path)
+
+
 @pytest.mark.parametrize("value", [0, -1, 1, "many", 2.5, True, [512]])
 def test_a_window_that_is_no_length(tmp_path: Path, value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: field max_position_embeddings"):
@@ -121,7 +130,8 @@ def test_resolving_twice_changes_nothing_and_gives_an_identity(tmp_path: Path) -
     path = checkpoint(tmp_path, {"dtype": "bfloat16", "max_position_embeddings": 512})
     once = resolve_settings(RunSettings(device="auto"), path)
     assert resolve_settings(once, path) == once
-    assert once.identity() == replace(once, device="cuda:3", batch_tokens=7).identity()
+    recorded_only = {"device": "cuda:3", "batch_tokens": 7, "engine_path": "plain", "deterministic": True}
+    assert once.identity() == replace(once, **recorded_only).identity()
 
 
 def test_importing_the_engine_imports_no_torch() -> None:

@@ -68,11 +68,11 @@ class Up:
         if self.process.poll() is not None:
             return
         tree = self.tree()
-        self.process.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs(tree[1:], timeout=60)
-        for process in (*alive, self.process):
+        self.process.send_signal(signal.SIGTERM)  # as a service manager stops it
+        _, alive = psutil.wait_procs(tree, timeout=60)
+        for process in alive:
             process.kill()
-        self.process.wait(30)
+        assert not alive, "SIGTERM left processes behind"
 
     def runs(self, arrival: str) -> list[str]:
         """Statuses of Dagster's runs for one arrival, newest first."""

@@ -137,14 +137,30 @@ class StopFinder:
         # A token is at least one byte of text, so a stop string that a token has just completed lies within its last
         # (bytes of the stop string) tokens; a few more, because a decoder may drop a space at the start of the window.
         self._window = max((len(stop.encode()) for stop in self._stops), default=0) + 4
+        self._last = {stop[-1] for stop in self._stops}
+        # Where a decoder drops or moves spaces, a token may complete a stop string without showing its last character.
+        self._look_always = bool(
+            any(character.isspace() for character in self._last)
+            or getattr(tokenizer, "clean_up_tokenization_spaces", False)
+        )
+        self._may_complete: dict[int, bool] = {}
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Whether the text of `tokens`, special tokens included, holds a stop string near its end."""
-        if not self._stops:
+        if not self._stops or not self._may_be_completed_by(tokens[-1]):
             return False
         # Special tokens are kept: many a task stops at one by its text ("<|im_end|>").
         tail = str(self._tokenizer.decode(list(tokens[-self._window :]), skip_special_tokens=False))
         return any(stop in tail for stop in self._stops)
+
+    def _may_be_completed_by(self, token: int) -> bool:
+        """Whether `token` shows the last character of a stop string, or some bytes of a character."""
+        if self._look_always:
+            return True
+        if token not in self._may_complete:
+            text = str(self._tokenizer.decode([token], skip_special_tokens=False))
+            self._may_complete[token] = "\ufffd" in text or not self._last.isdisjoint(text)
+        return self._may_complete[token]
 
 
 class _Draw(LogitsProcessor):

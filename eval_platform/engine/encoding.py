@@ -100,12 +100,15 @@ def model_input(context: Tokens, continuation: Tokens, max_length: int) -> tuple
     return tokens[cut:-1], cut
 
 
-def rolling_windows(tokens: Tokens, prefix: int, max_length: int) -> Iterator[tuple[Tokens, Tokens]]:
+def rolling_windows(
+    tokens: Tokens, prefix: int, max_length: int, stride: int | None = None
+) -> Iterator[tuple[Tokens, Tokens]]:
     """Cut a document into (input, targets) windows in which every token is predicted exactly once.
 
     The first window predicts the first max_length tokens after `prefix`; each later one up to max_length more, given
     the token before them (context length 1). The last is shorter in targets but not in input: it is filled up with
-    the tokens before, so its first target still has as much context as fits.
+    the tokens before, so its first target still has as much context as fits. With a `stride` (at most max_length) each
+    later window predicts that many more tokens only, given all the context that fits beside them.
     """
     if not tokens:
         return
@@ -113,6 +116,6 @@ def rolling_windows(tokens: Tokens, prefix: int, max_length: int) -> Iterator[tu
     yield [prefix, *first[:-1]], first
     done = len(first)
     while done < len(tokens):
-        end = min(len(tokens), done + max_length)
+        end = min(len(tokens), done + (stride or max_length))
         yield tokens[end - max_length - 1 : end - 1], tokens[done:end]
         done = end

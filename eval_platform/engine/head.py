@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
+
+from eval_platform.engine.kernels import Pages, product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +17,17 @@ _ROWS = 512
 _VOCABULARY = 4096
 
 
+class _Concatenated(nn.Module):
+    """A head whose weight is held in blocks only."""
+
+    def __init__(self, products: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> None:
+        super().__init__()
+        self._products = products
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([multiply(hidden) for _, multiply in self._products], dim=-1)
+
+
 class Head:
     """A model's output embedding, applied in blocks of the vocabulary; logits are float32 whatever the model's dtype.
 
@@ -24,15 +35,23 @@ class Head:
     at load compares the result with the model's own logits, so that a model which does something else is seen.
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", kind: str) -> None:
+        """`kind`: the product to use, see `kernels.product`. The model's own head uses it too from then on, so that
+        a packed weight is not held twice.
+        """
         layer: Any = model.get_output_embeddings()
         weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
         self._products: list[tuple[int, Callable[[Tensor], Tensor]]] = []
         for first in range(0, weight.shape[0], _VOCABULARY):
             block = slice(first, first + _VOCABULARY)
             part = None if bias is None else bias.detach()[block]
-            self._products.append((first, partial(functional.linear, weight=weight[block], bias=part)))
+            self._products.append((first, product(weight[block], part, kind)))
         self.device = weight.device
+        if kind == "onednn-packed":
+            where, size = weight.data_ptr(), weight.nbytes
+            model.set_output_embeddings(_Concatenated(self._products))
+            del layer, weight
+            Pages().release(where, size)
         config = model.config.get_text_config()
         self._scale = 1.0
         # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma caps softly.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_HEAD = "head"
 KINDS = ("torch", "onednn", "onednn-packed")
 Product = Callable[[Tensor], Tensor]
 
@@ -56,21 +57,24 @@ class Kernels:
     """Which arithmetic runs; recorded with the evaluation.
 
     linear: the kind of product (KINDS) by shape "inputsxoutputs", one for each distinct shape among the linear layers
-    that may be swapped. threads: of one product. huge_pages: malloc takes huge pages from the kernel.
+    that may be swapped. head: the kind for the output embedding, which `head.Head` multiplies by. threads: of one
+    product. huge_pages: malloc takes huge pages from the kernel.
     """
 
     linear: Mapping[str, str]
+    head: str
     threads: int
     huge_pages: bool
 
     def describe(self) -> str:
-        """One line, for example "threads 2; linear onednn-packed (4 shapes), torch (1); huge pages"."""
+        """One line, for example "threads 2; linear onednn-packed (4 shapes), torch (1); head torch"."""
         counts = Counter(self.linear.values()).most_common()
         kinds = ", ".join(
             f"{kind} ({count}{'' if index else ' shape' if count == 1 else ' shapes'})"
             for index, (kind, count) in enumerate(counts)
         )
-        return f"threads {self.threads}; linear {kinds or 'torch'}" + ("; huge pages" if self.huge_pages else "")
+        pages = "; huge pages" if self.huge_pages else ""
+        return f"threads {self.threads}; linear {kinds or 'torch'}; head {self.head}{pages}"
 
 
 def install(model: "PreTrainedModel", *, deterministic: bool, seconds: float = 0.5) -> Kernels:
@@ -79,19 +83,21 @@ def install(model: "PreTrainedModel", *, deterministic: bool, seconds: float = 0
     Call it when the model is on its device, in its dtype and has all its hooks; a packed weight is no parameter any
     more, so `num_parameters`, `state_dict` and `to` must not be asked afterwards. Layers swapped: those whose class
     is exactly `nn.Linear` or GPT-2's `Conv1D`, in the model's dtype, without hooks, whose weight belongs to nothing
-    else; never the head. Resident memory stays that of the weights and, while packing, one layer more.
+    else; the head is measured only. Resident memory stays that of the weights and, while packing, one layer more.
 
     `seconds`: about what the measurement may take. torch's own products stay everywhere when `deterministic` (which
     product wins is a matter of noise where two are level), in float16, on other devices than a CPU, and for models
     too small to gain.
     """
-    places = _swappable(model)
+    places, head = _swappable(model)
     shapes: dict[str, list[tuple[nn.Module, str]]] = {}
     for parent, name in places:
         shapes.setdefault(_shape(getattr(parent, name)), []).append((parent, name))
     chosen = dict.fromkeys(shapes, "torch")
     if not deterministic and places and _has_onednn(model.dtype) and model.num_parameters() >= _SMALL_MODEL:
         samples = {shape: _Sample(getattr(*there[0])) for shape, there in shapes.items()}
+        if head is not None:
+            samples[_HEAD] = _Sample(head)
         with torch.inference_mode():
             if _may_choose_threads():
                 seconds /= 2
@@ -99,12 +105,13 @@ def install(model: "PreTrainedModel", *, deterministic: bool, seconds: float = 0
                 torch.set_num_threads(_best_threads(largest, seconds))
             chosen = _choose(samples, seconds)
         del samples
-        pages = _Pages()
-        for shape, kind in chosen.items():
-            if kind != "torch":
-                for parent, name in shapes[shape]:
-                    _swap(parent, name, kind, pages)
-    kernels = Kernels(chosen, torch.get_num_threads(), _has_huge_pages())
+        pages = Pages()
+        for shape, there in shapes.items():
+            if chosen[shape] != "torch":
+                for parent, name in there:
+                    _swap(parent, name, chosen[shape], pages)
+    for_head = chosen.pop(_HEAD, "torch")
+    kernels = Kernels(chosen, for_head, torch.get_num_threads(), _has_huge_pages())
     _log.info("%s", kernels.describe())
     return kernels
 
@@ -178,7 +185,7 @@ class _Linear(nn.Module):
         return weight
 
 
-def _swap(parent: nn.Module, name: str, kind: str, pages: "_Pages") -> None:
+def _swap(parent: nn.Module, name: str, kind: str, pages: "Pages") -> None:
     layer = getattr(parent, name)
     where, size = layer.weight.data_ptr(), layer.weight.nbytes
     with torch.no_grad():
@@ -188,7 +195,7 @@ def _swap(parent: nn.Module, name: str, kind: str, pages: "_Pages") -> None:
         pages.release(where, size)
 
 
-class _Pages:
+class Pages:
     """Gives the memory of a weight that nobody needs any more back to the kernel.
 
     safetensors maps a file, and a weight stays a view of it when its dtype needs no conversion. The mapping lives as
@@ -238,8 +245,8 @@ def settle_allocator() -> None:
 # -- which layers
 
 
-def _swappable(model: "PreTrainedModel") -> list[tuple[nn.Module, str]]:
-    """The linear layers that may be swapped, as (parent, name)."""
+def _swappable(model: "PreTrainedModel") -> tuple[list[tuple[nn.Module, str]], nn.Linear | None]:
+    """The linear layers that may be swapped, as (parent, name); and the head, if its weight may be packed too."""
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     # A quantizer's tensors are of classes of their own.
     plain = [tensor for tensors in named for _, tensor in tensors if type(tensor) in (nn.Parameter, Tensor)]
@@ -249,7 +256,6 @@ def _swappable(model: "PreTrainedModel") -> list[tuple[nn.Module, str]]:
     def is_swappable(layer: Any) -> bool:
         return (
             type(layer) in (nn.Linear, Conv1D)
-            and layer is not head
             and type(layer.weight) is nn.Parameter
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == model.dtype
@@ -260,9 +266,13 @@ def _swappable(model: "PreTrainedModel") -> list[tuple[nn.Module, str]]:
             and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
         )
 
-    return [
-        (parent, name) for parent in model.modules() for name, layer in parent.named_children() if is_swappable(layer)
+    layers = [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if layer is not head and is_swappable(layer)
     ]
+    return layers, head if isinstance(head, nn.Linear) and is_swappable(head) else None
 
 
 def _weight(layer: nn.Linear | Conv1D) -> Tensor:

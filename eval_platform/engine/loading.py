@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_platform.engine.face import Engine
+from eval_platform.engine.face import Engine, EngineInfo
 from eval_platform.engine.settings import read_json_object, resolve_settings
 from eval_platform.errors import CheckpointError, ConfigError
 from eval_platform.importing import collector_paused
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+
+NUMERICS_VERSION = 2
 
 
 def load(path: Path, settings: RunSettings) -> Engine:
@@ -41,57 +43,54 @@ def load(path: Path, settings: RunSettings) -> Engine:
     model = _load_model(path, settings, config).to(device)
     model.eval()
     finite = _make_nan_visible(model, path)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-    if settings.engine_path == "plain":
-        return PlainEngine(model, tokenizer, settings, versions)
-    if settings.engine_path == "auto" and (device.type != "cpu" or not finite):
+    if settings.max_length is None:
+        raise ValueError("resolved settings have a max_length")
+    info = EngineInfo(
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_length=settings.max_length,
+        engine_path="plain",
+        n_parameters=model.num_parameters(),
+        numerics_version=NUMERICS_VERSION,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        architecture=type(model).__name__,
+        vocab_size=int(model.config.get_text_config().vocab_size),
+    )
+    wanted = settings.engine_path
+    if wanted == "plain" or (wanted == "auto" and (device.type != "cpu" or not finite)):
         # Where a weight is NaN there is nothing to be fast for; and packed attention has only been measured on CPU.
-        return PlainEngine(model, tokenizer, settings, versions)
+        return PlainEngine(model, tokenizer, settings, info)
+    from eval_platform.engine import support
     from eval_platform.engine.attention import Unsupported
 
     try:
-        return _tree_engine(model, tokenizer, settings, versions)
+        expected = support.reference(model)
+        packed = support.packed_model(model, expected)
     except Unsupported as error:
-        if settings.engine_path == "tree":
+        if wanted == "tree":
             raise ConfigError(
                 f'[engine] path = "tree", but {path} cannot run so: {error}', remedy='set [engine] path = "auto"'
             ) from error
         _log.warning("%s takes the plain path: %s", path, error)
-    return PlainEngine(model, tokenizer, settings, versions)
-
-
-def _tree_engine(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    settings: RunSettings,
-    versions: Mapping[str, str],
-) -> Engine:
-    """Raises Unsupported, with the model as it was."""
-    from eval_platform.engine import support
+        return PlainEngine(model, tokenizer, settings, info)
+    from eval_platform.engine import kernels
     from eval_platform.engine.head import Head
+    from eval_platform.engine.memory import token_budget
     from eval_platform.engine.tree import TreeEngine
 
-    original = support.attention_of(model)
-    expected = support.reference(model)
-    packed = support.packed_model(model, expected)
-    head = Head(model)
+    budget = settings.batch_tokens or token_budget(model)
+    chosen = kernels.install(model, deterministic=settings.deterministic)
+    head = Head(model, chosen.head)
+    kernels.settle_allocator()
+    # Again, with the products that were chosen: whatever they do wrong is no fault of the model's.
     support.check(packed, head, expected)
-    return TreeEngine(
-        model,
-        tokenizer,
-        settings,
-        versions,
-        packed=packed,
-        head=head,
-        budget=settings.batch_tokens or 2048,
-        original_attention=original,
-    )
+    return TreeEngine(model, tokenizer, settings, info, packed=packed, head=head, budget=budget, kernels=chosen)
 
 
 def _device(asked: str) -> Any:

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 class PackedModel:
     """A causal model whose attention is `attention.IMPLEMENTATION`; counts what it computes.
 
-    `reaches`: of the masks that the model makes in one forward, in their order.
+    `reaches`: of the masks that the model makes in one forward, in their order. `original_attention`: the name of the
+    implementation it ran with before.
     """
 
-    def __init__(self, model: "PreTrainedModel", reaches: Sequence[Reach] | None) -> None:
+    def __init__(self, model: "PreTrainedModel", reaches: Sequence[Reach] | None, original_attention: str) -> None:
         self._base: Any = model.base_model
         self.reaches = reaches
+        self.original_attention = original_attention
         self.device = model.device
         self.forwards = 0
         self.tokens = 0

@@ -39,10 +39,9 @@ class PlainEngine:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         settings: RunSettings,
-        versions: Mapping[str, str],
+        info: EngineInfo,
     ) -> None:
-        if settings.max_length is None:
-            raise ValueError("settings must be resolved before an engine is made of them")
+        self._info = info
         self._model = model
         self._tokenizer = tokenizer
         self._batch_tokens = settings.batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
@@ -54,25 +53,16 @@ class PlainEngine:
         self._mixes_rows = fixed_rope
         # Without position ids (recurrent models, ALiBi) left padding is not promised to be invisible.
         self._mixes_prompts = fixed_rope and "position_ids" in parameters
-        self._vocab_size = int(text_config.vocab_size)
-        self._reader = Reader(tokenizer, settings.max_length, self._vocab_size, settings.seed)
+        self._vocab_size = info.vocab_size
+        self._reader = Reader(
+            tokenizer, info.max_length, info.vocab_size, seed=settings.seed, rolling_stride=settings.rolling_stride
+        )
         self._warned = False
         if model.generation_config is not None:
             model.generation_config = plain_generation_config(model.generation_config)
             self._ends = end_tokens(model, tokenizer)
         else:
             self._ends = frozenset()
-        self._info = EngineInfo(
-            device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            max_length=settings.max_length,
-            engine_path="plain",
-            n_parameters=model.num_parameters(),
-            numerics_version=1,
-            versions=dict(versions),
-            architecture=type(model).__name__,
-            vocab_size=self._vocab_size,
-        )
 
     @property
     def info(self) -> EngineInfo:

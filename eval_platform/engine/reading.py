@@ -40,11 +40,20 @@ class Pending:
 class Reader:
     """Turns requests into tokens, and refuses those that no answer exists for before anything is computed."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int, vocab_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        vocab_size: int,
+        *,
+        seed: int,
+        rolling_stride: int | None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._vocab_size = vocab_size
         self._seed = seed
+        self._rolling_stride = rolling_stride
 
     def rows(self, requests: Sequence[Request]) -> tuple[list[Pending], list[Row]]:
         """`requests` to score, and the distinct inputs they need: one row serves every request with its input.
@@ -60,7 +69,8 @@ class Reader:
             if request.kind == "rolling":
                 tokens = documents[request.context]
                 self._refuse_unknown_tokens(tokens, request)
-                windows = list(rolling_windows(tokens, prefix_token(self._tokenizer), self._max_length))
+                prefix = prefix_token(self._tokenizer)
+                windows = list(rolling_windows(tokens, prefix, self._max_length, self._rolling_stride))
                 entry = Pending(request, len(tokens), 0, len(windows))
             else:
                 context, targets = next(encoded_pairs)

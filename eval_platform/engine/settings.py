@@ -43,10 +43,16 @@ def resolve_settings(settings: RunSettings, path: Path) -> RunSettings:
             f"max_length {settings.max_length} is longer than the model's window of {window} tokens ({config_file})",
             remedy=f"set [engine] max_length to at most {window}, or leave it out",
         )
+    window = settings.max_length or window
+    if settings.rolling_stride is not None and settings.rolling_stride > window:
+        raise ConfigError(
+            f"rolling_stride {settings.rolling_stride} is longer than the window of {window} tokens",
+            remedy="set [engine] rolling_stride to at most that, or leave it out",
+        )
     return replace(
         settings,
         dtype=_dtype(settings.dtype, config, text_config, config_file),
-        max_length=settings.max_length or window,
+        max_length=window,
         quantization=method,
     )
 

@@ -52,11 +52,12 @@ def packed_model(model: "PreTrainedModel", expected: Expected) -> PackedModel:
     Raises Unsupported with the reason when the model does what packed attention doesn't or gives other numbers; its
     attention is then what it was.
     """
-    original = attention_of(model)
+    original = model.config._attn_implementation
+    assert original is not None  # set when the model was made
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        packed = _packed(model, expected[0][0])
-        check(packed, Head(model), expected)
+        packed = _packed(model, expected[0][0], original)
+        check(packed, Head(model, "torch"), expected)
     except Exception as error:
         model.set_attn_implementation(original)
         if isinstance(error, Unsupported):
@@ -64,13 +65,6 @@ def packed_model(model: "PreTrainedModel", expected: Expected) -> PackedModel:
         # A model's own code fails as it likes when it meets what it did not expect.
         raise Unsupported(f"it fails in a packed forward: {type(error).__name__}: {error}") from error
     return packed
-
-
-def attention_of(model: "PreTrainedModel") -> str:
-    """The name of the attention implementation that the model runs with."""
-    name = model.config._attn_implementation
-    assert name is not None  # set when the model was made
-    return name
 
 
 def _refuse_known(model: "PreTrainedModel") -> None:
@@ -103,14 +97,14 @@ def _sequences(model: "PreTrainedModel") -> list[list[int]]:
     return [first, first[:half] + second[half:], first[:third], apart]
 
 
-def _packed(model: "PreTrainedModel", tokens: list[int]) -> PackedModel:
-    reaches, layers = PackedModel(model, None).find_reaches(tokens)
+def _packed(model: "PreTrainedModel", tokens: list[int], original: str) -> PackedModel:
+    reaches, layers = PackedModel(model, None, original).find_reaches(tokens)
     if not reaches:
         raise Unsupported("it makes its attention masks by itself")
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", layers)
     if layers != expected:
         raise Unsupported(f"{layers} of its {expected} layers are attention of the usual kind")
-    return PackedModel(model, reaches)
+    return PackedModel(model, reaches, original)
 
 
 def check(packed: PackedModel, head: Head, expected: Expected) -> None:

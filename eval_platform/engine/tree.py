@@ -15,7 +15,9 @@ from eval_platform.engine import decoding, trie
 from eval_platform.engine.attention import IMPLEMENTATION, Broken
 from eval_platform.engine.batching import is_out_of_memory
 from eval_platform.engine.completion import Completion, Prompt
+from eval_platform.engine.face import EngineInfo
 from eval_platform.engine.head import Head
+from eval_platform.engine.kernels import Kernels
 from eval_platform.engine.likelihood import Row, Scored
 from eval_platform.engine.packed import PackedModel
 from eval_platform.engine.plain import PlainEngine
@@ -49,24 +51,25 @@ class TreeEngine(PlainEngine):
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         settings: RunSettings,
-        versions: Mapping[str, str],
+        info: EngineInfo,
         *,
         packed: PackedModel,
         head: Head,
         budget: int,
-        original_attention: str,
+        kernels: Kernels,
     ) -> None:
-        super().__init__(model, tokenizer, settings, versions)
+        refusal = decoding.why_not(model)
+        if refusal:
+            _log.warning("completions go the plain path: %s", refusal)
+        path = "tree+plain" if refusal else "tree"
+        versions = {**info.versions, "kernels": kernels.describe()}
+        super().__init__(model, tokenizer, settings, replace(info, engine_path=path, versions=versions))
         self._packed = packed
         self._head = head
         self._budget = budget
-        self._original_attention = original_attention
         self._head_rows = 0
-        self._min_shared = least_shared(self._info.n_parameters)
-        self._refusal = decoding.why_not(model)
-        if self._refusal:
-            _log.warning("completions go the plain path: %s", self._refusal)
-        self._info = replace(self._info, engine_path="tree+plain" if self._refusal else "tree")
+        self._min_shared = least_shared(info.n_parameters)
+        self._completes_plainly = bool(refusal)
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -139,8 +142,8 @@ class TreeEngine(PlainEngine):
         return self._packed.first_broken
 
     def _complete(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
-        if self._refusal:
-            with _attention(self._model, self._original_attention):
+        if self._completes_plainly:
+            with _attention(self._model, self._packed.original_attention):
                 yield from super()._complete(prompts)
             return
         yield from decoding.complete(
