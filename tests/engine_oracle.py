@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval_platform.engine import Engine, load
+from eval_platform.engine import Engine, decoding, load
 from eval_platform.engine.encoding import (
     encode_pairs,
     encode_prompts,
@@ -121,12 +122,16 @@ def greedy_by_hand(tiny: Subject, prompt: list[int], settings: Generation) -> tu
             token = int(tiny.model(torch.tensor([prompt + drawn]), use_cache=False).logits[0, -1].argmax())
         drawn.append(token)
         if token == tiny.tokenizer.eos_token_id:
-            return tiny.tokenizer.decode(drawn[:-1]), "eos"
-        text = tiny.tokenizer.decode(drawn)
+            return text_of(tiny, drawn[:-1]), "eos"
+        text = text_of(tiny, drawn)
         found = [text.index(stop) for stop in settings.stop if stop in text]
         if found:
             return text[: min(found)], "stop"
-    return tiny.tokenizer.decode(drawn), "length"
+    return text_of(tiny, drawn), "length"
+
+
+def text_of(tiny: Subject, drawn: list[int]) -> str:
+    return str(tiny.tokenizer.decode(drawn, skip_special_tokens=True))
 
 
 def prompt_of(tiny: Subject, request: Request) -> list[int]:
@@ -161,3 +166,24 @@ def counted(engine: Any) -> Iterator[dict[str, int]]:
     found: dict[str, int] = {}
     yield found
     found.update({key: value - before[key] for key, value in engine.counters.items()})
+
+
+# -- an engine under other limits
+
+
+@contextmanager
+def running_with(tiny: Subject, *, budget: int = 2048, min_shared: int = 1) -> Iterator[Any]:
+    """The engine with other limits than it would choose for a model of this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.engine, "_budget", budget)
+        patch.setattr(tiny.engine, "_min_shared", min_shared)
+        yield tiny.engine
+
+
+@contextmanager
+def decoding_with(tiny: Subject, *, slots: int, least_shared: int = 4, budget: int = 2048) -> Iterator[Any]:
+    """As `running_with`, with completions in few slots and short beginnings shared."""
+    with pytest.MonkeyPatch.context() as patch, running_with(tiny, budget=budget) as engine:
+        patch.setattr(decoding, "_SLOTS", slots)
+        patch.setattr(decoding, "_LEAST_SHARED", least_shared)
+        yield engine

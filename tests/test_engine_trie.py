@@ -165,9 +165,8 @@ def test_every_token_once_and_each_row_sees_its_path(
         )
 
 
-@settings(max_examples=30, deadline=None)
-@given(sequences=SEQUENCES, min_shared=SHARED, budget=st.integers(1, 12) | st.integers(13, 300))
-def test_what_is_kept_is_one_open_path(sequences: list[tuple[int, ...]], min_shared: int, budget: int) -> None:
+def check_what_is_kept(sequences: list[tuple[int, ...]], min_shared: int, budget: int) -> None:
+    """Asserts that nothing is held but the nodes of one path that tokens to come still look at."""
     roots, _ = build(sequences, min_shared)
     order = list(trie.depth_first(roots))
     kept = Kept()
@@ -183,6 +182,12 @@ def test_what_is_kept_is_one_open_path(sequences: list[tuple[int, ...]], min_sha
         for piece in forward.pieces:
             done[piece.node] = piece.last
     assert not kept.blocks
+
+
+@settings(max_examples=30, deadline=None)
+@given(sequences=SEQUENCES, min_shared=SHARED, budget=st.integers(1, 12) | st.integers(13, 300))
+def test_what_is_kept_is_one_open_path(sequences: list[tuple[int, ...]], min_shared: int, budget: int) -> None:
+    check_what_is_kept(sequences, min_shared, budget)
 
 
 def test_nodes_computed_by_an_earlier_call_are_seen_through_what_was_kept() -> None:
