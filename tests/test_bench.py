@@ -11,10 +11,10 @@ import yaml
 from cli_tools import run_cli
 from tiny_models import make_checkpoint, make_tokenizer
 
-from benchmarks.engine import texts, workloads
+from benchmarks.engine import report, runners, texts, workloads
 from eval_platform.bench import floor
-from eval_platform.bench.agreement import compare
-from eval_platform.bench.processes import Job, run_side
+from eval_platform.bench.agreement import Agreement, compare
+from eval_platform.bench.processes import Job, Measured, Rates, run_side
 from eval_platform.bench.rate import read_matrices
 from eval_platform.bench.requests import read_requests, write_requests
 from eval_platform.errors import EvalPlatformError, TaskError
@@ -22,6 +22,7 @@ from eval_platform.values import Generation, make_request
 
 MATRICES = floor.Matrices({(4, 3): 2, (3, 8): 1}, (10, 4))  # 48 weights in the layers, 40 in the head
 PROSE = workloads.Prose(["The river is long and cold.", "Most people walk, and few of them run at all."])
+RATES = Rates(matrix=1e11, memory=1e10, kernels={})
 with_data = pytest.mark.skipif(not (texts.DATA / "mmlu").is_dir(), reason="the shared data are not beside the repo")
 
 
@@ -218,6 +219,27 @@ def test_real_rows_ask_what_lm_eval_asks(name: str) -> None:
     ]
     ours = [asked[1:3] if name == "mmlu" else asked[1:2] for asked in workloads.ROWS[name].make(3, PROSE)]
     assert ours == theirs
+
+
+def test_the_table_has_medians_and_the_counts_side_by_side(tmp_path: Path) -> None:
+    def measured(seconds: float, megabytes: int, **counters: int) -> Measured:
+        return Measured(seconds, seconds, 1.0, megabytes * 2**20, 10, "tree", 4, {"torch": "1"}, counters)
+
+    pairs = [
+        runners.Pair(measured(theirs, 800), measured(ours, 100, forward_tokens=7, head_rows=4), RATES, fraction)
+        for theirs, ours, fraction in ((10.0, 1.0, 0.5), (12.0, 1.0, 0.6), (30.0, 1.5, 0.4))
+    ]
+    row = workloads.ROWS["mmlu"]
+    agreed = Agreement(worst=0.5, largest=5e-5, greedy_equal=8, texts_equal=None, choices=8, texts=0)
+    work, nothing = floor.Work(14, 7, 4), floor.Decoding(0, 0)
+    result = runners.RowResult("mmlu", row, 8, work, nothing, pairs, agreed, their_own=None)
+    setup = runners.Setup("llama24m", "float32", 2, "auto", 3, tmp_path)
+    table = report.markdown(setup, [result]).splitlines()
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert len(cells) == len(table[0].strip("|").split("|"))
+    assert cells[1:6] == ["12.00 (4)", "1.00", "**12.0** (10.0-20.0)", "11 / 20", "50%"]
+    assert cells[6:9] == ["50% / 75%", "7 : 7, 4 : 4", "100 : 800 = 0.12 (at most 0.25)"]
+    assert cells[9:] == ["5.0e-05 (0.50 of the tolerance), greedy 8/8", "tree"]
 
 
 # --- processes and the command

@@ -16,6 +16,7 @@ _HEADER = (
     "least / goal",
     "of the floor",
     "least / goal",
+    "tokens and head rows, ours : least",
     "memory MB, ours : lm-eval",
     "agreement",
     "path",
@@ -44,11 +45,13 @@ def _cells(result: RowResult, setup: Setup) -> tuple[str, ...]:
     theirs = statistics.median(pair.theirs.extra_bytes for pair in pairs) / 2**20
     ours = statistics.median(pair.ours.extra_bytes for pair in pairs) / 2**20
     share = f"{ours / theirs:.2f}" if theirs > 0 else "?"
-    asked = "report"
-    if row.floor_least is not None and row.floor_goal is not None:
-        asked = f"{row.floor_least:.0%} / {row.floor_goal:.0%}"
-    # The issue's ratios are for one model and dtype.
-    wanted = f"{row.least:g} / {row.goal:g}" if (setup.model, setup.dtype) == ("llama24m", "float32") else ""
+    wanted, wanted_floor = "", ""
+    # The issue's ratios and fractions are for one model and dtype.
+    if (setup.model, setup.dtype) == ("llama24m", "float32"):
+        wanted = f"{row.least:g} / {row.goal:g}"
+        wanted_floor = "report"
+        if row.floor_least is not None and row.floor_goal is not None:
+            wanted_floor = f"{row.floor_least:.0%} / {row.floor_goal:.0%}"
     return (
         f"{row.title} ({result.requests})",
         f"{statistics.median(pair.theirs.seconds for pair in pairs):.2f} ({batch})",
@@ -56,17 +59,32 @@ def _cells(result: RowResult, setup: Setup) -> tuple[str, ...]:
         f"**{statistics.median(ratios):.1f}** ({min(ratios):.1f}-{max(ratios):.1f})",
         wanted,
         f"{statistics.median(pair.fraction for pair in pairs):.0%}",
-        asked,
+        wanted_floor,
+        _counted(result),
         f"{ours:.0f} : {theirs:.0f} = {share} (at most {row.memory_limit:.2g})",
-        _agreement(result.agreement),
+        _agreement(result.agreement, setup)
+        + (f"; lm-eval with itself: {_agreement(result.their_own, setup)}" if result.their_own else ""),
         pairs[-1].ours.engine_path,
     )
 
 
-def _agreement(found: Agreement) -> str:
+def _counted(result: RowResult) -> str:
+    """The engine's own counts beside those of the floor. What it does not count is left out."""
+    counters, drawn = result.pairs[-1].ours.counters, result.decoding.tokens
+    parts = []
+    if "forward_tokens" in counters:
+        parts.append(f"{counters['forward_tokens']:,} : {result.work.unique_tokens + drawn:,}")
+    if "head_rows" in counters and not drawn:  # counted for log-likelihoods only
+        parts.append(f"{counters['head_rows']:,} : {result.work.head_rows:,}")
+    return ", ".join(parts)
+
+
+def _agreement(found: Agreement, setup: Setup) -> str:
     parts = []
     if found.worst is not None:
-        parts.append(f"{found.largest:.1e} ({found.worst:.2f} of the tolerance)")
+        # The tolerance is one of float32.
+        units = f" ({found.worst:.2f} of the tolerance)" if setup.dtype == "float32" else ""
+        parts.append(f"{found.largest:.1e}{units}")
     if found.greedy_equal is not None:
         parts.append(f"greedy {found.greedy_equal}/{found.choices}")
     if found.texts_equal is not None:
