@@ -105,26 +105,22 @@ class Head:
 
     def _score(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         picked = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-        total, high, best = None, None, None
+        total, high = None, None
         for first, logits in self._blocks(hidden):
             last = first + logits.shape[-1]
             here = ((tokens >= first) & (tokens < last)).nonzero()[:, 0]
             picked[here] = logits[rows[here], tokens[here] - first]
-            block_high, block_best = logits.max(-1)
-            # One pass in cache by row; taken at the maximum, where nothing cancels.
-            normalised = torch.log_softmax(logits, dim=-1)
-            block_total = block_high - normalised.gather(1, block_best[:, None])[:, 0]
-            block_best = block_best + first
-            if total is None or high is None or best is None:
-                total, high, best = block_total, block_high, block_best
-            else:
-                better = block_high > high  # the first of equals stays, as argmax has it
-                total = torch.logaddexp(total, block_total)
-                high, best = torch.where(better, block_high, high), torch.where(better, block_best, best)
+            block_high = logits.amax(-1)
+            # In place, in three passes: on CPU half the time of log_softmax. A block may be -inf throughout (tokens that
+            # a model never gives), and -inf - -inf would be NaN.
+            least = block_high.clamp_min(torch.finfo(torch.float32).min)
+            block_total = least + logits.sub_(least[:, None]).exp_().sum(-1).log()
+            total = block_total if total is None else torch.logaddexp(total, block_total)
+            high = block_high if high is None else torch.maximum(high, block_high)
         assert total is not None
-        assert best is not None
-        value = picked.double() - total[rows].double()
-        return value, (best[rows] == tokens) & ~value.isnan()
+        assert high is not None
+        # A NaN equals nothing, so it is never the most probable token.
+        return picked.double() - total[rows].double(), picked == high[rows]
 
     def _blocks(self, hidden: Tensor) -> Any:
         for first, multiply in self._products:
