@@ -12,7 +12,7 @@ from typing import Any, Literal
 Architecture = Literal["llama", "gpt2", "qwen3", "gpt_neox"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "gpt2", "qwen3", "gpt_neox")
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
 _TEXT = """the of and to in a is that it was for on are as with his they at be this from have or by one had not but
 what all were when we there can an your which their said if do will each about how up out them then she many some so
@@ -134,6 +134,80 @@ def make_checkpoint(
             next(
                 p for name, p in model.named_parameters() if p.dim() == 2 and ("layers." in name or ".h." in name)
             ).fill_(float("nan"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@cache
+def _seq2seq_tokenizer_json() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    # T5's places: padding is token 0, the end is token 1.
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=[PAD, EOS, UNK], unk_token=UNK, show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return tokenizer.to_str()
+
+
+def make_seq2seq_checkpoint(
+    folder: Path,
+    *,
+    architecture: Literal["t5", "bart", "m2m_100"] = "t5",
+    seed: int = 0,
+    max_length: int = 48,
+    nan: bool = False,
+) -> Path:
+    """A random float32 encoder-decoder, 2 layers a side, with a SentencePiece-style tokenizer that adds EOS as T5's.
+
+    With `nan`, the decoder's first weight matrix is all NaN.
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_seq2seq_tokenizer_json()),
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        model_max_length=max_length,
+    )
+    special: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1}
+    sides = {
+        f"{side}_{what}": size
+        for side in ("encoder", "decoder")
+        for what, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+    }
+    config: Any
+    if architecture == "t5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "n_positions": max_length}
+        config = transformers.T5Config(**special, **sizes, decoder_start_token_id=0, initializer_factor=1.0)
+    else:
+        kind = transformers.BartConfig if architecture == "bart" else transformers.M2M100Config
+        config = kind(
+            **special,
+            **sides,
+            bos_token_id=1,
+            decoder_start_token_id=1,
+            forced_eos_token_id=None,
+            d_model=32,
+            max_position_embeddings=max_length,
+            init_std=0.3,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+    if nan:
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if p.dim() == 2 and "decoder" in name).fill_(float("nan"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""What does it go on to say? Greedy and sampled completions of left-padded prompts, with stop strings.
+"""What does it go on to say? Greedy and sampled completions of padded prompts, with stop strings.
 
 The loop and the key-value cache are transformers' own `generate`, which knows every architecture's positions, masks
 and caches. Ours are the two things it asks at every step: which token comes next, and is the row finished.
@@ -91,9 +91,12 @@ def complete(
     pad = min(ends) if ends else 0
     inputs = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    # A completion goes on where a prompt ends, but an encoder's learned positions count from where it begins.
+    pads_right = model.config.is_encoder_decoder
     for i, prompt in enumerate(prompts):
-        inputs[i, longest - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-        mask[i, longest - len(prompt.tokens) :] = 1
+        first = 0 if pads_right else longest - len(prompt.tokens)
+        inputs[i, first : first + len(prompt.tokens)] = torch.tensor(prompt.tokens)
+        mask[i, first : first + len(prompt.tokens)] = 1
 
     rows = [Completion() for _ in prompts]
     draw = _Draw(rows, settings, [prompt.seed_text for prompt in prompts])

@@ -78,6 +78,32 @@ def encode_pairs(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str
     return encoded
 
 
+def encode_pairs_apart(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]]
+) -> list[tuple[Tokens, Tokens]]:
+    """`encode_pairs` for an encoder-decoder, whose halves are two texts: the continuation is encoded by itself.
+
+    The context gets the special tokens that the tokenizer adds, the continuation none, so its end is no part of it.
+    """
+    moved = [context[len(context.rstrip()) :] + continuation for context, continuation in pairs]
+    contexts = encode_texts(tokenizer, [context.rstrip() for context, _ in pairs if context])
+    continuations = _encode(tokenizer, moved, "")
+    encoded = []
+    for (context, _), text in zip(pairs, moved, strict=True):
+        tokens, targets = contexts[context.rstrip()] if context else [], continuations[text]
+        if not tokens:
+            prefix = prefix_token(tokenizer)
+            tokens, targets = (targets[:1], targets[1:]) if targets[:1] == [prefix] else ([prefix], targets)
+        encoded.append((tokens, targets))
+    return encoded
+
+
+def encode_prompts_apart(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Tokens]:
+    """`encode_prompts` for an encoder-decoder: special tokens are added whatever the text begins with."""
+    tokens = _encode(tokenizer, texts, None)
+    return [tokens[text] or [prefix_token(tokenizer)] for text in texts]
+
+
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], begins: str | None) -> dict[str, Tokens]:
     """Tokens of the distinct `texts`, without special tokens for those that begin with the text `begins`."""
     found: dict[str, Tokens] = {}

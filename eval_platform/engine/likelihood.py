@@ -83,7 +83,7 @@ def score(model: "PreTrainedModel", rows: Sequence[Row], *, keeps_logits: bool) 
             row_index.extend([i] * len(tokens))
             position.extend(range(start, start + len(tokens)))
             target.extend(tokens)
-    log_probability, greedy = _gather(logits, torch.tensor([row_index, position, target], device=logits.device))
+    log_probability, greedy = gather(logits, torch.tensor([row_index, position, target], device=logits.device))
 
     scored = []
     done = 0
@@ -97,7 +97,7 @@ def score(model: "PreTrainedModel", rows: Sequence[Row], *, keeps_logits: bool) 
     return scored
 
 
-def _gather(logits: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(logits: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log_softmax(logits)[row, position, target] and whether target is the argmax, for each column of `asked` [3, n].
 
     logits: [rows, positions, vocabulary]. Returns float64 [n] and bool [n] on the CPU. The log-softmax is float32

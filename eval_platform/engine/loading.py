@@ -36,12 +36,14 @@ def load(path: Path, settings: RunSettings) -> Engine:
         import transformers.modeling_utils  # most of what transformers is, and only imported on first use
 
         from eval_platform.engine.plain import PlainEngine
+        from eval_platform.engine.seq2seq import Seq2SeqEngine
 
     device = _device(settings.device)
     config = _load_config(path, settings)
     tokenizer = _load_tokenizer(path, settings, config)
     model = _load_model(path, settings, config).to(device)
     model.eval()
+    plain_engine = Seq2SeqEngine if config.is_encoder_decoder else PlainEngine
     finite = _make_nan_visible(model, path)
     if settings.max_length is None:
         raise ValueError("resolved settings have a max_length")
@@ -65,7 +67,7 @@ def load(path: Path, settings: RunSettings) -> Engine:
     wanted = settings.engine_path
     if wanted == "plain" or (wanted == "auto" and (device.type != "cpu" or not finite)):
         # Where a weight is NaN there is nothing to be fast for; and packed attention has only been measured on CPU.
-        return PlainEngine(model, tokenizer, settings, info)
+        return plain_engine(model, tokenizer, settings, info)
     from eval_platform.engine import support
     from eval_platform.engine.attention import Unsupported
 
@@ -78,7 +80,7 @@ def load(path: Path, settings: RunSettings) -> Engine:
                 f'[engine] path = "tree", but {path} cannot run so: {error}', remedy='set [engine] path = "auto"'
             ) from error
         _log.warning("%s takes the plain path: %s", path, error)
-        return PlainEngine(model, tokenizer, settings, info)
+        return plain_engine(model, tokenizer, settings, info)
     from eval_platform.engine import kernels
     from eval_platform.engine.head import Head
     from eval_platform.engine.memory import token_budget
@@ -134,7 +136,7 @@ def _load_config(path: Path, settings: RunSettings) -> "PreTrainedConfig":
 
 def _unknown_class(path: Path, model_type: str | None) -> CheckpointError:
     return CheckpointError(
-        f"{path / 'config.json'}: field model_type: {model_type!r} is no causal language model that "
+        f"{path / 'config.json'}: field model_type: {model_type!r} is no language model that "
         "this version of transformers knows",
         remedy="correct model_type, or install a version of transformers that has the model",
     )
@@ -160,10 +162,11 @@ def _load_tokenizer(path: Path, settings: RunSettings, config: "PreTrainedConfig
 
 def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig") -> "PreTrainedModel":
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             path,
             config=config,
             dtype=getattr(torch, settings.dtype),

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 # Padded positions in one forward pass. On two CPU cores 2,048 was 10-15 % faster than 1,024, and 256 slower still.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Logits that one forward pass may put out: 512 MiB in float32.
-_LOGITS = 2**27
+LOGITS = 2**27
 # Decoding is bound by reading the weights once a step, so its batches may be wider than scoring's.
 _DECODING_FACTOR = 8
 _DECODING_ROWS = 64
@@ -33,6 +33,8 @@ FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 
 class PlainEngine:
     """Answers through one model and tokenizer; see `face.Engine` for what it promises."""
+
+    _reader_type = Reader
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class PlainEngine:
         # Without position ids (recurrent models, ALiBi) left padding is not promised to be invisible.
         self._mixes_prompts = fixed_rope and "position_ids" in parameters
         self._vocab_size = info.vocab_size
-        self._reader = Reader(
+        self._reader = self._reader_type(
             tokenizer, info.max_length, info.vocab_size, seed=settings.seed, rolling_stride=settings.rolling_stride
         )
         self._warned = False
@@ -92,8 +94,8 @@ class PlainEngine:
         rows = sorted(rows, key=lambda row: (-len(row.tokens_in), row.tokens_in))
 
         def take(rest: Sequence[Row], share: float) -> int:
-            size = rows_that_fit(rest, int(self._batch_tokens * share), int(_LOGITS * share), self._vocab_size)
-            return size if self._mixes_rows else _same_length([len(row.tokens_in) for row in _head(rest, size)])
+            size = rows_that_fit(rest, int(self._batch_tokens * share), int(LOGITS * share), self._vocab_size)
+            return size if self._mixes_rows else same_length([len(row.tokens_in) for row in head(rest, size)])
 
         def run(batch: list[Row]) -> list[Scored]:
             return score(self._model, batch, keeps_logits=self._keeps_logits)
@@ -108,7 +110,7 @@ class PlainEngine:
             longest = len(rest[0].tokens) + rest[0].settings.max_new_tokens
             size = min(int(self._batch_tokens * _DECODING_FACTOR * share) // longest, int(_DECODING_ROWS * share))
             size = max(1, min(size, len(rest)))
-            return size if self._mixes_prompts else _same_length([len(p.tokens) for p in _head(rest, size)])
+            return size if self._mixes_prompts else same_length([len(p.tokens) for p in head(rest, size)])
 
         def run(batch: list[Prompt]) -> list[Completion]:
             return complete(self._model, self._tokenizer, batch, self._ends)
@@ -134,11 +136,12 @@ class PlainEngine:
         return ""
 
 
-def _head(rest: Sequence[Any], size: int) -> list[Any]:
+def head(rest: Sequence[Any], size: int) -> list[Any]:
     return [rest[i] for i in range(size)]
 
 
-def _same_length(lengths: Sequence[int]) -> int:
+def same_length(lengths: Sequence[Any]) -> int:
+    """How many of `lengths` equal the first, up to the first that doesn't."""
     return next((i for i, length in enumerate(lengths) if length != lengths[0]), len(lengths))
 
 

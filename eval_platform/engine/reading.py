@@ -1,12 +1,13 @@
 """What is asked, in tokens? Requests to rows and prompts for the model, and what came of them to responses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from eval_platform.engine.completion import Completion, Prompt, final_text
 from eval_platform.engine.encoding import (
+    Tokens,
     encode_pairs,
     encode_prompts,
     encode_texts,
@@ -61,7 +62,7 @@ class Reader:
         A row's targets name their owner by its place in the first list.
         """
         pairs = [self._texts(request) for request in requests if request.kind == "choice"]
-        encoded_pairs = iter(encode_pairs(self._tokenizer, pairs))
+        encoded_pairs = iter(self._encode_pairs(pairs))
         documents = encode_texts(self._tokenizer, [r.context for r in requests if r.kind == "rolling"])
         pending: list[Pending] = []
         rows: dict[tuple[int, ...], Row] = {}
@@ -69,13 +70,12 @@ class Reader:
             if request.kind == "rolling":
                 tokens = documents[request.context]
                 self._refuse_unknown_tokens(tokens, request)
-                prefix = prefix_token(self._tokenizer)
-                windows = list(rolling_windows(tokens, prefix, self._max_length, self._rolling_stride))
+                windows = list(self._windows(tokens))
                 entry = Pending(request, len(tokens), 0, len(windows))
             else:
                 context, targets = next(encoded_pairs)
                 self._refuse_unscorable(request, context, targets)
-                tokens_in, truncated = model_input(context, targets, self._max_length)
+                tokens_in, truncated = self._input(context, targets)
                 windows = [(tokens_in, targets)]
                 entry = Pending(request, len(targets), truncated, 1)
             for tokens_in, targets in windows:
@@ -88,17 +88,18 @@ class Reader:
         """`requests` to complete; a prompt names its owner by its place in `requests`."""
         prompts = []
         texts = [request.context for request in requests]
-        for owner, (request, tokens) in enumerate(zip(requests, encode_prompts(self._tokenizer, texts), strict=True)):
+        for owner, (request, tokens) in enumerate(zip(requests, self._encode_prompts(texts), strict=True)):
             settings = request.settings
             if settings is None:
                 raise TaskError(f"{name(request)} asks for a completion without settings", remedy="set max_new_tokens")
-            room = self._max_length - settings.max_new_tokens
-            if settings.max_new_tokens < 1 or room < 1:
+            most = self._most_new_tokens()
+            if not 1 <= settings.max_new_tokens <= most:
                 raise TaskError(
-                    f"{name(request)} asks for {settings.max_new_tokens} new tokens; "
-                    f"the model's window of {self._max_length} must hold at least one prompt token beside them",
-                    remedy=f"set the task's max_gen_toks between 1 and {self._max_length - 1}",
+                    f"{name(request)} asks for {settings.max_new_tokens} new tokens; the model, whose window is "
+                    f"{self._max_length} tokens, can give 1 to {most}",
+                    remedy=f"set the task's max_gen_toks between 1 and {most}",
                 )
+            room = self._room(settings.max_new_tokens)
             self._refuse_unknown_tokens(tokens, request)
             # The seed is the request's content: the same question draws the same, wherever it stands in a batch.
             seed_text = f"{self._seed}:{request.request_id}:{request.repeat}"
@@ -138,6 +139,29 @@ class Reader:
             finish_reason=reason,
             truncated_left_tokens=prompt.truncated,
         )
+
+    # Where context and continuation go in a decoder-only model; see seq2seq.py for the other kind.
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
+        return encode_pairs(self._tokenizer, pairs)
+
+    def _encode_prompts(self, texts: Sequence[str]) -> list[Tokens]:
+        return encode_prompts(self._tokenizer, texts)
+
+    def _input(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, int]:
+        """What the model reads, and how many context tokens were cut off on the left."""
+        return model_input(context, continuation, self._max_length)
+
+    def _windows(self, tokens: Tokens) -> Iterator[tuple[Tokens, Tokens]]:
+        """(what the model reads, the tokens scored) of each window of a document."""
+        return rolling_windows(tokens, prefix_token(self._tokenizer), self._max_length, self._rolling_stride)
+
+    def _most_new_tokens(self) -> int:
+        return self._max_length - 1  # at least one prompt token beside them
+
+    def _room(self, max_new_tokens: int) -> int:
+        """How many prompt tokens fit beside the new ones."""
+        return self._max_length - max_new_tokens
 
     def _texts(self, request: Request) -> tuple[str, str]:
         if request.continuation is None:
