@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Names that configs have for their number of experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 class PackedModel:
     """A causal model whose attention is `attention.IMPLEMENTATION`; counts what it computes.
 
@@ -37,6 +41,12 @@ class PackedModel:
         self.forwards = 0
         self.tokens = 0
         self.first_broken = ""  # where a number was not finite first
+
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether a token's way through the layers is a choice (mixture of experts), which rounding may turn over."""
+        config = self._base.config.get_text_config()
+        return any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
 
     def run(self, forward: Forward) -> tuple[Tensor, Broken | None]:
         """Hidden states [rows, hidden size] of a forward, and which rows are no numbers; fills the blocks to keep."""
