@@ -221,6 +221,27 @@ def test_the_check_at_load_sees_a_planted_bug_where_it_can(
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "a row sees the key after it",
+        "positions after a branch, by one",
+        "the kept block of another node",
+        "window ignored",
+        "window one too long",
+        "sinks ignored",
+        "merge in equal parts",
+        "decoding one position on",
+    ],
+)
+def test_the_check_at_load_sees_it_in_bfloat16_though_experts_change(
+    name: str, subjects: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = subjects("gpt_oss").path
+    BUGS[name][0](monkeypatch)
+    assert load(path, RunSettings(device="cpu", dtype="bfloat16")).info.engine_path == "plain"
+
+
+@pytest.mark.parametrize(
     ("family", "name", "value"), [("cohere", "_scale", 1.0), ("granite", "_scale", 1.0), ("gemma2", "_cap", None)]
 )
 def test_a_head_that_does_less_than_the_model_is_seen_at_load(
