@@ -9,6 +9,7 @@ import pytest
 from engine_oracle import ask, check_completed, check_scored, subject
 from model_families import FAMILIES, Family, make_family
 
+from eval_platform.engine import kernels
 from eval_platform.values import Generation, Request, make_request
 
 # Families that go the plain path, and a part of the reason that the log gives. All others go through the tree.
@@ -38,6 +39,8 @@ PLAIN = {
 # Families whose numbers change with padding on the left, mask or no mask: transformers carries it into their state.
 PADDING_SHOWS = ("recurrent_gemma", "deepseek_v4")
 MIXTURES = ("mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "olmoe", "deepseek_v2")
+# One of each way to have linear layers: with and without biases, transposed, compressed, tied heads, experts, capping.
+PACKED = ("llama", "llama, tied, biases", "gpt2", "phi", "opt", "gemma2", "qwen2_moe", "gpt_oss", "deepseek_v3")
 WORDS = ["the", "river", "is", "a", "mountain", "Question:", "Answer:", "Yes", "No", "東京", "café", "42", "over", ")"]
 _draw = random.Random(3)
 
@@ -93,6 +96,23 @@ def test_a_family_has_right_numbers_on_the_path_it_takes(
         completed = ask(tiny.engine, batch)
         for request in batch:
             check_completed(tiny, request, completed[request.request_id, 0])
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_family_has_right_numbers_with_onednns_packed_products(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models this small keep torch's products by themselves, and large ones do where nothing else is faster."""
+    (family,) = [family for family in FAMILIES if family.name == name]
+    monkeypatch.setattr(kernels, "_SMALL_MODEL", 0)
+    monkeypatch.setattr(kernels, "_choose", lambda samples, seconds: dict.fromkeys(samples, "onednn-packed"))
+    tiny = subject(make_family(tmp_path, family), "tree")
+    assert any(type(module) is kernels._Linear for module in tiny.engine._model.modules())  # type: ignore[attr-defined]
+    answered, completed = ask(tiny.engine, SCORED), ask(tiny.engine, COMPLETED)
+    for request in SCORED:
+        check_scored(tiny, request, answered[request.request_id, 0])
+    for request in COMPLETED:
+        check_completed(tiny, request, completed[request.request_id, 0])
 
 
 @pytest.mark.parametrize("name", MIXTURES)
