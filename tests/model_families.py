@@ -150,11 +150,6 @@ FAMILIES = (
         {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 2.0},
     ),
     Family("granitemoe", "granitemoe", {"logits_scaling": 3.0}),
-    Family(
-        "granitemoehybrid",
-        "granitemoehybrid",
-        {**_MAMBA, "layer_types": ("mamba", "attention", "mamba"), "shared_intermediate_size": 48},
-    ),
     Family("olmo2", "olmo2"),
     Family("olmo3", "olmo3", {"sliding_window": 7, "layer_types": _MIXED}),
     Family("olmoe", "olmoe"),

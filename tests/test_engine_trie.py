@@ -33,7 +33,7 @@ def size(roots: Sequence[Node]) -> int:
     return sum(len(node.tokens) for node in trie.depth_first(roots))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(sequences=SEQUENCES, min_shared=SHARED)
 def test_every_sequence_is_the_tokens_of_its_path(sequences: list[tuple[int, ...]], min_shared: int) -> None:
     roots, ends = build(sequences, min_shared)
@@ -48,14 +48,14 @@ def test_every_sequence_is_the_tokens_of_its_path(sequences: list[tuple[int, ...
         assert node.parent is None or order.index(node.parent) < order.index(node)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(sequences=SEQUENCES)
 def test_every_distinct_prefix_stands_once(sequences: list[tuple[int, ...]]) -> None:
     roots, _ = build(sequences, 1)
     assert size(roots) == len({sequence[: i + 1] for sequence in sequences for i in range(len(sequence))})
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(sequences=SEQUENCES, min_shared=SHARED, data=st.data())
 def test_the_order_of_the_input_does_not_show(
     sequences: list[tuple[int, ...]], min_shared: int, data: st.DataObject
@@ -66,7 +66,7 @@ def test_the_order_of_the_input_does_not_show(
     assert shape(sequences) == shape(data.draw(st.permutations(sequences)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(sequences=SEQUENCES, min_shared=SHARED)
 def test_a_branch_shares_no_less_than_asked(sequences: list[tuple[int, ...]], min_shared: int) -> None:
     roots, ends = build(sequences, min_shared)
@@ -107,7 +107,7 @@ def visible(forward: Forward, row: int) -> list[tuple[Node | Block, int]]:
     return seen
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     sequences=SEQUENCES,
     min_shared=SHARED,
@@ -184,7 +184,7 @@ def check_what_is_kept(sequences: list[tuple[int, ...]], min_shared: int, budget
     assert not kept.blocks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(sequences=SEQUENCES, min_shared=SHARED, budget=st.integers(1, 12) | st.integers(13, 300))
 def test_what_is_kept_is_one_open_path(sequences: list[tuple[int, ...]], min_shared: int, budget: int) -> None:
     check_what_is_kept(sequences, min_shared, budget)
