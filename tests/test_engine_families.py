@@ -122,7 +122,6 @@ def test_a_mixture_of_experts_takes_the_tree_in_bfloat16(name: str, tmp_path: Pa
     assert tiny.engine.info.engine_path == "tree"
 
 
-@pytest.mark.xfail(strict=True, reason="the plain path pads prompts on the left for models to which padding shows")
 @pytest.mark.parametrize("name", PADDING_SHOWS)
 def test_padding_changes_no_completion(name: str, tmp_path: Path) -> None:
     (family,) = [family for family in FAMILIES if family.name == name]

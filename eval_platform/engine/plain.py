@@ -26,6 +26,8 @@ LOGITS = 2**27
 # Decoding is bound by reading the weights once a step, so its batches may be wider than scoring's.
 _DECODING_FACTOR = 8
 _DECODING_ROWS = 64
+# In the names of modules to which tokens before a prompt show, masked or not.
+_PLACE_DEPENDENT = ("Compressor", "Indexer", "Recurrent")
 # With these the rotary frequencies are fixed (transformers' modeling_rope_utils.dynamic_rope_update); "dynamic" and
 # "longrope" choose them by the longest row of the batch, and an unknown kind may.
 FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
@@ -53,8 +55,10 @@ class PlainEngine:
         fixed_rope = rope_types(text_config.to_dict()) <= FIXED_ROPE
         # Rows of different length may share a batch when nothing but a row's own tokens decides its numbers.
         self._mixes_rows = fixed_rope
-        # Without position ids (recurrent models, ALiBi) left padding is not promised to be invisible.
-        self._mixes_prompts = fixed_rope and "position_ids" in parameters
+        # Without position ids (ALiBi), with a state, or with keys that are picked or summed up by their place, left
+        # padding is not promised to be invisible.
+        padding_shows = any(word in type(m).__name__ for m in model.modules() for word in _PLACE_DEPENDENT)
+        self._mixes_prompts = fixed_rope and "position_ids" in parameters and not padding_shows
         self._vocab_size = info.vocab_size
         self._reader = self._reader_type(
             tokenizer, info.max_length, info.vocab_size, seed=settings.seed, rolling_stride=settings.rolling_stride
