@@ -1,6 +1,8 @@
 """What loads, what is refused, and in which words."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, make_checkpoint
+from tiny_models import ARCHITECTURES, make_checkpoint, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval_platform.engine import EngineInfo, load
+from eval_platform.engine import EngineInfo, load, placement
 from eval_platform.errors import CheckpointError, ConfigError, classify
-from eval_platform.values import RunSettings, make_request
+from eval_platform.values import Generation, RunSettings, make_request
 
 CPU = RunSettings(device="cpu")
 
@@ -109,6 +112,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         ("gpt2", remove("tokenizer*"), "the tokenizer .* gives no tokens"),
         ("llama", lambda path: (path / "tokenizer.json").write_text("{"), "no tokenizer could be loaded"),
         ("llama", remove("*"), r"config\.json does not exist"),
+        ("llama", edit_config(model_type="clip", is_encoder_decoder=True), "field model_type: 'clip'"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused(
@@ -147,3 +151,149 @@ def test_only_local_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     engine = load(make_checkpoint(tmp_path), CPU)
     assert len(list(engine.answer([make_request("choice", "the", " river")]))) == 1
+
+
+def test_weights_of_several_dtypes_all_run_in_the_one_that_is_resolved(tmp_path: Path) -> None:
+    """config.json's dtype or the setting decides for every weight, whatever each is stored as."""
+    mixed, rounded = make_checkpoint(tmp_path / "mixed"), make_checkpoint(tmp_path / "rounded")
+
+    def halve(weights: dict[str, torch.Tensor]) -> None:
+        weights.update({key: weight.bfloat16() for key, weight in weights.items() if "mlp" in key})
+
+    edit_weights(halve)(mixed)
+    edit_weights(lambda w: w.update({k: t.bfloat16().float() for k, t in w.items() if "mlp" in k}))(rounded)
+    stored = load_file(mixed / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float32, torch.bfloat16}
+    request = make_request("choice", "the river is", " mountain")
+    for dtype in ("auto", "float32", "bfloat16"):
+        engines = [load(path, RunSettings(device="cpu", dtype=dtype)) for path in (mixed, rounded)]
+        ours, same = (next(iter(engine.answer([request]))) for engine in engines)
+        assert engines[0].info.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+        assert ours.log_likelihood == pytest.approx(same.log_likelihood, abs=1e-6)
+
+
+@pytest.mark.parametrize("engine_path", ["plain", "auto"])
+def test_a_tokenizer_without_padding(engine_path: str, tmp_path: Path) -> None:
+    """Padding is masked, so no token of the tokenizer's is needed for it."""
+    path = make_checkpoint(tmp_path)
+    settings = RunSettings(device="cpu", engine_path=engine_path)
+    requests = [make_request("generate", text, settings=Generation(6)) for text in ("the", "the river is a mountain")]
+    texts = {response.request_id: response.text for response in load(path, settings).answer(requests)}
+    file = path / "tokenizer_config.json"
+    stored = json.loads(file.read_text())
+    del stored["pad_token"]
+    file.write_text(json.dumps(stored))
+    engine = load(path, settings)
+    assert {response.request_id: response.text for response in engine.answer(requests)} == texts
+
+
+def test_over_several_devices_with_the_same_numbers_and_recorded(tmp_path: Path) -> None:
+    """Here there is one device only, which the map then names; the model is placed by accelerate all the same."""
+    path = make_checkpoint(tmp_path)
+    request = make_request("choice", "the river is", " mountain")
+    mapped = load(path, RunSettings(device="map"))
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    assert mapped.info.device in [f"map({','.join(devices[: i + 1])})" for i in range(len(devices))]
+    assert mapped.info.engine_path == "plain"
+    (ours,), (plain,) = mapped.answer([request]), load(path, CPU).answer([request])
+    assert ours.log_likelihood == pytest.approx(plain.log_likelihood, abs=1e-4)
+    with pytest.raises(ConfigError, match="does not run over several devices"):
+        load(path, RunSettings(device="map", engine_path="tree"))
+
+
+def test_places_are_named_in_the_order_they_are_filled() -> None:
+    places = {"embed": 0, "layers.0": 0, "layers.1": torch.device("cuda:1"), "norm": "cpu", "head": "cpu"}
+    assert placement.name_places(places.values()) == ["cuda:0", "cuda:1", "cpu"]
+
+
+def test_a_model_larger_than_all_memory_is_refused(tmp_path: Path) -> None:
+    """Its files are sparse: two matrices, each of 0.7 of this machine's memory, that take no room on disk."""
+    psutil = pytest.importorskip("psutil")
+    path = make_checkpoint(tmp_path)
+    rest = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    shape = [int(psutil.virtual_memory().total * 0.7) // (4 * 32), 32]
+    files = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        del rest[name]
+        size = 4 * shape[0] * shape[1]
+        header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+        header += b" " * (-len(header) % 8)
+        files[name] = f"{name}.safetensors"
+        with (path / files[name]).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+    save_file(rest, path / "rest.safetensors", metadata={"format": "pt"})
+    files |= dict.fromkeys(rest, "rest.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    edit_config(vocab_size=shape[0])(path)
+    with pytest.raises(ConfigError, match="does not fit into the free memory"):
+        load(path, RunSettings(device="map"))
+
+
+def test_what_needs_accelerate_says_so_where_it_is_missing(tmp_path: Path) -> None:
+    """One device does not need it, on which the same process then loads."""
+    code = """
+import sys
+sys.modules["accelerate"] = None  # what Python does to a package that is not there
+from pathlib import Path
+from eval_platform.engine import load
+from eval_platform.values import RunSettings
+from eval_platform.errors import ConfigError
+load(Path(sys.argv[1]), RunSettings(device="cpu", engine_path="plain"))
+try:
+    load(Path(sys.argv[1]), RunSettings(device="map"))
+except ConfigError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(make_checkpoint(tmp_path))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "device = 'map' needs the package accelerate" in done.stdout
+    assert "remedy: pip install accelerate" in done.stdout
+
+
+_PEAK = """
+import sys, threading, time
+from pathlib import Path
+from eval_platform.engine import load
+from eval_platform.values import RunSettings
+
+def resident():  # bytes: all, and without pages of files, which the system may drop
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon")]
+
+small, large, dtype = sys.argv[1:]
+settings = RunSettings(device="cpu", engine_path="plain", dtype=dtype)
+load(Path(small), settings)  # imports what there is to import
+before, peak, done = resident(), [0, 0], threading.Event()
+
+def watch():
+    while not done.wait(0.001):
+        peak[:] = map(max, peak, resident())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+engine = load(Path(large), settings)
+done.set()
+watcher.join()
+print(engine.info.n_parameters, *(now - then for now, then in zip(map(max, peak, resident()), before)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_loading_needs_no_second_copy_of_the_weights(dtype: str, size: int, tmp_path: Path) -> None:
+    """Stored as float32. In that dtype a weight is the file's own memory; in another it is made weight by weight."""
+    large = tmp_path / "large"
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, max_position_embeddings=256
+    )
+    LlamaForCausalLM(config).save_pretrained(large)
+    make_tokenizer().save_pretrained(large)
+    command = [sys.executable, "-c", _PEAK, str(make_checkpoint(tmp_path / "small")), str(large), dtype]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    n_parameters, resident, anonymous = map(int, done.stdout.split())
+    assert n_parameters > 40_000_000
+    assert anonymous < 1.3 * size * n_parameters
+    # Read as it is mapped, a file in another dtype is resident too until it is closed; those pages are the system's.
+    assert resident < (1.3 * size + (4 if dtype == "bfloat16" else 0)) * n_parameters

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval_platform.engine import placement
 from eval_platform.engine.face import Engine, EngineInfo
 from eval_platform.engine.settings import read_json_object, resolve_settings
 from eval_platform.errors import CheckpointError, ConfigError
@@ -25,7 +26,8 @@ def load(path: Path, settings: RunSettings) -> Engine:
 
     `settings` need not be resolved. Raises CheckpointError for a model class transformers does not know, a tokenizer
     that does not load, and weights that are missing, left over, of another shape or unreadable; ConfigError for a
-    device this machine does not have. Memory and I/O errors pass through: they may pass by themselves.
+    device this machine does not have, or a model that its devices cannot hold. Memory and I/O errors pass through:
+    they may pass by themselves.
     """
     settings = resolve_settings(settings, path)
     with collector_paused():
@@ -38,17 +40,18 @@ def load(path: Path, settings: RunSettings) -> Engine:
         from eval_platform.engine.plain import PlainEngine
         from eval_platform.engine.seq2seq import Seq2SeqEngine
 
-    device = _device(settings.device)
+    places = placement.device_map(settings)
     config = _load_config(path, settings)
     tokenizer = _load_tokenizer(path, settings, config)
-    model = _load_model(path, settings, config).to(device)
+    model = _load_model(path, settings, config, places)
+    device = placement.where(model, path, settings)
     model.eval()
     plain_engine = Seq2SeqEngine if config.is_encoder_decoder else PlainEngine
     finite = _make_nan_visible(model, path)
     if settings.max_length is None:
         raise ValueError("resolved settings have a max_length")
     info = EngineInfo(
-        device=str(model.device),
+        device=device,
         dtype=str(model.dtype).removeprefix("torch."),
         max_length=settings.max_length,
         engine_path="plain",
@@ -65,7 +68,7 @@ def load(path: Path, settings: RunSettings) -> Engine:
         vocab_size=int(model.config.get_text_config().vocab_size),
     )
     wanted = settings.engine_path
-    if wanted == "plain" or (wanted == "auto" and (device.type != "cpu" or not finite)):
+    if wanted == "plain" or (wanted == "auto" and (device != "cpu" or not finite)):
         # Where a weight is NaN there is nothing to be fast for; and packed attention has only been measured on CPU.
         return plain_engine(model, tokenizer, settings, info)
     from eval_platform.engine import support
@@ -95,23 +98,6 @@ def load(path: Path, settings: RunSettings) -> Engine:
     return TreeEngine(model, tokenizer, settings, info, packed=packed, head=head, budget=budget, kernels=chosen)
 
 
-def _device(asked: str) -> Any:
-    import torch
-
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    remedy = "set [engine] device to auto, cpu or cuda (cuda:0, cuda:1, ...)"
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise ConfigError(f"{asked!r} is no device", remedy=remedy) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"the engine does not run on {asked!r}", remedy=remedy)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {asked!r}: this machine has {torch.cuda.device_count()} CUDA devices", remedy=remedy)
-    return device
-
-
 def _load_config(path: Path, settings: RunSettings) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
@@ -123,15 +109,19 @@ def _load_config(path: Path, settings: RunSettings) -> "PreTrainedConfig":
         # transformers and a checkpoint's own code raise whatever they like for a bad file, here and below.
         if _may_pass(error):
             raise
+        _refuse_own_code(error, f"{file}: field model_type: {model_type!r}")
         text = str(error)
-        if "custom code" in text:
-            raise CheckpointError(
-                f"{file}: field model_type: {model_type!r} needs the checkpoint's own Python code",
-                remedy="if you trust it, set [engine] trust_remote_code = true",
-            ) from error
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
             raise _unknown_class(path, model_type) from error
         raise CheckpointError(f"{file}: {_start(error)}", remedy="mend the field, or write it again") from error
+
+
+def _refuse_own_code(error: Exception, what: str) -> None:
+    if "custom code" in str(error):
+        raise CheckpointError(
+            f"{what} needs the checkpoint's own Python code",
+            remedy="read that code; then set trust_remote_code = true under [engine], or give --trust-remote-code",
+        ) from error
 
 
 def _unknown_class(path: Path, model_type: str | None) -> CheckpointError:
@@ -153,6 +143,7 @@ def _load_tokenizer(path: Path, settings: RunSettings, config: "PreTrainedConfig
     except Exception as error:
         if _may_pass(error):
             raise
+        _refuse_own_code(error, f"{path / 'tokenizer_config.json'}: field auto_map: the tokenizer")
         raise CheckpointError(f"no tokenizer could be loaded from {path}: {_start(error)}", remedy=remedy) from error
     # For some model types transformers makes an empty tokenizer when the files are not there, without a word.
     if not tokenizer.encode("a", add_special_tokens=False):
@@ -160,7 +151,8 @@ def _load_tokenizer(path: Path, settings: RunSettings, config: "PreTrainedConfig
     return tokenizer
 
 
-def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig") -> "PreTrainedModel":
+def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig", places: Any) -> "PreTrainedModel":
+    """The model with each weight read from the file's memory map straight to its device, in the dtype it runs in."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -170,6 +162,7 @@ def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig") -
             path,
             config=config,
             dtype=getattr(torch, settings.dtype),
+            device_map=places,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
@@ -180,6 +173,7 @@ def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig") -
     except Exception as error:
         if _may_pass(error):
             raise
+        _refuse_own_code(error, f"{path / 'config.json'}: field auto_map: the model")
         if "Unrecognized configuration class" in str(error):
             raise _unknown_class(path, config.model_type) from error
         raise CheckpointError(
@@ -223,6 +217,8 @@ def _make_nan_visible(model: "PreTrainedModel", path: Path) -> bool:
     import torch
 
     for name, weight in model.named_parameters():
+        if weight.is_meta:  # device = "map" brings it to a GPU when it is needed: no attention of the CPU's
+            continue
         # aminmax passes a NaN on and needs no second tensor of the weight's size.
         if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.numel():
             low, high = torch.aminmax(weight.detach())
