@@ -109,7 +109,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         ("llama", pickle_only, "no model could be loaded"),
         ("llama", cut_weights, "no model could be loaded"),
         ("llama", remove("tokenizer*"), "no tokenizer could be loaded"),
-        ("gpt2", remove("tokenizer*"), "the tokenizer .* gives no tokens"),
+        ("gpt2", remove("tokenizer*"), "the tokenizer .* tells no two letters apart"),
         ("llama", lambda path: (path / "tokenizer.json").write_text("{"), "no tokenizer could be loaded"),
         ("llama", remove("*"), r"config\.json does not exist"),
         ("llama", edit_config(model_type="clip", is_encoder_decoder=True), "field model_type: 'clip'"),
@@ -185,6 +185,21 @@ def test_a_tokenizer_without_padding(engine_path: str, tmp_path: Path) -> None:
     file.write_text(json.dumps(stored))
     engine = load(path, settings)
     assert {response.request_id: response.text for response in engine.answer(requests)} == texts
+
+
+def test_a_head_larger_than_the_vocabulary_may_draw_what_is_no_text(tmp_path: Path) -> None:
+    """Many a head is padded to a round size; a token without text counts as drawn, and its text is empty."""
+    path = make_checkpoint(tmp_path, vocab=512)
+    make_tokenizer(vocab=300).save_pretrained(path)
+
+    def draw_no_text(weights: dict[str, torch.Tensor]) -> None:
+        head = weights["lm_head.weight"]
+        head[:300] = 0.0
+        head[300], head[301] = 1.0, -1.0  # one of the two is above 0, whatever the hidden state
+
+    edit_weights(draw_no_text)(path)
+    (response,) = load(path, CPU).answer([make_request("generate", "the river", settings=Generation(5))])
+    assert (response.text, response.n_tokens, response.finish_reason) == ("", 5, "length")
 
 
 def test_over_several_devices_with_the_same_numbers_and_recorded(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from engine_oracle import Subject, ask, log_likelihood, tolerance
+from safetensors.torch import load_file, save_file
 from tiny_models import EOS, make_seq2seq_checkpoint
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from eval_platform.engine import load
 from eval_platform.errors import CheckpointError, ConfigError, TaskError
@@ -43,7 +44,7 @@ DOCUMENTS = [
 PROMPTS = ["the river is", "Yes", "Question: 7 of 42?\nAnswer:", f"{EOS}the", "river mountain " * 60]
 
 
-@pytest.fixture(scope="module", params=["t5", "bart", "m2m_100"])
+@pytest.fixture(scope="module", params=["t5", "flan_t5", "bart", "m2m_100"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     path = make_seq2seq_checkpoint(
         tmp_path_factory.mktemp(request.param), architecture=request.param, seed=6, max_length=WINDOW
@@ -56,7 +57,11 @@ def peer(tiny: Subject, batch_size: int = 1) -> Any:
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(str(tiny.path), backend="seq2seq", device="cpu", dtype="float32", batch_size=batch_size)
+    theirs: Any = HFLM(str(tiny.path), backend="seq2seq", device="cpu", dtype="float32", batch_size=batch_size)
+    # HFLM calls tie_weights() after loading, by which transformers 5.23 puts the embedding in place of the head that
+    # Flan-T5 has of its own (see the test below): another model. Here it gets its head back.
+    theirs.model.lm_head.weight = tiny.model.lm_head.weight
+    return theirs
 
 
 def instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -71,6 +76,29 @@ def test_info_says_which_model_and_path(tiny: Subject, caplog: pytest.LogCapture
     assert (info.engine_path, info.max_length, info.device) == ("plain", WINDOW, "cpu")
     assert info.architecture == type(tiny.model).__name__
     assert "plain path: it is an encoder-decoder" in caplog.text
+
+
+def test_what_lm_eval_does_to_a_head_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    path = make_seq2seq_checkpoint(tmp_path, architecture="flan_t5")
+    stored = load_file(path / "model.safetensors")
+    theirs: Any = HFLM(str(path), backend="seq2seq", device="cpu", dtype="float32")
+    assert torch.equal(theirs.model.lm_head.weight, stored["shared.weight"])
+    assert not torch.equal(theirs.model.lm_head.weight, stored["lm_head.weight"])
+
+
+def test_a_head_of_its_own_is_used(tmp_path: Path) -> None:
+    """T5 1.1 and Flan-T5 have one; transformers ties T5's whatever config.json says, unless the file holds another."""
+    path = make_seq2seq_checkpoint(tmp_path, architecture="flan_t5")
+    request = make_request("choice", *PAIRS[0])
+    (own,) = load(path, CPU).answer([request])
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights["shared.weight"].clone()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (tied,) = load(path, CPU).answer([request])
+    assert abs(log_likelihood(own) - log_likelihood(tied)) > 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -188,6 +216,25 @@ def test_a_config_that_says_no_start_or_padding(field: str, tmp_path: Path) -> N
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: None}))
     with pytest.raises(CheckpointError, match=rf"config\.json: field {field} is missing"):
         load(path, CPU)
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    """transformers makes an empty one of T5's kind, to which every letter is unknown."""
+    path = make_seq2seq_checkpoint(tmp_path)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="tells no two letters apart"):
+        load(path, CPU)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = make_seq2seq_checkpoint(tmp_path)
+    config = T5Config.from_pretrained(path)
+    config.vocab_size = 20
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    for request in (make_request("choice", "the river", " is"), make_request("rolling", "the river is")):
+        with pytest.raises(CheckpointError, match="the model knows 20 tokens"):
+            list(load(path, CPU).answer([request]))
 
 
 def test_bfloat16_is_near(tiny: Subject) -> None:

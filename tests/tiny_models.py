@@ -160,14 +160,14 @@ def _seq2seq_tokenizer_json() -> str:
 def make_seq2seq_checkpoint(
     folder: Path,
     *,
-    architecture: Literal["t5", "bart", "m2m_100"] = "t5",
+    architecture: Literal["t5", "flan_t5", "bart", "m2m_100"] = "t5",
     seed: int = 0,
     max_length: int = 48,
     nan: bool = False,
 ) -> Path:
     """A random float32 encoder-decoder, 2 layers a side, with a SentencePiece-style tokenizer that adds EOS as T5's.
 
-    With `nan`, the decoder's first weight matrix is all NaN.
+    flan_t5 is a T5 with gated layers and a head of its own. With `nan`, the decoder's first weight matrix is all NaN.
     """
     import torch
     import transformers
@@ -187,9 +187,10 @@ def make_seq2seq_checkpoint(
         for what, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
     }
     config: Any
-    if architecture == "t5":
+    if architecture in ("t5", "flan_t5"):
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "n_positions": max_length}
-        config = transformers.T5Config(**special, **sizes, decoder_start_token_id=0, initializer_factor=1.0)
+        how = {} if architecture == "t5" else {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+        config = transformers.T5Config(**special, **sizes, **how, decoder_start_token_id=0, initializer_factor=1.0)
     else:
         kind = transformers.BartConfig if architecture == "bart" else transformers.M2M100Config
         config = kind(
@@ -205,6 +206,8 @@ def make_seq2seq_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+        if architecture == "flan_t5":
+            model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.lm_head.weight))
     if nan:
         with torch.no_grad():
             next(p for name, p in model.named_parameters() if p.dim() == 2 and "decoder" in name).fill_(float("nan"))

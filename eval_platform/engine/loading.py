@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +147,10 @@ def _load_tokenizer(path: Path, settings: RunSettings, config: "PreTrainedConfig
         _refuse_own_code(error, f"{path / 'tokenizer_config.json'}: field auto_map: the tokenizer")
         raise CheckpointError(f"no tokenizer could be loaded from {path}: {_start(error)}", remedy=remedy) from error
     # For some model types transformers makes an empty tokenizer when the files are not there, without a word.
-    if not tokenizer.encode("a", add_special_tokens=False):
-        raise CheckpointError(f"the tokenizer in {path} gives no tokens for 'a': its files are missing", remedy=remedy)
+    if len({tuple(tokenizer.encode(text, add_special_tokens=False)) for text in string.ascii_letters}) < 2:
+        raise CheckpointError(
+            f"the tokenizer in {path} tells no two letters apart: its files are missing", remedy=remedy
+        )
     return tokenizer
 
 

@@ -2,8 +2,9 @@
 
 The plain engine for T5, BART and their like: one part of the engine package beside `plain`, and equal to
 lm-evaluation-harness 0.4.13 with backend="seq2seq" (api/model.py:_encode_pair, models/huggingface.py). A rolling
-window's encoder reads the tokens before the window's targets, as there. Otherwise than there, a completion has at
-most max_new_tokens tokens; there the limit grows with the length of the batch's longest prompt.
+window's encoder reads the tokens before the window's targets, as there. Otherwise than there, a completion
+has at most max_new_tokens tokens (there the limit grows with the length of the batch's longest prompt), and the head
+that T5 1.1 and Flan-T5 have of their own is used (there transformers 5.23 overwrites it with the embedding).
 """
 
 from collections.abc import Iterator, Sequence
