@@ -123,10 +123,10 @@ def greedy_by_hand(tiny: Subject, prompt: list[int], settings: Generation) -> tu
         drawn.append(token)
         if token == tiny.tokenizer.eos_token_id:
             return text_of(tiny, drawn[:-1]), "eos"
-        text = text_of(tiny, drawn)
-        found = [text.index(stop) for stop in settings.stop if stop in text]
-        if found:
-            return text[: min(found)], "stop"
+        # Looked for with special tokens in their own words, as lm-evaluation-harness looks; the answer is without them.
+        whole, text = str(tiny.tokenizer.decode(drawn)), text_of(tiny, drawn)
+        if any(stop in whole for stop in settings.stop):
+            return text[: min((text.index(stop) for stop in settings.stop if stop in text), default=len(text))], "stop"
     return text_of(tiny, drawn), "length"
 
 

@@ -18,12 +18,16 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from eval_platform.engine.stream import Block, Forward, Piece
+from eval_platform.engine.stream import Ancestor, Block, Piece
 
 IMPLEMENTATION = "eval_platform_tree"
 
 # Scores of one block of masked or soft-capped attention: 4 MiB of float32, about what a core's caches hold.
 _SCORES = 2**20
+# Pieces up to this many tokens share calls: a call's own cost is that of some 30 tokens.
+_SHORT = 128
+# A bunch's longest piece is at most this many times its shortest: what fills up is computed for nothing.
+_FILL = 1.5
 # Arguments of attention functions that change nothing here: the mask's marker carries the window, the rest is about
 # outputs and caches. Anything else that is set is a kind of attention we do not know.
 _HARMLESS = {
@@ -77,6 +81,19 @@ class Group:
     blocks: list[Block]
 
 
+@dataclass(frozen=True, slots=True)
+class Bunch:
+    """Short pieces of about one length, whose attention within themselves is one call.
+
+    index: [pieces, longest], the forward's rows, a shorter piece filled up with its last one; nothing looks ahead, so
+    what fills up is never seen. rows and places: where each real row stands in the forward, and in `index` laid flat.
+    """
+
+    index: Tensor
+    rows: Tensor
+    places: Tensor
+
+
 @dataclass(slots=True)
 class Broken:
     """Rows of a forward where something was not finite, and the first layer that met it."""
@@ -87,12 +104,16 @@ class Broken:
 
 @dataclass(slots=True)
 class Pass:
-    """What the attention of one forward needs to know. Layers and masks are counted as they are called."""
+    """What the attention of one forward needs to know. Layers and masks are counted as they are called.
+
+    Every row is in one of `pieces` or in one of `bunches`.
+    """
 
     positions: Tensor  # [rows], absolute
     reaches: Sequence[Reach] | None  # of the model's masks, in the order it makes them; None: find out
     pieces: Sequence[Piece] = ()
-    ancestors: Sequence[Any] = ()
+    bunches: Sequence[Bunch] = ()
+    ancestors: Sequence[Ancestor] = ()
     keep: Sequence[tuple[Piece, Block]] = ()
     layers: int = 0
     masks: int = 0
@@ -108,7 +129,7 @@ class Pass:
             block.layers.append((key[:, rows].clone(), value[:, rows].clone()))
         heads = key.shape[0]
         grouped = query.unflatten(0, (heads, -1))
-        if len(self.pieces) == 1 and not self.ancestors:
+        if len(self.pieces) == 1 and not self.bunches and not self.ancestors:
             output, lse = _causal(grouped, key, value, self.positions, how)
         else:
             output, lse = _empty(grouped, value)
@@ -116,6 +137,8 @@ class Pass:
                 rows = slice(piece.row, piece.stop)
                 part = _causal(grouped[:, :, rows], key[:, rows], value[:, rows], self.positions[rows], how)
                 output[:, :, rows], lse[:, :, rows] = part
+            for bunch in self.bunches:
+                output[:, :, bunch.rows], lse[:, :, bunch.rows] = _bunched(grouped, key, value, bunch, how)
             for ancestor in self.ancestors:
                 rows = slice(ancestor.first, ancestor.last)
                 if isinstance(ancestor.source, Piece):
@@ -183,16 +206,6 @@ def running(a_pass: Pass | DecodingPass) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def forward_pass(forward: Forward, reaches: Sequence[Reach] | None, device: torch.device) -> Pass:
-    return Pass(
-        positions=torch.from_numpy(forward.positions).to(device),
-        reaches=reaches,
-        pieces=forward.pieces,
-        ancestors=forward.ancestors,
-        keep=forward.keep,
-    )
 
 
 def _attention(
@@ -317,6 +330,52 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, how: _
     part = _blocked(query, key, value, positions, positions, how)
     assert part is not None  # a row always sees itself
     return part
+
+
+def _bunched(query: Tensor, key: Tensor, value: Tensor, bunch: Bunch, how: _How) -> tuple[Tensor, Tensor]:
+    """Attention of a bunch's pieces within themselves: [kv heads, group, rows, d] and [kv heads, group, rows]."""
+    heads = query.shape[0]
+    pieces, longest = bunch.index.shape
+    flat = bunch.index.flatten()
+
+    def batched(states: Tensor) -> Tensor:  # [kv heads, rows, d] -> [pieces * kv heads, longest, d]
+        return states[:, flat].unflatten(1, (pieces, longest)).transpose(0, 1).flatten(0, 1)
+
+    queries = query[:, :, flat].unflatten(2, (pieces, longest)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    there = torch.arange(longest, device=query.device)
+    output, lse = _causal(queries, batched(key), batched(value), there, how)
+    output = output.unflatten(0, (pieces, heads)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    lse = lse.unflatten(0, (pieces, heads)).permute(1, 2, 0, 3).flatten(2, 3)
+    return output[:, :, bunch.places], lse[:, :, bunch.places]
+
+
+def bunched(pieces: Sequence[Piece], device: torch.device) -> tuple[list[Piece], list[Bunch]]:
+    """`pieces` that are long enough for a call of their own, and the rest in bunches."""
+    long, short = [], []
+    for piece in pieces:
+        (short if piece.stop - piece.row <= _SHORT else long).append(piece)
+    short.sort(key=lambda piece: piece.stop - piece.row, reverse=True)
+    bunches, first = [], 0
+    while first < len(short):
+        longest = short[first].stop - short[first].row
+        last = first + 1
+        while last < len(short) and (short[last].stop - short[last].row) * _FILL >= longest:
+            last += 1
+        if last - first == 1:
+            long.append(short[first])
+        else:
+            bunches.append(_bunch(short[first:last], longest, device))
+        first = last
+    return long, bunches
+
+
+def _bunch(pieces: Sequence[Piece], longest: int, device: torch.device) -> Bunch:
+    starts = torch.tensor([piece.row for piece in pieces])
+    lengths = torch.tensor([piece.stop - piece.row for piece in pieces])
+    place = torch.arange(longest)[None]
+    index = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
+    real = place < lengths[:, None]
+    return Bunch(index.to(device), index[real].to(device), real.flatten().nonzero()[:, 0].to(device))
 
 
 def _dense(

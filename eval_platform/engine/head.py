@@ -111,8 +111,8 @@ class Head:
             here = ((tokens >= first) & (tokens < last)).nonzero()[:, 0]
             picked[here] = logits[rows[here], tokens[here] - first]
             block_high = logits.amax(-1)
-            # In place, in three passes: on CPU half the time of log_softmax. A block may be -inf throughout (tokens that
-            # a model never gives), and -inf - -inf would be NaN.
+            # In place, in three passes: on CPU half the time of log_softmax. A block may be -inf throughout (tokens
+            # that a model never gives), and -inf - -inf would be NaN.
             least = block_high.clamp_min(torch.finfo(torch.float32).min)
             block_total = least + logits.sub_(least[:, None]).exp_().sum(-1).log()
             total = block_total if total is None else torch.logaddexp(total, block_total)

@@ -13,6 +13,7 @@ from eval_platform.engine.attention import (
     Pass,
     Reach,
     Slots,
+    bunched,
     running,
 )
 from eval_platform.engine.stream import Forward, Piece
@@ -50,10 +51,12 @@ class PackedModel:
 
     def run(self, forward: Forward) -> tuple[Tensor, Broken | None]:
         """Hidden states [rows, hidden size] of a forward, and which rows are no numbers; fills the blocks to keep."""
+        pieces, bunches = bunched(forward.pieces, self.device)
         a_pass = Pass(
             positions=torch.from_numpy(forward.positions).to(self.device),
             reaches=self.reaches,
-            pieces=forward.pieces,
+            pieces=pieces,
+            bunches=bunches,
             ancestors=forward.ancestors,
             keep=forward.keep,
         )
