@@ -98,7 +98,8 @@ class EvalPlatformLM(LM):
             trust_remote_code=trust_remote_code,
         )
         self._engine = load(folder, settings)
-        self._device = torch.device(self._engine.info.device)
+        # Of a model on several devices ("map(cuda:0,cpu)") the first, where its inputs go.
+        self._device = torch.device(self._engine.info.device.removeprefix("map(").rstrip(")").split(",")[0])
 
     # -- what is asked
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BOS, EOS, make_tokenizer
+from tiny_models import BOS, EOS, make_metaspace_tokenizer, make_tokenizer
 
 from eval_platform.engine.encoding import (
     Tokens,
@@ -58,6 +58,7 @@ TOKENIZERS = {
     "plain": make_tokenizer(),
     "adds BOS": make_tokenizer(adds_bos=True),
     "without BOS": make_tokenizer(bos=False),
+    "SentencePiece style": make_metaspace_tokenizer(),
 }
 
 

@@ -278,3 +278,27 @@ print(faults())
 def test_settled_memory_is_not_faulted_in_again() -> None:
     run = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1000  # 18,432 pages are written in each of three turns
+
+
+def test_a_deterministic_engine_repeats_to_the_last_digit(tmp_path: Path) -> None:
+    """Loaded anew, in a process of its own, on a model large enough that products would be measured."""
+    _llama(layers=3).save_pretrained(tmp_path)
+    make_tokenizer(max_length=2048).save_pretrained(tmp_path)
+    code = """
+import sys
+from pathlib import Path
+from eval_platform.engine.loading import load
+from eval_platform.values import RunSettings, make_request
+engine = load(Path(sys.argv[1]), RunSettings(deterministic=True))
+assert engine.info.n_parameters > 5_000_000, engine.info
+assert "onednn" not in engine.info.versions["kernels"], engine.info
+asked = [make_request("choice", "the river " * n, f" mountain {k}") for n in (3, 90, 200) for k in range(4)]
+answers = {answer.request_id: answer.log_likelihood.hex() for answer in engine.answer(asked)}
+print([answers[request.request_id] for request in asked])
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert "0x" in runs[0]

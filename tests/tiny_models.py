@@ -75,6 +75,38 @@ def make_tokenizer(
     )
 
 
+def make_metaspace_tokenizer(*, vocab: int = 400, max_length: int = 256) -> Any:
+    """As SentencePiece makes them for Llama 2 and T5: spaces are part of the tokens ("▁the"), one is put before a text,
+    what is unknown falls back to bytes, and BOS stands before every text.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # Words apart while it learns only: a Llama 2 tokenizer merges within the whole text.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", BOS, EOS, PAD, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.pre_tokenizer = None
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token="<unk>",
+        pad_token=PAD,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def make_model(architecture: Architecture, tokenizer: Any, *, seed: int = 0, max_length: int = 256) -> Any:
     """A random float32 model of the named architecture: 2 layers, hidden size 32, 4 heads."""
     import torch

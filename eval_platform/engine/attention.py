@@ -25,7 +25,7 @@ IMPLEMENTATION = "eval_platform_tree"
 # Scores of one block of masked or soft-capped attention: 4 MiB of float32, about what a core's caches hold.
 _SCORES = 2**20
 # Pieces up to this many tokens share calls: a call's own cost is that of some 30 tokens.
-_SHORT = 128
+_SHORT = 48
 # A bunch's longest piece is at most this many times its shortest: what fills up is computed for nothing.
 _FILL = 1.5
 # Arguments of attention functions that change nothing here: the mask's marker carries the window, the rest is about

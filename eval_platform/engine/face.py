@@ -17,7 +17,7 @@ class EngineInfo:
     device: str
     dtype: str
     max_length: int
-    engine_path: str  # "plain" | "tree"
+    engine_path: str  # "plain" | "tree" | "tree+plain": completions took the plain path
     n_parameters: int
     numerics_version: int
     versions: Mapping[str, str]
