@@ -1,7 +1,7 @@
 """How long do the demo's tasks take the model, with the tree engine and without?
 
-Run from the repository's root, after `make demo ONCE=1`: `python -m benchmarks.demo_inference [--pairs 3]`. Every task of
-the demo is asked of its last checkpoint, on the plain path and on the tree in turn, in one process with the workers'
+Run from the repository's root, after `make demo ONCE=1`: `python -m benchmarks.demo_inference [--pairs 3]`. Every task
+of the demo is asked of its last checkpoint, on the plain path and on the tree in turn, in one process with the workers'
 environment. Prints medians for each task; exits 1 when the two paths' answers differ by more than rounding.
 """
 
