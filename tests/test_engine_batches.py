@@ -94,8 +94,11 @@ def test_out_of_memory_in_the_model_changes_no_answer(tmp_path: Path, caplog: py
     path = make_checkpoint(tmp_path)
     requests = [make_request("choice", f"Question: {i} the river", " Yes") for i in range(9)]
     requests += [make_request("generate", f"Question: {i} the", settings=Generation(4)) for i in range(5)]
-    whole = {response.request_id: response for response in load(path, RunSettings(device="cpu")).answer(requests)}
-    engine: Any = load(path, RunSettings(device="cpu"))
+    whole = {
+        response.request_id: response
+        for response in load(path, RunSettings(device="cpu", engine_path="plain")).answer(requests)
+    }
+    engine: Any = load(path, RunSettings(device="cpu", engine_path="plain"))
     forward = engine._model.forward
 
     def tight(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +125,7 @@ def test_rows_of_unequal_length_never_mix_where_length_chooses_the_frequencies(r
     config = json.loads(file.read_text())
     config["rope_parameters"] = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
     file.write_text(json.dumps(config))
-    engine: Any = load(path, RunSettings(device="cpu"))
+    engine: Any = load(path, RunSettings(device="cpu", engine_path="plain"))
     shapes: list[tuple[int, int]] = []
     forward = engine._model.forward
 
