@@ -137,8 +137,10 @@ def _compare_decoding(
     ends: list[trie.Node],
     kept: Kept,
 ) -> None:
-    """The last tokens of the first sequence again, one at a time, after the third, which is its beginning."""
+    """Some tokens of the first sequence again, one at a time, after the third, which is its beginning."""
     (tokens, hidden, logits), (beginning, _, _) = expected[0], expected[2]
+    # Each step reads every weight; what goes wrong in decoding does so from the second step on.
+    last = min(len(tokens), len(beginning) + 5)
     path = list(ends[2].path())
     slots = Slots()
     for keys, values in kept.blocks[path[0]][0].layers:
@@ -146,10 +148,10 @@ def _compare_decoding(
             stored.append(states.new_zeros(1, states.shape[0], len(tokens), states.shape[-1]))
     groups = [Group(slice(0, 1), kept.blocks[node]) for node in path]
     ours = []
-    for position in range(len(beginning), len(tokens)):
+    for position in range(len(beginning), last):
         own = position - len(beginning)
         ours.append(packed.decode([tokens[position]], [position], slots, [own], groups)[0])
-    rest = slice(len(beginning), None)
+    rest = slice(len(beginning), last)
     _must_agree(packed, head, tokens[rest], torch.cat(ours), hidden[rest], logits[rest], "decoding")
 
 
