@@ -29,9 +29,10 @@ from engine_oracle import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import make_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from eval_platform.engine import decoding, load
+from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
 from eval_platform.values import Generation, Request, RunSettings, make_request
 
@@ -408,3 +409,21 @@ def test_a_completion_stops_where_its_prompt_overflows_and_its_neighbours_go_on(
             assert math.isnan(log_likelihood(response))
         elif response.finish_reason != "non_finite" and tiny.engine.info.dtype == "float32":
             check_completed(tiny, request, response)
+
+
+def test_an_infinite_logit_is_no_prediction() -> None:
+    """Its token has the highest logit, and its log-probability is NaN: infinity less infinity."""
+
+    class Model:
+        config = LlamaConfig()
+
+        def __init__(self) -> None:
+            self.layer = torch.nn.Linear(2, 3, bias=False)
+            self.layer.weight.data = torch.tensor([[1.0, 0.0], [torch.inf, 0.0], [0.0, 1.0]])
+
+        def get_output_embeddings(self) -> torch.nn.Linear:
+            return self.layer
+
+    value, greedy = Head(Model(), "torch").score(torch.tensor([[1.0, 1.0]]), [0, 0], [0, 1])  # type: ignore[arg-type]
+    assert value.isnan().all()
+    assert not greedy.any()

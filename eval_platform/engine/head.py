@@ -119,8 +119,9 @@ class Head:
             high = block_high if high is None else torch.maximum(high, block_high)
         assert total is not None
         assert high is not None
-        # A NaN equals nothing, so it is never the most probable token.
-        return picked.double() - total[rows].double(), picked == high[rows]
+        value = picked.double() - total[rows].double()
+        # An infinite logit equals the highest, and its log-probability is NaN all the same: that is no prediction.
+        return value, (picked == high[rows]) & ~value.isnan()
 
     def _blocks(self, hidden: Tensor) -> Any:
         for first, multiply in self._products:
