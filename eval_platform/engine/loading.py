@@ -72,30 +72,44 @@ def load(path: Path, settings: RunSettings) -> Engine:
     if wanted == "plain" or (wanted == "auto" and (device != "cpu" or not finite)):
         # Where a weight is NaN there is nothing to be fast for; and packed attention has only been measured on CPU.
         return plain_engine(model, tokenizer, settings, info)
-    from eval_platform.engine import support
     from eval_platform.engine.attention import Unsupported
+    from eval_platform.engine.support import WrongProducts
 
     try:
-        expected = support.reference(model)
-        packed = support.packed_model(model, expected)
+        return _tree_engine(model, tokenizer, settings, info)
     except Unsupported as error:
         if wanted == "tree":
             raise ConfigError(
                 f'[engine] path = "tree", but {path} cannot run so: {error}', remedy='set [engine] path = "auto"'
             ) from error
         _log.warning("%s takes the plain path: %s", path, error)
-        return plain_engine(model, tokenizer, settings, info)
-    from eval_platform.engine import kernels
+        is_changed = isinstance(error, WrongProducts)
+    if is_changed:
+        del model  # before another is loaded beside it
+        model = _load_model(path, settings, config, places).eval()
+    return plain_engine(model, tokenizer, settings, info)
+
+
+def _tree_engine(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: RunSettings, info: EngineInfo
+) -> Engine:
+    """Raises Unsupported, with the model as it was but for WrongProducts."""
+    from eval_platform.engine import kernels, support
+    from eval_platform.engine.attention import Unsupported
     from eval_platform.engine.head import Head
     from eval_platform.engine.memory import token_budget
     from eval_platform.engine.tree import TreeEngine
 
+    expected = support.reference(model)
+    packed = support.packed_model(model, expected)
     budget = settings.batch_tokens or token_budget(model)
     chosen = kernels.install(model, deterministic=settings.deterministic)
     head = Head(model, chosen.head)
     kernels.settle_allocator()
-    # Again, with the products that were chosen: whatever they do wrong is no fault of the model's.
-    support.check(packed, head, expected)
+    try:
+        support.check(packed, head, expected)
+    except Unsupported as error:
+        raise support.WrongProducts(f"with {chosen.describe()}, {error}") from error
     return TreeEngine(model, tokenizer, settings, info, packed=packed, head=head, budget=budget, kernels=chosen)
 
 

@@ -30,6 +30,10 @@ _NATS = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.2}
 _LENGTH_DEPENDENT = ("Indexer", "Compressor")
 
 
+class WrongProducts(Unsupported):
+    """The numbers were right until the products were chosen; the model's layers have been swapped since."""
+
+
 @torch.inference_mode()
 def reference(model: "PreTrainedModel") -> Expected:
     """(tokens, hidden states, logits) of the check's sequences, by the model as transformers runs it, one at a time.
