@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_checkpoint, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval_platform.engine import EngineInfo, load, placement
+from eval_platform.engine import EngineInfo, kernels, load, placement
 from eval_platform.errors import CheckpointError, ConfigError, classify
 from eval_platform.values import Generation, RunSettings, make_request
 
@@ -312,3 +312,41 @@ def test_loading_needs_no_second_copy_of_the_weights(dtype: str, size: int, tmp_
     assert anonymous < 1.3 * size * n_parameters
     # Read as it is mapped, a file in another dtype is resident too until it is closed; those pages are the system's.
     assert resident < (1.3 * size + (4 if dtype == "bfloat16" else 0)) * n_parameters
+
+
+def test_products_that_give_other_numbers_send_a_fresh_model_down_the_plain_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault planted in what the layers are swapped for: right before, wrong after, and the swapped model unusable."""
+    checkpoint = make_checkpoint(tmp_path)
+    asked = [make_request("choice", "Question: the river", " Yes")]
+    (right,) = load(checkpoint, RunSettings(device="cpu", engine_path="plain")).answer(asked)
+    install = kernels.install
+
+    def ruinous(model: Any, **keys: Any) -> kernels.Kernels:
+        chosen = install(model, **keys)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        return chosen
+
+    monkeypatch.setattr(kernels, "install", ruinous)
+    engine = load(checkpoint, CPU)
+    assert engine.info.engine_path == "plain"
+    assert list(engine.answer(asked)) == [right]
+    assert "takes the plain path: with threads" in caplog.text
+    with pytest.raises(ConfigError, match="cannot run so: with threads"):
+        load(checkpoint, RunSettings(device="cpu", engine_path="tree"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "path"),
+    [("min_p", 0.1, "tree"), ("top_k", 7, "tree"), ("repetition_penalty", 1.1, "tree+plain")],
+)
+def test_only_what_shapes_greedy_text_needs_transformers_own_loop(
+    field: str, value: float, path: str, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path)
+    file = checkpoint / "generation_config.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**stored, "do_sample": True, field: value}))
+    assert load(checkpoint, CPU).info.engine_path == path

@@ -7,6 +7,7 @@ The model's own code stays as it is: the function is registered with `AttentionI
 `AttentionMaskInterface` hands each layer a marker that says how far back the layer sees.
 """
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -102,26 +103,47 @@ class Broken:
     where: str
 
 
-@dataclass(slots=True)
-class Pass:
-    """What the attention of one forward needs to know. Layers and masks are counted as they are called.
-
-    Every row is in one of `pieces` or in one of `bunches`.
-    """
+@dataclass(slots=True, kw_only=True)
+class Pass(abc.ABC):
+    """What the attention of one forward needs to know. Layers and masks are counted as they are called."""
 
     positions: Tensor  # [rows], absolute
     reaches: Sequence[Reach] | None  # of the model's masks, in the order it makes them; None: find out
-    pieces: Sequence[Piece] = ()
+    found: list[Reach] = field(default_factory=list)
+    layers: int = 0
+    masks: int = 0
+    broken: Broken | None = None
+
+    @abc.abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+        """query [heads, rows, d], key and value [key-value heads, rows, d] -> [rows, heads, d of value]."""
+
+    def look_for_broken(self, where: str, *states: Tensor) -> None:
+        """Note rows with a NaN or an infinity in any of `states`, each [heads, rows, d].
+
+        A sum is finite only if every term is, and cheaper than a look at each.
+        """
+        if all(bool(state.sum(dtype=torch.float32).isfinite()) for state in states):
+            return
+        rows = torch.zeros_like(self.positions, dtype=torch.bool)
+        for state in states:
+            rows |= ~state.isfinite().all(-1).all(0)
+        if self.broken is not None:
+            self.broken.rows |= rows
+        elif bool(rows.any()):
+            self.broken = Broken(rows, where)
+
+
+@dataclass(slots=True, kw_only=True)
+class StreamPass(Pass):
+    """Attention of a forward over pieces of nodes. Every row is in one of `pieces` or in one of `bunches`."""
+
+    pieces: Sequence[Piece]
     bunches: Sequence[Bunch] = ()
     ancestors: Sequence[Ancestor] = ()
     keep: Sequence[tuple[Piece, Block]] = ()
-    layers: int = 0
-    masks: int = 0
-    found: list[Reach] = field(default_factory=list)
-    broken: "Broken | None" = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
-        """query [heads, rows, d], key and value [key-value heads, rows, d] -> [rows, heads, d of value]."""
         layer = self.layers
         for piece, block in self.keep:
             rows = slice(piece.row, piece.stop)
@@ -152,19 +174,14 @@ class Pass:
         return _finish(output, lse, how)
 
 
-@dataclass(slots=True)
-class DecodingPass:
+@dataclass(slots=True, kw_only=True)
+class DecodingPass(Pass):
     """Attention of a forward in which every row is one more token of a sample of its own."""
 
-    positions: Tensor  # [rows], absolute
-    reaches: Sequence[Reach]
     slots: Slots
     lengths: Tensor  # [rows], of what the slots hold before this forward
     longest: int
     groups: Sequence[Group]
-    layers: int = 0
-    masks: int = 0
-    broken: "Broken | None" = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
         rows = query.shape[1]
@@ -195,11 +212,11 @@ class _How:
     sinks: Tensor | None  # [heads]: a logit of its own in each head's softmax, with no value behind it
 
 
-_current: ContextVar[Pass | DecodingPass | None] = ContextVar("_current", default=None)
+_current: ContextVar[Pass | None] = ContextVar("_current", default=None)
 
 
 @contextlib.contextmanager
-def running(a_pass: Pass | DecodingPass) -> Iterator[None]:
+def running(a_pass: Pass) -> Iterator[None]:
     """Within, attention of a model under IMPLEMENTATION is that of `a_pass`."""
     token = _current.set(a_pass)
     try:
@@ -235,28 +252,11 @@ def _attention(
     if query.shape[0] != 1 or dropout:
         raise Unsupported("its attention is not called row by row")
     how = _How(query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask.window, softcap, s_aux)
-    _look_for_broken(a_pass, query, key, value)
+    # The fused kernel hides them: torch 2.13 on CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys.
+    a_pass.look_for_broken(f"layer {a_pass.layers}", query[0], key[0], value[0])
     output = a_pass.attend(query[0], key[0], value[0], how)
     a_pass.layers += 1
     return output[None], None
-
-
-def _look_for_broken(a_pass: Pass | DecodingPass, *states: Tensor) -> None:
-    """Note rows with a NaN or an infinity in their queries, keys or values: the fused attention kernel hides them.
-
-    torch 2.13 on CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys. A sum is finite only if every
-    term is, and cheaper than a look at each.
-    """
-    if all(bool(state.sum(dtype=torch.float32).isfinite()) for state in states):
-        return
-    rows = torch.zeros(states[0].shape[2], dtype=torch.bool, device=states[0].device)
-    for state in states:
-        rows |= ~state[0].isfinite().all(-1).all(0)
-    if a_pass.broken is None:
-        if bool(rows.any()):
-            a_pass.broken = Broken(rows, f"layer {a_pass.layers}")
-    else:
-        a_pass.broken.rows |= rows
 
 
 def _mask(mask_function: Callable[..., Any], **_others: Any) -> Reach:
@@ -264,7 +264,6 @@ def _mask(mask_function: Callable[..., Any], **_others: Any) -> Reach:
     if a_pass is None:
         raise Unsupported("a mask was made outside a forward of the engine")
     if a_pass.reaches is None:
-        assert isinstance(a_pass, Pass)
         reach = reach_of(mask_function)
         a_pass.found.append(reach)
     elif a_pass.masks < len(a_pass.reaches):
@@ -327,9 +326,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, how: _
     """Every row sees itself and the rows before it."""
     if _flash_takes(query, value, how) and (how.window is None or how.window >= query.shape[2]):
         return _flash(query, key, value, how.scale, causal=True)
-    part = _blocked(query, key, value, positions, positions, how)
-    assert part is not None  # a row always sees itself
-    return part
+    return _blocked(query, key, value, positions, positions, how)
 
 
 def _bunched(query: Tensor, key: Tensor, value: Tensor, bunch: Bunch, how: _How) -> tuple[Tensor, Tensor]:
@@ -437,7 +434,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: b
 
 def _blocked(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, there: Tensor | None, how: _How
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Attention written out, some rows at a time: with a window, soft-capping, or heads of unequal size.
 
     positions [rows] and there [keys] are absolute; None: every row sees every key. A row that sees nothing gets a

@@ -6,7 +6,7 @@ and caches. Ours are the two things it asks at every step: which token comes nex
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,28 @@ from eval_platform.values import Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# What a plain generation config says of how a completion is drawn, whatever the checkpoint's says.
+PLAIN: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "typical_p": None,
+    "max_length": None,
+    "max_new_tokens": None,
+    "max_time": None,
+    "stop_strings": None,
+    "remove_invalid_values": False,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "use_cache": True,
+}
 
 
 @dataclass(slots=True)
@@ -37,6 +59,14 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
 
+    def add(self, token: int, ends: frozenset[int], holds_stop: "StopFinder") -> None:
+        """Take the next token, and end where it is one of `ends` or completes a stop string."""
+        self.tokens.append(token)
+        if token in ends:
+            self.finish_reason = "eos"
+        elif holds_stop(self.tokens):
+            self.finish_reason = "stop"
+
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """Every token that ends a completion: the generation config's (there may be several) and the tokenizer's EOS."""
@@ -52,25 +82,7 @@ def plain_generation_config(stored: GenerationConfig) -> GenerationConfig:
     lm-evaluation-harness. remove_invalid_values goes: it would hide a NaN.
     """
     config = copy.deepcopy(stored)
-    config.update(
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        min_p=None,
-        typical_p=None,
-        max_length=None,
-        max_new_tokens=None,
-        max_time=None,
-        stop_strings=None,
-        remove_invalid_values=False,
-        return_dict_in_generate=False,
-        output_scores=False,
-        output_logits=False,
-        use_cache=True,
-    )
+    config.update(**PLAIN)
     return config
 
 
@@ -205,11 +217,7 @@ class _Finish(StoppingCriteria):
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             if row.finish_reason:
                 continue
-            row.tokens.append(token)
-            if token in self._ends:
-                row.finish_reason = "eos"
-            elif self._holds_stop(row.tokens):
-                row.finish_reason = "stop"
+            row.add(token, self._ends, self._holds_stop)
         ended = torch.tensor([bool(row.finish_reason) for row in self._rows], device=input_ids.device)
         return cast(torch.BoolTensor, ended)
 

@@ -3,6 +3,7 @@ sample holds only what is its own, and a finished sample makes room for the next
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from eval_platform.engine import trie
 from eval_platform.engine.attention import Group, Slots
-from eval_platform.engine.batching import is_out_of_memory
-from eval_platform.engine.completion import Completion, Prompt, StopFinder, generator, sample
+from eval_platform.engine.batching import again_with_less
+from eval_platform.engine.completion import PLAIN, Completion, Prompt, StopFinder, generator, sample
 from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
 from eval_platform.engine.stream import Block, Kept, forwards
@@ -33,37 +34,27 @@ _REFILL = 1 / 8
 _LEAST_SHARED = 32
 # Slots grow by this many tokens, so that a completion that ends early never takes the room of the longest.
 _GROWTH = 128
-# What a generation config may say without touching which token comes next (completion.plain_generation_config has
-# taken care of the rest).
+# What else a generation config may say without touching which token comes next.
 _HARMLESS = {
     "_from_model_config",
     "bos_token_id",
     "cache_implementation",
-    "do_sample",
     "eos_token_id",
-    "max_length",
-    "max_new_tokens",
-    "num_beams",
-    "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
-    "remove_invalid_values",
-    "return_dict_in_generate",
-    "temperature",
-    "top_k",
-    "top_p",
     "transformers_version",
-    "use_cache",
 }
 
 
 def why_not(model: "PreTrainedModel") -> str:
-    """Why the model's completions need transformers' own loop; "" when they don't."""
+    """Why the model's completions need transformers' own loop; "" when they don't. Its generation config is plain
+    (`completion.plain_generation_config`).
+    """
     config = cast("GenerationConfig | None", model.generation_config)
     if config is None:
         return ""
-    shaping = {key for key, value in config.to_diff_dict().items() if value} - _HARMLESS
+    shaping = {key for key, value in config.to_diff_dict().items() if value} - PLAIN.keys() - _HARMLESS
     return f"its generation config sets {', '.join(sorted(shaping))}" if shaping else ""
 
 
@@ -96,30 +87,29 @@ def complete(
     """Complete every prompt, each as soon as its completion has ended. A prompt's completion depends on its own
     tokens, settings and seed only, beyond rounding.
 
-    When memory runs out the samples at hand start again with
-    half as many at once. Raises MemoryError when a single one does not fit.
+    When memory runs out the samples at hand start again with half as many at once. Raises MemoryError when a single one
+    does not fit.
     """
     slots = _SLOTS
     waiting = list(prompts)
-    while waiting:
-        done: set[int] = set()
-        try:
-            run = _Run(packed, head, tokenizer, waiting, ends, budget, slots)
-            for prompt, completion in run.samples():
-                done.add(prompt.owner)
-                yield prompt, completion
-            return
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if slots == 1:
-                raise MemoryError(f"one request does not fit into memory: {error}") from error
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    done: set[int] = set()
+
+    def attempt() -> Iterator[tuple[Prompt, Completion]]:
+        for prompt, completion in _Run(packed, head, tokenizer, waiting, ends, budget, slots).samples():
+            done.add(prompt.owner)
+            yield prompt, completion
+
+    def shrink() -> bool:
+        nonlocal waiting, slots, budget
+        if slots == 1:
+            return False
         slots //= 2
         budget = max(1, budget // 2)
         _log.warning("out of memory; going on with %d completions at once", slots)
         waiting = [prompt for prompt in waiting if prompt.owner not in done]
+        return True
+
+    yield from again_with_less(attempt, shrink)
 
 
 class _Run:
@@ -144,16 +134,11 @@ class _Run:
         self._ruined: set[Node] = set()
         self._last_hidden: dict[Node, Tensor] = {}
         self._queue, self._place = _samples(prompts, tokenizer)
-        self._users: dict[Node, int] = {}
-        ending: dict[Node, int] = {}
-        for one in self._queue:
-            ending[one.end] = ending.get(one.end, 0) + 1
-            for node in one.end.path():
-                self._users[node] = self._users.get(node, 0) + 1
+        self._users = Counter(node for one in self._queue for node in one.end.path())
+        self._ending = Counter(one.end for one in self._queue)
         for one in self._queue:
             # What one sample alone uses goes to its slot.
             one.own = 0 if self._users[one.end] > 1 else len(one.end.tokens)
-        self._ending = ending
         self._queue.reverse()  # taken from its end
         self._active: list[_Sample] = []
         self._most = min(slots, len(self._queue))
@@ -284,13 +269,9 @@ class _Run:
             if token is None or bad[i]:
                 completion.finish_reason = "non_finite"
             else:
-                completion.tokens.append(token)
-                if token in self._ends:
-                    completion.finish_reason = "eos"
-                elif one.holds_stop(completion.tokens):
-                    completion.finish_reason = "stop"
-                elif len(completion.tokens) == one.prompts[0].settings.max_new_tokens:
-                    completion.finish_reason = "length"
+                completion.add(token, self._ends, one.holds_stop)
+                if len(completion.tokens) == one.prompts[0].settings.max_new_tokens:
+                    completion.finish_reason = completion.finish_reason or "length"
             if completion.finish_reason:
                 ended.append(one)
         return ended

@@ -13,6 +13,7 @@ from eval_platform.engine.attention import (
     Pass,
     Reach,
     Slots,
+    StreamPass,
     bunched,
     running,
 )
@@ -52,7 +53,7 @@ class PackedModel:
     def run(self, forward: Forward) -> tuple[Tensor, Broken | None]:
         """Hidden states [rows, hidden size] of a forward, and which rows are no numbers; fills the blocks to keep."""
         pieces, bunches = bunched(forward.pieces, self.device)
-        a_pass = Pass(
+        a_pass = StreamPass(
             positions=torch.from_numpy(forward.positions).to(self.device),
             reaches=self.reaches,
             pieces=pieces,
@@ -81,12 +82,13 @@ class PackedModel:
         """The reaches of the masks the model makes, and how often it calls its attention, in one forward."""
         ids = torch.tensor(tokens)
         node = Node(None, 0, ids.numpy())
-        a_pass = Pass(torch.arange(len(tokens), device=self.device), None, [Piece(node, 0, len(tokens), 0)])
+        positions = torch.arange(len(tokens), device=self.device)
+        a_pass = StreamPass(positions=positions, reaches=None, pieces=[Piece(node, 0, len(tokens), 0)])
         self._through(ids, a_pass)
         return a_pass.found, a_pass.layers
 
     @torch.inference_mode()
-    def _through(self, tokens: Tensor, a_pass: Pass | DecodingPass) -> tuple[Tensor, Broken | None]:
+    def _through(self, tokens: Tensor, a_pass: Pass) -> tuple[Tensor, Broken | None]:
         self.forwards += 1
         self.tokens += len(tokens)
         # No mask and no cache; positions are given, so nothing in the model's code counts rows.
@@ -95,14 +97,7 @@ class PackedModel:
                 input_ids=tokens[None].to(self.device), position_ids=a_pass.positions[None], use_cache=False
             )
         hidden: Tensor = output.last_hidden_state[0]
-        if not bool(hidden.sum(dtype=torch.float32).isfinite()):
-            rows = ~hidden.isfinite().all(-1)
-            if a_pass.broken is None:
-                a_pass.broken = Broken(rows, "the last hidden state")
-            else:
-                a_pass.broken.rows |= rows
-        if a_pass.broken is not None and not bool(a_pass.broken.rows.any()):
-            a_pass.broken = None
+        a_pass.look_for_broken("the last hidden state", hidden[None])
         if a_pass.broken is not None:
             self.first_broken = self.first_broken or a_pass.broken.where
         return hidden, a_pass.broken

@@ -1,16 +1,17 @@
 """The plain engine: length-sorted padded batches through transformers. Slow where prompts share much; the reference."""
 
 import inspect
-import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from eval_platform.engine.batching import run_batches
 from eval_platform.engine.completion import Completion, Prompt, complete, end_tokens, plain_generation_config
 from eval_platform.engine.face import EngineInfo
 from eval_platform.engine.likelihood import Row, Scored, rows_that_fit, score
+from eval_platform.engine.memory import best_tokens
 from eval_platform.engine.reading import Reader, name
 from eval_platform.values import Request, Response, RunSettings
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Padded positions in one forward pass. On two CPU cores 2,048 was 10-15 % faster than 1,024, and 256 slower still.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Logits that one forward pass may put out: 512 MiB in float32.
 LOGITS = 2**27
 # Decoding is bound by reading the weights once a step, so its batches may be wider than scoring's.
@@ -48,7 +47,7 @@ class PlainEngine:
         self._info = info
         self._model = model
         self._tokenizer = tokenizer
-        self._batch_tokens = settings.batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"])
+        self._batch_tokens = settings.batch_tokens or best_tokens(model.device)
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         text_config: Any = model.config.get_text_config()
@@ -99,7 +98,7 @@ class PlainEngine:
 
         def take(rest: Sequence[Row], share: float) -> int:
             size = rows_that_fit(rest, int(self._batch_tokens * share), int(LOGITS * share), self._vocab_size)
-            return size if self._mixes_rows else same_length([len(row.tokens_in) for row in head(rest, size)])
+            return size if self._mixes_rows else same_length([len(row.tokens_in) for row in islice(rest, size)])
 
         def run(batch: list[Row]) -> list[Scored]:
             return score(self._model, batch, keeps_logits=self._keeps_logits)
@@ -114,14 +113,14 @@ class PlainEngine:
             longest = len(rest[0].tokens) + rest[0].settings.max_new_tokens
             size = min(int(self._batch_tokens * _DECODING_FACTOR * share) // longest, int(_DECODING_ROWS * share))
             size = max(1, min(size, len(rest)))
-            return size if self._mixes_prompts else same_length([len(p.tokens) for p in head(rest, size)])
+            return size if self._mixes_prompts else same_length([len(p.tokens) for p in islice(rest, size)])
 
         def run(batch: list[Prompt]) -> list[Completion]:
             return complete(self._model, self._tokenizer, batch, self._ends)
 
         # A batch is drawn under one setting.
         ordered = sorted(prompts, key=lambda p: (repr(p.settings), -len(p.tokens), p.tokens, p.seed_text))
-        for _, group in itertools.groupby(ordered, key=lambda p: p.settings):
+        for _, group in groupby(ordered, key=lambda p: p.settings):
             for batch, completions in run_batches(list(group), run, take):
                 yield from zip(batch, completions, strict=True)
 
@@ -138,10 +137,6 @@ class PlainEngine:
     def _first_broken(self) -> str:
         """Where in the model a number was not finite first, if that is known."""
         return ""
-
-
-def head(rest: Sequence[Any], size: int) -> list[Any]:
-    return [rest[i] for i in range(size)]
 
 
 def same_length(lengths: Sequence[Any]) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eval_platform.engine import decoding, trie
 from eval_platform.engine.attention import IMPLEMENTATION, Broken
-from eval_platform.engine.batching import is_out_of_memory
+from eval_platform.engine.batching import again_with_less
 from eval_platform.engine.completion import Completion, Prompt
 from eval_platform.engine.face import EngineInfo
 from eval_platform.engine.head import Head
@@ -58,12 +58,12 @@ class TreeEngine(PlainEngine):
         budget: int,
         kernels: Kernels,
     ) -> None:
+        super().__init__(model, tokenizer, settings, info)
         refusal = decoding.why_not(model)
         if refusal:
             _log.warning("completions go the plain path: %s", refusal)
         path = "tree+plain" if refusal else "tree"
-        versions = {**info.versions, "kernels": kernels.describe()}
-        super().__init__(model, tokenizer, settings, replace(info, engine_path=path, versions=versions))
+        self._info = replace(info, engine_path=path, versions={**info.versions, "kernels": kernels.describe()})
         self._packed = packed
         self._head = head
         self._budget = budget
@@ -82,24 +82,24 @@ class TreeEngine(PlainEngine):
 
     def _score(self, rows: Sequence[Row]) -> Iterator[Scored]:
         waiting = list(rows)
-        while waiting:
-            finished: set[tuple[int, int]] = set()
-            try:
-                for row, target, scored in self._score_all(waiting):
-                    finished.add((row, target))
-                    yield scored
-                return
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self._budget <= _LEAST_TOKENS:
-                    raise MemoryError(f"one request does not fit into memory: {error}") from error
-            # Outside the except clause, so that the traceback's frames no longer hold the forward's tensors.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        finished: set[tuple[int, int]] = set()
+
+        def attempt() -> Iterator[Scored]:
+            for row, target, scored in self._score_all(waiting):
+                finished.add((row, target))
+                yield scored
+
+        def shrink() -> bool:
+            nonlocal waiting
+            if self._budget <= _LEAST_TOKENS:
+                return False
             self._budget //= 2
             _log.warning("out of memory; going on with %d tokens in one forward", self._budget)
             waiting = _unfinished(waiting, finished)
+            finished.clear()
+            return True
+
+        yield from again_with_less(attempt, shrink)
 
     def _score_all(self, rows: Sequence[Row]) -> Iterator[tuple[int, int, Scored]]:
         """(row, target, result) for every target of every row."""
@@ -154,8 +154,8 @@ class TreeEngine(PlainEngine):
 def least_shared(n_parameters: int) -> int:
     """How many shared tokens are worth a node of their own.
 
-    A node costs about two attention calls in each layer, a token 2 x parameters operations. Measured on two cores
-    of an AMX Xeon: at 24 M parameters a node costs as much as about 4 tokens (docs/performance.md).
+    A node costs about two attention calls in each layer, a token 2 x parameters operations: at 24 M parameters and the
+    rates of docs/performance.md a node is reckoned at 4 tokens.
     """
     return max(1, min(16, 100_000_000 // max(1, n_parameters)))
 
