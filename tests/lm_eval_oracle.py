@@ -13,6 +13,15 @@ Asked = tuple[Any, ...]
 
 FEWSHOT_SEED = 1234  # lm-eval's own default of --fewshot_seed, which its evaluator sets
 
+# The start of a task file of lm-eval's over test.jsonl and dev.jsonl in `folder`.
+HEAD = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/test.jsonl, dev: {folder}/dev.jsonl}}}}
+test_split: test
+fewshot_split: dev
+"""
+
 
 def asked_by_lm_eval(folder: Path, name: str) -> list[list[Asked]]:
     """Every document's requests, for the task file `name` in `folder`, loaded as `lm_eval --include_path` does."""

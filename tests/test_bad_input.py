@@ -1,7 +1,6 @@
 """Bad input on the whole road: a clear error that names file and remedy, the right exit code, nothing else harmed."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import Answer, Lived, Place, lived_in, make_place, run_cli
+from machine import without_power_over_files
 from tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.timeout(900)  # one test waits for the whole place to be made
@@ -251,13 +251,9 @@ def test_results_without_the_right_to_write(tmp_path: Path) -> None:
     place = make_place(tmp_path / "place")
     results = place.folder / "results"
     results.mkdir(mode=0o555)
-    command = [sys.executable, "-m", "eval_platform.cli", "--config", str(place.folder / "eval_platform.toml")]
-    if os.geteuid() == 0:
-        setpriv = shutil.which("setpriv")
-        if setpriv is None:
-            pytest.skip("root writes everywhere, and there is no setpriv to drop that")
-        command = [setpriv, "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
-    answer = subprocess.run([*command, "tasks", "sync"], capture_output=True, text=True, check=False)
+    config = str(place.folder / "eval_platform.toml")
+    command = without_power_over_files([sys.executable, "-m", "eval_platform.cli", "--config", config, "tasks", "sync"])
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stdout) == (1, "")
     assert answer.stderr.startswith(f"error: cannot write {results}/")
     assert "Permission denied" in answer.stderr

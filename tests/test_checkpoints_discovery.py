@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_factory import make_checkpoint
+from machine import without_power_over_files
 
 from eval_platform.checkpoints import Found, Watch, discover, hold, locate
 from eval_platform.checkpoints.description import describe
@@ -138,13 +139,19 @@ def test_a_missing_root_is_told_and_stops_nothing(top, tmp_path):
     assert "is no folder; create it" in incomplete["n"].reason
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_without_the_right_to_it_is_told_and_stops_nothing(top):
     make_checkpoint(top / "a")
     (top / "locked").mkdir(mode=0o000)
-    found, incomplete = look(root(top, quiet_seconds=0))
-    assert set(found) == {"r/a"}
-    assert "cannot be read" in incomplete["r/locked"].reason
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from test_checkpoints_discovery import look, root\n"
+        "found, incomplete = look(root(sys.argv[1], quiet_seconds=0))\n"
+        "print([*found], incomplete['r/locked'].reason)"
+    )
+    command = without_power_over_files([sys.executable, "-c", code, str(top), str(Path(__file__).parent)])
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("['r/a'] ")
+    assert "cannot be read" in told
 
 
 def test_a_pattern_with_an_unknown_field_is_a_configuration_error(top):

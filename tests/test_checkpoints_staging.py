@@ -17,6 +17,7 @@ import pytest
 from checkpoint_factory import make_adapter, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from machine import small_disk
 
 from eval_platform.checkpoints import (
     Found,
@@ -70,7 +71,7 @@ def other_device():
     """A folder on another file system, where hard links cannot reach."""
     shared_memory = Path("/dev/shm")
     if not shared_memory.is_dir() or not os.access(shared_memory, os.W_OK):
-        pytest.skip("no second file system at /dev/shm")
+        pytest.skip("what hard links cannot reach is tested over two file systems, and there is no second at /dev/shm")
     folder = shared_memory / f"eval-platform-test-{os.getpid()}-{time.time_ns()}"
     folder.mkdir()
     yield folder
@@ -420,19 +421,12 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_remedy(tmp_path):
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     """A real one: a small tmpfs."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", mount], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    try:
-        folder = make_checkpoint(tmp_path / "c", values=100_000)
+    folder = make_checkpoint(tmp_path / "c", values=100_000)
+    with small_disk(tmp_path / "small", "256k") as mount:
         with pytest.raises(StoreError, match="No space left") as caught:
             stage(arrive(folder), mount, nothing)
         assert classify(caught.value) == "infrastructure"
         assert [file for file in (mount / "staged").iterdir() if file.is_dir()] == []
-    finally:
-        subprocess.run(["umount", mount], check=True)
 
 
 def test_links_refused_for_other_reasons_are_not_taken_for_another_device():

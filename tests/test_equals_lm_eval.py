@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+from lm_eval_oracle import HEAD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="the oracle is lm-eval, which is not installed (extra `lm-eval`)")
@@ -33,14 +34,6 @@ pytestmark = pytest.mark.slow
 
 LIMIT = 10  # of the own tasks' 14 documents, so that the limit itself is compared too
 MAX_LENGTH = 640  # gsm8k asks for 256 tokens, and its prompts must still be cut off on the left
-
-HEAD = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/test.jsonl, dev: {folder}/dev.jsonl}}}}
-test_split: test
-fewshot_split: dev
-"""
 
 OWN = {
     "choices": """

@@ -3,12 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 from contextlib import suppress
 
 import pytest
 from fault_tools import WORDS, Place, forked
+from machine import small_disk
 
 from eval_platform.store import commits, layout, leases, read_record, tries
 from eval_platform.worker import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, FLUSH_RESPONSES
@@ -265,16 +265,12 @@ def test_killed_at_each_of_its_writes(place, undisturbed, tmp_path_factory):
 
 
 @pytest.fixture
-def small_disk(place, tmp_path):
+def small_root(place, tmp_path):
     """The place's results root on a file system of 2 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", mount], capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    shutil.copytree(place.results, mount / "results")
-    place.use(mount / "results")
-    yield mount
-    subprocess.run(["umount", "--lazy", mount], check=True)
+    with small_disk(tmp_path / "disk", "2m") as mount:
+        shutil.copytree(place.results, mount / "results")
+        place.use(mount / "results")
+        yield mount
 
 
 def fill(file):
@@ -288,7 +284,7 @@ def fill(file):
     assert free == 0
 
 
-def test_the_disk_of_the_results_root_fills_up(place, small_disk, undisturbed):
+def test_the_disk_of_the_results_root_fills_up(place, small_root, undisturbed):
     place.lease_seconds = 1.0  # a lease cannot be let go on a full disk, so it is waited for
     arrival = place.arrive()
     words = place.drive(arrival, tasks=["words"])
@@ -298,7 +294,7 @@ def test_the_disk_of_the_results_root_fills_up(place, small_disk, undisturbed):
     worker = place.launch(arrival)
     place.paused()
     journaled = set(place.journaled())
-    filler = small_disk / "filler"
+    filler = small_root / "filler"
     fill(filler)
     place.revoke("pause_answer")
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lm_eval_oracle import HEAD
 from transformers import AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `lm-eval`)")
@@ -36,13 +37,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
-HEAD = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/test.jsonl, dev: {folder}/dev.jsonl}}}}
-test_split: test
-fewshot_split: dev
-"""
 TASKS = {
     # The mutual information asks every choice without a context too; document 3 is document 0 again.
     "choosing": """

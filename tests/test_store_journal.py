@@ -1,13 +1,11 @@
 """The journal: what was answered before a kill is there after it, bit for bit."""
 
-import os
-import shutil
 import struct
-import subprocess
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import small_disk
 from store_processes import kill_after
 
 from eval_platform.errors import SchemaError, StoreError
@@ -105,25 +103,16 @@ def test_two_writers_of_one_try_are_refused(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def full_root(tmp_path):
     """A real file system of 512 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.name != "posix" or shutil.which("mount") is None:
-        pytest.skip("needs a tmpfs: there is no mount command")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs a tmpfs, and this user may not mount one: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "small", "512k") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_an_infrastructure_error_and_what_was_written_stays(small_disk):
-    store = LocalStore(small_disk)
+def test_a_full_disk_is_an_infrastructure_error_and_what_was_written_stays(full_root):
+    store = LocalStore(full_root)
     journal = Journal(store, "a", 1, "t")
-    ballast = small_disk / "ballast"
+    ballast = full_root / "ballast"
     ballast.write_bytes(b"\0" * 300_000)
     written: list[str] = []
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.engine.runners import Pair, RowResult, Setup
-from eval_platform.bench.agreement import Agreement
+from eval_platform.bench.agreement import Agreement, equal_answers
 from eval_platform.bench.machine import processor_name
 
 _HEADER = (
@@ -85,11 +85,7 @@ def _agreement(found: Agreement, setup: Setup) -> str:
         # The tolerance is one of float32.
         units = f" ({found.worst:.2f} of the tolerance)" if setup.dtype == "float32" else ""
         parts.append(f"{found.largest:.1e}{units}")
-    if found.greedy_equal is not None:
-        parts.append(f"greedy {found.greedy_equal}/{found.choices}")
-    if found.texts_equal is not None:
-        parts.append(f"same text {found.texts_equal}/{found.texts}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *equal_answers(found)])
 
 
 def _versions(pair: Pair) -> dict[str, str]:

@@ -55,6 +55,16 @@ def compare(requests: Sequence[Request], ours: Sequence[dict[str, Any]], theirs:
     )
 
 
+def equal_answers(found: Agreement) -> list[str]:
+    """How many greedy flags and texts are the same, in words; nothing of what was not compared."""
+    parts = []
+    if found.greedy_equal is not None:
+        parts.append(f"greedy {found.greedy_equal}/{found.choices}")
+    if found.texts_equal is not None:
+        parts.append(f"same text {found.texts_equal}/{found.texts}")
+    return parts
+
+
 def _largest(values: Iterable[float]) -> float:
     """The largest; NaN if any is NaN, which `max` would lose."""
     found = list(values)

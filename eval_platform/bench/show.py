@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from eval_platform.bench import processes
-from eval_platform.bench.agreement import Agreement
+from eval_platform.bench.agreement import Agreement, equal_answers
 from eval_platform.bench.processes import Measured, Rates
 from eval_platform.bench.report import MachineReport, Report
 from eval_platform.terminal import err, print_rows, say
@@ -79,11 +79,7 @@ def agreement_text(found: Agreement) -> str:
     parts = []
     if found.worst is not None:
         parts.append(f"log-likelihoods differ by at most {found.largest:.1e} ({found.worst:.2f} of the tolerance)")
-    if found.greedy_equal is not None:
-        parts.append(f"greedy {found.greedy_equal}/{found.choices}")
-    if found.texts_equal is not None:
-        parts.append(f"same text {found.texts_equal}/{found.texts}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *equal_answers(found)])
 
 
 def _rates(rates: Rates) -> tuple[str, str, str]:
