@@ -31,6 +31,7 @@ VOCABULARY = 768
 CONTEXT = 4096  # five shots of MMLU or GSM8K in so small a vocabulary
 SKILLS = tuple(name for name in GENERATORS if name != "text")
 STEPS = 1000
+CHECKPOINTS = 8  # enough for a curve; to evaluate one takes two cores half a minute
 BATCH = 32  # questions in a step
 TEXTS = 8  # documents in a step of text
 TEXT_EVERY = 8
@@ -186,7 +187,7 @@ def train(
     run: str,
     seed: int = 0,
     steps: int = STEPS,
-    n_checkpoints: int = 10,
+    n_checkpoints: int = CHECKPOINTS,
     on_checkpoint: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Train for `steps` steps and write `n_checkpoints` (at least 2) folders `out/step_<step>`, step 0 first.
@@ -240,7 +241,7 @@ def main() -> int:
     parser.add_argument("--run", help="name of the run (default: the name of --out)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--checkpoints", type=int, default=10)
+    parser.add_argument("--checkpoints", type=int, default=CHECKPOINTS)
     options = parser.parse_args()
     logging.disable_progress_bar()  # one bar per checkpoint written says nothing
     # One thread: matrices this small gain little from a second, and lose much more where the two wait for each other
