@@ -5,15 +5,6 @@ import platform
 from pathlib import Path
 
 
-def resolve_device(asked: str) -> str:
-    """`asked`, with "auto" made the one that the engine takes."""
-    if asked != "auto":
-        return asked
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def usable_threads() -> int:
     """$OMP_NUM_THREADS, else as many as this process has processors."""
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

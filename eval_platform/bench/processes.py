@@ -12,20 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval_platform.errors import EvalPlatformError
+from eval_platform.launch import WORKER_ENV
 
 Side = Literal["ours", "lm-eval"]
 Progress = Callable[[int, int], None]
 BATCH_SIZES = (4, 8, 16, 2, 1, 32)  # the likely ones first: what is twice as slow as the best so far is cut short
 _LEAST_SECONDS = 60.0  # a process that only starts, imports and loads may take so long beside others
 
-# What a worker runs with (`launch.py`), and huge pages for what malloc gives, which glibc reads at a process's start.
-# Both sides get the same; what the user has set wins.
-_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "true",
-    "HF_HUB_OFFLINE": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+# What a worker runs with. Both sides get the same; what the user has set wins.
+_ENVIRONMENT = {**WORKER_ENV, "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from eval_platform.bench import floor
 from eval_platform.bench.agreement import Agreement, compare, read_answers
-from eval_platform.bench.machine import processor_name, resolve_device, usable_threads
+from eval_platform.bench.machine import processor_name, usable_threads
 from eval_platform.bench.processes import (
     Job,
     Measured,
@@ -24,6 +24,7 @@ from eval_platform.bench.processes import (
 )
 from eval_platform.bench.requests import write_requests
 from eval_platform.engine import resolve_settings
+from eval_platform.engine.placement import resolve_device
 from eval_platform.errors import ConfigError
 from eval_platform.store import Store
 from eval_platform.tasks import TaskLock, load_task, render

@@ -61,11 +61,19 @@ def name_places(places: "Iterable[int | str | torch.device]") -> list[str]:
     return list(dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in places))
 
 
+def resolve_device(asked: str) -> str:
+    """`asked`, with "auto" made a GPU where there is one, else the CPU."""
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _device(asked: str) -> "torch.device":
     import torch
 
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = resolve_device(asked)
     remedy = "set [engine] device to auto, cpu, cuda (cuda:0, cuda:1, ...) or map"
     try:
         device = torch.device(asked)
