@@ -2,16 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
 
 from eval_platform.identity import content_id
 from eval_platform.scoring.choices import choice_metric, chosen
+from eval_platform.scoring.drop import drop_em, drop_f1
 from eval_platform.scoring.filters import extract, selects
 from eval_platform.scoring.likelihood import WEIGHTS, count_bytes, count_words, own_value
-from eval_platform.scoring.text import exact_match, token_f1
+from eval_platform.scoring.text import exact_match, is_answered, prefix_match, token_f1
 from eval_platform.tasks.schema import FilterPipeline, FilterStep, MetricEntry, score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Item, Request, Response
@@ -238,9 +239,18 @@ def _steps(pipeline: FilterPipeline) -> Sequence[FilterStep]:
 
 
 def _text_metric(entry: MetricEntry, answer: str | None, references: Sequence[str]) -> float:
-    if entry.metric == "exact_match":
-        return exact_match(answer, references, **entry.arguments)
-    return token_f1(answer, references)
+    return _TEXT_METRICS[entry.metric](answer, references, **entry.arguments)
+
+
+# metric -> what computes it from (answer, references); keyword arguments are METRIC_ARGUMENTS of tasks/metrics.py.
+_TEXT_METRICS: Mapping[str, Callable[..., float]] = {
+    "exact_match": exact_match,
+    "f1": token_f1,
+    "prefix_match": prefix_match,
+    "drop_em": drop_em,
+    "drop_f1": drop_f1,
+    "answered": is_answered,
+}
 
 
 def _references(item: Item) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Is a completion the reference? Exact match and token F1."""
+"""Is a completion the reference? Exact match, prefix match and token F1; and is there one at all?"""
 
 import re
 import string
@@ -41,6 +41,20 @@ def exact_match(
 
     said = normalised(answer)
     return float(any(said == normalised(reference) for reference in references))
+
+
+def prefix_match(answer: str | None, references: Sequence[str]) -> float:
+    """1.0 when the answer, white space at its ends removed, begins with any reference; None begins with nothing.
+
+    INSTRUCTEVAL's rule (github.com/declare-lab/instruct-eval, `prediction.strip().startswith(label)`), which its paper
+    calls exact match. It is lenient: "An apple" begins with the letter A, "12" with the number 1.
+    """
+    return float(answer is not None and any(answer.strip().startswith(reference) for reference in references))
+
+
+def is_answered(answer: str | None, _references: Sequence[str]) -> float:
+    """1.0 when there is any text but white space. No judgement of it: for answers that are kept to be judged later."""
+    return float(answer is not None and bool(answer.strip()))
 
 
 def token_f1(answer: str | None, references: Sequence[str]) -> float:

@@ -59,6 +59,13 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             _share("acc_mutual_info", "multiple_choice"),
             _share("exact_match", "generate_until"),
             _share("f1", "generate_until", proportion=False),
+            # INSTRUCTEVAL's rule: whether the completion begins with the reference.
+            _share("prefix_match", "generate_until"),
+            # DROP's own scorer: spans in any order, numbers by value.
+            _share("drop_em", "generate_until"),
+            _share("drop_f1", "generate_until", proportion=False),
+            # Whether anything was said: for answers that are stored now and judged later. No measure of quality.
+            _share("answered", "generate_until"),
             _surprise("perplexity", 1.0, "loglikelihood", "perplexity"),
             _surprise("word_perplexity", 1.0, "loglikelihood_rolling", "weighted_perplexity"),
             _surprise("byte_perplexity", 1.0, "loglikelihood_rolling", "weighted_perplexity"),
