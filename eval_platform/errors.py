@@ -4,6 +4,7 @@ Every error names the thing (file, field, key) and the remedy. The class says wh
 try records (contract: deterministic | infrastructure | gone) and so decides whether it is tried again.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 ErrorClass = Literal["deterministic", "infrastructure", "gone"]
@@ -25,6 +26,18 @@ class ConfigError(EvalPlatformError):
 
 class TaskError(EvalPlatformError):
     """A task file, its documents or its templates are wrong."""
+
+
+class NoData(TaskError):
+    """A task whose documents cannot be had on this machine: it is skipped, and listed as skipped.
+
+    name: of the dataset. tried: each place that was looked at and what was found there, in a few words.
+    """
+
+    def __init__(self, name: str, tried: Sequence[str], *, remedy: str | None = None) -> None:
+        self.name = name
+        self.tried = tuple(tried)
+        super().__init__(f"no data for {name}: {'; '.join(self.tried)}", remedy=remedy)
 
 
 class CheckpointError(EvalPlatformError):

@@ -1,24 +1,25 @@
-"""Where documents come from: local files, the hub or a generator, each to a list of plain rows (field -> JSON value).
+"""Where documents come from: files, the hub, the catalogue or a generator, each to plain rows (field -> JSON value).
 
 Local rows are what `datasets.load_dataset` would make of the same file for lm-evaluation-harness, with one
 difference: a field that a row lacks stays missing (there it becomes null, and the prompt says "None").
 """
 
-import gzip
-import io
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from eval_platform.errors import TaskError
+from eval_platform.errors import NoData, TaskError
 from eval_platform.identity import content_id
+from eval_platform.tasks import hub
+from eval_platform.tasks.files import read_rows
 from eval_platform.tasks.schema import LOCAL_FORMATS, HubSource, Source, TaskFile
+from eval_platform.tasks.templates import inside
 from eval_platform.values import Document
 
 Row = Mapping[str, Any]
@@ -115,7 +116,14 @@ def _read_source(source: Source, folder: Path) -> list[Row]:
             for n, row in enumerate(generate(wanted.name, wanted.n, wanted.seed, wanted.split))
         ]
     if source.hub is not None:
-        return _read_hub(source.hub)
+        return _from_hub(source.hub)
+    if source.dataset is not None:
+        # Imported here: most tasks name no dataset, and each dataset's module is imported only when it is named.
+        from eval_platform.tasks import catalogue
+
+        named = source.dataset
+        rows = catalogue.read(named.name, named.split, named.config)
+        return [_plain(row, f"dataset {named.name}, {named.split}, row {n}") for n, row in enumerate(rows)]
     names = [source.file] if source.file is not None else source.files or []
     return [row for name in names for row in _read_file(folder / name, None)]
 
@@ -127,7 +135,7 @@ def _read_split(definition: TaskFile, folder: Path, split: str) -> list[Row]:
     if definition.dataset_path not in LOCAL_FORMATS:
         revision = definition.dataset_kwargs.revision if definition.dataset_kwargs else None
         hub = HubSource(name=definition.dataset_path, config=definition.dataset_name, split=split, revision=revision)
-        return _read_hub(hub)
+        return _from_hub(hub)
     by_split = files if isinstance(files, dict) else {"train": files or []}
     if split not in by_split:
         raise TaskError(
@@ -141,88 +149,31 @@ def _read_split(definition: TaskFile, folder: Path, split: str) -> list[Row]:
 
 def _read_file(path: Path, format_: str | None) -> list[Row]:
     """The rows of one file; `format_` json, csv or parquet, or by its name when None."""
-    zipped = path.suffix.lower() == ".gz"
-    suffix = (path.with_suffix("") if zipped else path).suffix.lower()
-    kind = format_ or _KINDS.get(suffix)
-    if kind is None:
-        raise TaskError(f"{path}: unknown kind of file", remedy=f"use {', '.join(_KINDS)}, each also with .gz")
     try:
-        body = path.read_bytes()
-        if zipped:
-            body = gzip.decompress(body)
-        rows = _READERS[kind](body)
+        rows = read_rows(path.name, path.read_bytes(), format_)
     except FileNotFoundError as error:
         raise TaskError(
             f"no file of documents at {path}", remedy="paths are relative to the task file; correct it"
         ) from error
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error}", remedy="correct the path or the file's rights") from error
-    except (ValueError, EOFError) as error:
-        raise TaskError(f"{path} is not {kind}: {error}", remedy="mend the file") from error
+    except TaskError as error:
+        raise inside(f"{path.parent}/", error) from error
     if not rows:
         raise TaskError(f"{path} holds no documents", remedy="put at least one document in, or name another file")
     return [_plain(row, f"{path}, document {n}") for n, row in enumerate(rows)]
 
 
-def _read_json(body: bytes) -> list[Any]:
-    """A JSON array of objects, or one object a line."""
-    text = body.decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a text
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    return rows
-
-
-def _read_csv(body: bytes) -> list[Any]:
-    """As `datasets` reads CSV: pandas finds the types, and what it takes for missing becomes null."""
-    import pandas
-    import pyarrow as pa
-
-    if not body.strip():
-        return []
-    try:
-        frame = pandas.read_csv(io.BytesIO(body))
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise ValueError(str(error)) from error
-    return pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
-
-
-def _read_parquet(body: bytes) -> list[Any]:
-    from eval_platform.store.parquet import read_parquet
-
-    return read_parquet(body).to_pylist()
-
-
-_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_READERS: Mapping[str, Callable[[bytes], list[Any]]] = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
-
-
-def _read_hub(source: HubSource) -> list[Row]:
-    where = f"dataset {source.name}" + (f" ({source.config})" if source.config else "") + f", split {source.split}"
+def _from_hub(source: HubSource) -> list[Row]:
     if source.name.startswith((".", "/", "~")):
         raise TaskError(f"{source.name} is a path, not a dataset's name", remedy="use `documents: {file: ...}`")
+    where = hub.told(source.name, source.config, source.split)
     try:
-        import datasets
-    except ImportError as error:
-        raise TaskError(
-            f"{where} is on the Hugging Face hub, and the package `datasets` is not installed",
-            remedy="pip install datasets, or keep the documents in a local file",
+        rows = hub.read(source.name, source.config, source.split, source.revision)
+    except hub.Unreachable as error:
+        raise NoData(
+            source.name, [str(error)], remedy="make the hub reachable, or keep the documents in a local file"
         ) from error
-    try:
-        rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets and huggingface_hub raise dozens of types
-        raise TaskError(
-            f"{where} cannot be loaded from the Hugging Face hub: {type(error).__name__}: {error}",
-            remedy="check name, split and network (HF_HUB_OFFLINE forbids it), or keep the documents in a local file",
-        ) from error
-    if len(rows) == 0:
-        raise TaskError(f"{where} holds no documents", remedy="name another split")
     return [_plain(row, f"{where}, document {n}") for n, row in enumerate(rows)]
 
 

@@ -60,18 +60,27 @@ class HubSource(_Section):
     revision: str | None = None
 
 
+class DatasetSource(_Section):
+    """A dataset of `eval_platform.tasks.catalogue`, found in $EVAL_PLATFORM_DATA or on the hub, in one form of row."""
+
+    name: str
+    split: str
+    config: str | None = None
+
+
 class Source(_Section):
-    """Where documents come from: one of file, files, generator, hub. Paths are relative to the task file."""
+    """Where documents come from: one of file, files, generator, hub, dataset. Paths are relative to the task file."""
 
     file: str | None = None
     files: list[str] | None = Field(default=None, min_length=1)
     generator: GeneratorSource | None = None
     hub: HubSource | None = None
+    dataset: DatasetSource | None = None
 
     @property
     def named(self) -> tuple[str, ...]:
         """Which of the sources are named."""
-        return tuple(key for key in ("file", "files", "generator", "hub") if getattr(self, key) is not None)
+        return tuple(key for key in ("file", "files", "generator", "hub", "dataset") if getattr(self, key) is not None)
 
     @model_validator(mode="after")
     def _at_most_one(self) -> Self:

@@ -25,7 +25,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from eval_platform.errors import TaskError
+from eval_platform.errors import NoData, TaskError
 from eval_platform.tasks.schema import did_you_mean
 
 MAX_CHARACTERS = 1_000_000
@@ -202,5 +202,7 @@ def _undefined(error: UndefinedError, fields: Mapping[str, Any]) -> TaskError:
 
 def inside(where: str, error: TaskError) -> TaskError:
     """The same error, said of `where`."""
+    if isinstance(error, NoData):
+        return error  # it names its dataset, and that it is one is what the caller asks
     message = str(error).partition("\n  remedy: ")[0]
     return TaskError(f"{where}{message}", remedy=error.remedy)
