@@ -175,7 +175,7 @@ def test_subset_and_cluster_come_from_fields() -> None:
     assert (one.subset, two.subset) == ("x", "y")
     assert one.cluster == two.cluster == "3"
     with pytest.raises(TaskError, match="document 0 has no field 'topic'"):
-        as_documents([{"q": "a"}], subset="topic")
+        as_documents([{"q": "a"}], subset=["topic"])
 
 
 _rows = st.lists(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eval_platform.scoring.likelihood import WEIGHTS, surprise
-from eval_platform.statistics import Estimate, mean_estimate, ratio_estimate
+from eval_platform.statistics import Estimate, macro_estimate, mean_estimate, ratio_estimate
 from eval_platform.tasks.metrics import METRICS
-from eval_platform.tasks.schema import score_name
+from eval_platform.tasks.schema import MetricEntry, score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Score
 
@@ -16,8 +16,10 @@ Row = Mapping[str, Any]
 def aggregate(task: Task, samples: Sequence[Row]) -> list[Score]:
     """The scores of `samples`, rows as `score_item` made them or as read from Parquet, in any order.
 
-    First every score of the whole task (subset ""), then of each subset by name. n counts items: repeats of one item
-    are averaged first, since they are not independent. Definitions are lm-evaluation-harness's (`api/metrics.py`):
+    First every score of the whole task (subset ""), then of each subset by name: the values of the first subset field
+    as they are, of further ones as `<field>=<value>`. n counts items: repeats of one item are averaged first, since
+    they are not independent. A metric with `aggregation: macro_mean` is the mean over the subsets (of the first
+    field) that the items are in. Definitions are lm-evaluation-harness's (`api/metrics.py`):
     the mean; exp of the mean negative log-likelihood (perplexity); exp of summed negative log-likelihood over summed
     words or bytes (word_perplexity, byte_perplexity); that exponent in bits (bits_per_byte). Intervals: `statistics`.
     A value is None when that of any item is.
@@ -25,28 +27,38 @@ def aggregate(task: Task, samples: Sequence[Row]) -> list[Score]:
     items: dict[str, list[Row]] = {}
     for row in sorted(samples, key=lambda row: (row["position"], row["repeat"])):
         items.setdefault(row["sample_id"], []).append(row)
+    further = _further_subsets(task)
     by_subset: dict[str, list[list[Row]]] = {"": list(items.values())}
-    for rows in items.values():
-        if rows[0]["subset"]:
-            by_subset.setdefault(rows[0]["subset"], []).append(rows)
+    for sample_id, rows in items.items():
+        for subset in (rows[0]["subset"], *further.get(sample_id, ())):
+            if subset:
+                by_subset.setdefault(subset, []).append(rows)
     return [
-        _score(task, metric, name, subset, by_subset[subset])
+        _score(task, entry, name, subset, by_subset[subset])
         for subset in sorted(by_subset)
-        for metric, name in _scores(task)
+        for entry, name in _scores(task)
     ]
 
 
-def _scores(task: Task) -> list[tuple[str, str]]:
-    """(metric, score's name) of every score of the task."""
+def _further_subsets(task: Task) -> dict[str, list[str]]:
+    """sample_id -> `<field>=<value>` of every subset field but the first, which samples carry themselves."""
+    fields = task.definition.documents.subset_fields[1:] if task.definition.documents else ()
+    if not fields:
+        return {}
+    return {d.sample_id: [f"{field}={d.fields[field]}" for field in fields] for d in task.documents}
+
+
+def _scores(task: Task) -> list[tuple[MetricEntry, str]]:
+    """(metric's entry, score's name) of every score of the task."""
     return [
-        (metric, score_name(metric, pipeline.name))
+        (entry, score_name(entry.metric, pipeline.name))
         for pipeline in task.definition.filter_list
-        for metric in task.definition.metrics
+        for entry in task.definition.metric_list
     ]
 
 
-def _score(task: Task, metric: str, name: str, subset: str, items: Sequence[Sequence[Row]]) -> Score:
-    estimate = _estimate(metric, name, items)
+def _score(task: Task, entry: MetricEntry, name: str, subset: str, items: Sequence[Sequence[Row]]) -> Score:
+    estimate = _macro(entry.metric, name, items) if entry.is_macro else _estimate(entry.metric, name, items)
     return Score(
         task=task.name,
         metric=name,
@@ -61,13 +73,25 @@ def _score(task: Task, metric: str, name: str, subset: str, items: Sequence[Sequ
     )
 
 
+def _macro(metric: str, name: str, items: Sequence[Sequence[Row]]) -> Estimate:
+    by_subset: dict[str, list[Sequence[Row]]] = {}
+    for rows in items:
+        by_subset.setdefault(rows[0]["subset"], []).append(rows)
+    parts = [_estimate(metric, name, rows) for rows in by_subset.values()]
+    return macro_estimate(parts, proportion=_within_one(metric))
+
+
+def _within_one(metric: str) -> bool:
+    """Whether values lie within [0, 1], 0 or 1 or not: then so does their interval."""
+    return (METRICS[metric].low, METRICS[metric].high) == (0.0, 1.0)
+
+
 def _estimate(metric: str, name: str, items: Sequence[Sequence[Row]]) -> Estimate:
     clusters = [rows[0]["cluster"] for rows in items]
     known = METRICS[metric]
     if known.aggregation == "mean":
         values = [_mean([dict(row["metrics"]).get(name) for row in _scored(rows, name)]) for rows in items]
-        # Values within [0, 1], 0 or 1 or not, have an interval within it.
-        return mean_estimate(values, clusters, proportion=(known.low, known.high) == (0.0, 1.0))
+        return mean_estimate(values, clusters, proportion=_within_one(metric))
     weight = _WEIGHT_OF_ROW[WEIGHTS[metric]]
     return ratio_estimate(
         [_mean([_surprise(metric, row["log_likelihood"]) for row in rows]) for rows in items],

@@ -188,7 +188,7 @@ def _choice_columns(task: Task, item: Item, answered: Sequence[Response]) -> dic
         )
     return {
         "choices": structs,
-        "chosen": chosen(log_likelihoods),
+        "chosen": chosen(log_likelihoods, both_orders=task.definition.doc_to_text_reversed is not None),
         "n_tokens": sum(response.n_tokens for response in asked),
         "metrics": {
             entry.metric: choice_metric(

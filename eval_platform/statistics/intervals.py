@@ -23,7 +23,7 @@ def wilson(proportion: float, n: int) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
-def t_interval(value: float, standard_error: float, degrees_of_freedom: int) -> tuple[float, float]:
+def t_interval(value: float, standard_error: float, degrees_of_freedom: float) -> tuple[float, float]:
     """Student's t interval around `value`."""
     from scipy.special import stdtrit  # scipy is slow to import and light callers come through here
 

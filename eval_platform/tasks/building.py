@@ -86,7 +86,7 @@ def _assemble(
     identity: str,
 ) -> Task:
     ours = definition.documents
-    documents = as_documents(rows, subset=ours.subset if ours else None, cluster=ours.cluster if ours else None)
+    documents = as_documents(rows, subset=ours.subset_fields if ours else (), cluster=ours.cluster if ours else None)
     snapshot = dataset_id(rows)
     shots_snapshot = dataset_id(shots) if definition.shots else None
     return Task(

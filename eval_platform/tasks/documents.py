@@ -36,10 +36,11 @@ def read_documents(definition: TaskFile, folder: Path) -> tuple[list[Row], list[
     return asked, _shots(definition, folder, asked)
 
 
-def as_documents(rows: Sequence[Row], *, subset: str | None = None, cluster: str | None = None) -> list[Document]:
+def as_documents(rows: Sequence[Row], *, subset: Sequence[str] = (), cluster: str | None = None) -> list[Document]:
     """The rows as documents. sample_id is the row's text and its number (from 1) among equal rows.
 
-    subset, cluster: the fields that hold a document's subset and cluster; TaskError when a row lacks them.
+    subset, cluster: the fields that hold a document's subset and cluster; TaskError when a row lacks them. Of several
+    subset fields a document's subset is its value of the first.
     """
     seen: Counter[str] = Counter()
     documents = []
@@ -51,7 +52,7 @@ def as_documents(rows: Sequence[Row], *, subset: str | None = None, cluster: str
                 sample_id=content_id([text, seen[text]]),
                 position=position,
                 fields=row,
-                subset=_label(row, subset, position) or "",
+                subset=next(iter([_label(row, field, position) or "" for field in subset]), ""),
                 cluster=_label(row, cluster, position),
             )
         )
@@ -95,7 +96,8 @@ def _shots(definition: TaskFile, folder: Path, asked: list[Row]) -> list[Row]:
             return asked
         return _read_split(definition, folder, definition.shots_split)
     assert definition.documents is not None
-    return asked if definition.documents.fewshot is None else _read_source(definition.documents.fewshot, folder)
+    source = definition.documents.shots_source
+    return asked if source is None else _read_source(source, folder)
 
 
 def _sample(rows: list[Row], n: int, seed: int) -> list[Row]:

@@ -57,6 +57,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             _share("acc_bytes", "multiple_choice"),
             # Log-likelihood less that of the choice after nothing at all: asks twice as much of the model.
             _share("acc_mutual_info", "multiple_choice"),
+            # Asked in both orders of the choices; the right one has the larger sum of log-likelihoods.
+            _share("acc_both_orders", "multiple_choice"),
             _share("exact_match", "generate_until"),
             _share("f1", "generate_until", proportion=False),
             # INSTRUCTEVAL's rule: whether the completion begins with the reference.

@@ -37,6 +37,7 @@ def render(task: Task, documents: Sequence[Document] | None = None, *, limit: in
         asked,
         task.definition.shots,
         exclude_asked=task.definition.excludes_asked,
+        match=task.definition.shots_match,
     )
     for document in task.documents[:last]:
         try:
@@ -81,6 +82,8 @@ class _Writer:
             choices = self.choices(fields)
             requests = [self.continuation(prompt, choice) for choice in choices]
             target = self.right_choices(self.target(fields), choices)
+            if definition.doc_to_text_reversed is not None:
+                return self.both_orders(document, prompt, requests, choices, target, shots)
             return self.choice_item(document, prompt, requests, choices, target, len(shots))
         if kind == "loglikelihood":
             reference = self.reference(fields)
@@ -95,6 +98,29 @@ class _Writer:
         requests = [self.continuation(before + self.with_prefix(c, document.fields, ""), answer) for c in choices]
         target = self.right_choices(self.question(document.fields), choices)
         return self.choice_item(document, before, requests, choices, target, shots_used)
+
+    def both_orders(
+        self,
+        document: Document,
+        prompt: str,
+        requests: list[Request],
+        choices: list[str],
+        target: int | tuple[int, ...],
+        shots: Sequence[Fields],
+    ) -> Item:
+        """The question in both orders of its n choices: choice k of the one is choice n - 1 - k of the other.
+
+        The item has 2 n choices: those of the first order, then those of the second in the order of what they mean,
+        so that k and n + k mean the same.
+        """
+        fields, n = document.fields, len(choices)
+        question = self.text_of("doc_to_text_reversed", self.definition.doc_to_text_reversed or "", fields)
+        other = self.before(fields) + "".join(self.example_once(shot) for shot in shots)
+        other += self.with_prefix(question, fields, self.definition.target_delimiter)
+        requests = requests + [self.continuation(other, choice) for choice in reversed(choices)]
+        right = (target,) if isinstance(target, int) else target
+        both = (*right, *(k + n for k in right))
+        return Item(document, tuple(requests), (*choices, *reversed(choices)), both, prompt, len(shots))
 
     def choice_item(
         self,

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from eval_platform.values import Generation
 
 # Local formats that `dataset_path` may name; anything else is a dataset on the hub.
 LOCAL_FORMATS = ("json", "csv", "parquet")
+MACRO_MEAN = "macro_mean"
 DEFAULT_MAX_NEW_TOKENS = 256  # lm-evaluation-harness, `defaults.py:DEFAULT_MAX_GEN_TOKS`
 
 # Keys of lm-evaluation-harness that are refused, and why.
@@ -89,19 +90,36 @@ class Source(_Section):
         return self
 
 
+class Shots(Source):
+    """Where shots are drawn from. match: a field; a document's shots are those that have its value there."""
+
+    match: str | None = None
+
+
 class Documents(Source):
     """What is asked about. `sample` documents are drawn with `seed`, keeping their order; absent: all of them.
 
     subset and cluster name fields: scores are also given for each subset, and items of one cluster (a shared
-    passage) are not counted as independent. fewshot: where shots are drawn from; absent: from these documents, never
-    the one that is asked.
+    passage) are not counted as independent. Of several subset fields the first is the finest; subsets by the others
+    are called `<field>=<value>`. fewshot: where shots are drawn from; absent: from these documents, never the one
+    that is asked.
     """
 
     sample: int | None = Field(default=None, gt=0)
     seed: int = 0
-    subset: str | None = None
+    subset: str | Annotated[list[str], Field(min_length=1)] | None = None
     cluster: str | None = None
-    fewshot: Source | None = None
+    fewshot: Shots | None = None
+
+    @property
+    def subset_fields(self) -> tuple[str, ...]:
+        """The fields that subset names, the finest first."""
+        return (self.subset,) if isinstance(self.subset, str) else tuple(self.subset or ())
+
+    @property
+    def shots_source(self) -> Shots | None:
+        """Where shots come from, None where that is these documents."""
+        return self.fewshot if self.fewshot and self.fewshot.named else None
 
 
 class DatasetKwargs(_Section):
@@ -162,7 +180,10 @@ class GenerationKwargs(_Section):
 
 
 class MetricEntry(_Section):
-    """One entry of metric_list. aggregation and higher_is_better follow from the metric; said, they must agree."""
+    """One entry of metric_list. aggregation and higher_is_better follow from the metric; said, they must agree.
+
+    aggregation: macro_mean is the one choice there is: the mean of the subsets' means, instead of that of all items.
+    """
 
     metric: str
     aggregation: str | None = None
@@ -178,6 +199,11 @@ class MetricEntry(_Section):
         """The keyword arguments of the metric's function that are set."""
         return {key: getattr(self, key) for key in _ARGUMENTS if getattr(self, key) is not None}
 
+    @property
+    def is_macro(self) -> bool:
+        """Whether every subset counts the same, however many items it has."""
+        return self.aggregation == MACRO_MEAN
+
     @field_validator("metric")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -188,7 +214,9 @@ class MetricEntry(_Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         metric = METRICS[self.metric]
-        if self.aggregation not in (None, metric.aggregation):
+        if self.is_macro and metric.aggregation != "mean":
+            raise ValueError(f"{metric.name} is no mean over items, so it has no {MACRO_MEAN}; remove aggregation")
+        if self.aggregation not in (None, metric.aggregation, MACRO_MEAN):
             raise ValueError(f"{metric.name} is aggregated by {metric.aggregation}, not by {self.aggregation}")
         if self.higher_is_better not in (None, metric.higher_is_better):
             better = "higher" if metric.higher_is_better else "lower"
@@ -283,6 +311,8 @@ class TaskFile(_Section):
     # What is asked.
     output_type: OutputType = "generate_until"
     doc_to_text: str | int | None = None
+    # The question once more, its choices in the opposite order: both are asked, for acc_both_orders.
+    doc_to_text_reversed: str | None = None
     doc_to_choice: str | list[str] | dict[str, str] | None = None
     doc_to_target: str | int | list[str] | list[int] | None = None
     description: str = ""
@@ -310,6 +340,12 @@ class TaskFile(_Section):
     def shots(self) -> int:
         """Shots asked for. Rolling log-likelihoods have no prompt to put them in (lm-eval drops them too)."""
         return 0 if self.output_type == "loglikelihood_rolling" else self.num_fewshot or 0
+
+    @property
+    def shots_match(self) -> str | None:
+        """The field in which shots must agree with the asked document."""
+        fewshot = self.documents.fewshot if self.documents else None
+        return fewshot.match if fewshot and self.shots else None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -365,7 +401,8 @@ class TaskFile(_Section):
         have no source of their own.
         """
         if self.dataset_path is None:
-            return self.documents is not None and self.documents.fewshot is None and self.fewshot_config.samples is None
+            ours = self.documents
+            return ours is not None and ours.shots_source is None and self.fewshot_config.samples is None
         return (self.fewshot_config.split or self.fewshot_split) == self.test_split
 
     @field_validator("metadata")
@@ -442,6 +479,13 @@ class TaskFile(_Section):
                 raise ValueError(f"metric_list: {name} does not apply to {self.output_type}; use {_and(fitting)}")
         if len(set(self.metrics)) != len(self.metrics):
             raise ValueError("metric_list names a metric twice; keep one")
+        if (self.metrics == ("acc_both_orders",)) != (self.doc_to_text_reversed is not None):
+            raise ValueError(
+                "doc_to_text_reversed and the metric acc_both_orders go together, and with no other metric: say both, "
+                "or neither"
+            )
+        if any(entry.is_macro for entry in self.metric_list) and not (self.documents and self.documents.subset):
+            raise ValueError(f"aggregation: {MACRO_MEAN} is over subsets; name their field in `documents: {{subset}}`")
         names = [pipeline.name for pipeline in self.filter_list]
         if len(set(names)) != len(names):
             raise ValueError("filter_list has two filters of one name; rename one")

@@ -1,5 +1,6 @@
 """Which documents stand as examples before a question: lm-evaluation-harness's samplers (0.4.13, `api/samplers.py`)."""
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,21 +13,35 @@ Row = Mapping[str, Any]
 
 
 def draw_shots(
-    sampler: str, pool: Sequence[Row], asked: Sequence[Row], n: int, *, exclude_asked: bool
+    sampler: str, pool: Sequence[Row], asked: Sequence[Row], n: int, *, exclude_asked: bool, match: str | None = None
 ) -> Iterator[list[Row]]:
     """For each asked document, in order, its `n` shots from `pool`.
 
     default: one random.Random(1234) over all documents, so a document's shots depend on how many stand before it.
-    first_n: the first of the pool. With `exclude_asked` no shot equals the asked document.
-    Raises TaskError when the pool is too small.
+    first_n: the first of the pool. With `exclude_asked` no shot equals the asked document; with `match`, a field's
+    name, the pool of a document is what has its value there. Raises TaskError when the pool is too small.
     """
     rng = random.Random(FEWSHOT_SEED)
+    draw = _first if sampler == "first_n" else _sample
+    pools: dict[str, list[Row]] = {}
+    if match is not None:
+        for row in pool:
+            pools.setdefault(_value(row, match, "a document of the few-shot split"), []).append(row)
     for document in asked:
         shots: list[Row] = []
         if n:
-            draw = _first if sampler == "first_n" else _sample
-            shots = draw(pool, n, document if exclude_asked else None, rng)
+            own = pool if match is None else pools.get(_value(document, match, "the document"), [])
+            shots = draw(own, n, document if exclude_asked else None, rng)
         yield shots
+
+
+def _value(row: Row, field: str, whose: str) -> str:
+    if field not in row:
+        raise TaskError(
+            f"{whose} has no field {field!r}, which `fewshot: {{match}}` names",
+            remedy=f"correct the name; it has {', '.join(row)}",
+        )
+    return json.dumps(row[field])
 
 
 def _first(pool: Sequence[Row], n: int, asked: Row | None, _rng: random.Random) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from eval_platform.identity import content_id
 from eval_platform.tasks.metrics import SCORER_VERSION
-from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.schema import MACRO_MEAN, TaskFile
 from eval_platform.values import Document
 
 # Part of every ask_id: raise it when the same definition and documents would give other prompts.
@@ -69,6 +69,9 @@ def ask_id(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None
             "gen_prefix",
         )
     }
+    # Keys that came later stand here only where they are said, so that ids from before them stay what they were.
+    if definition.doc_to_text_reversed is not None:
+        asked["doc_to_text_reversed"] = definition.doc_to_text_reversed
     generation = definition.generation
     asked["generation"] = None if generation is None else asdict(generation)
     asked["unconditional"] = definition.wants_unconditional
@@ -83,6 +86,8 @@ def ask_id(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None
             "delimiter": definition.fewshot_delimiter,
             **{key: value for key, value in said["fewshot_config"].items() if key not in ("split", "samples")},
         }
+        if definition.shots_match is not None:
+            asked["shots"]["match"] = definition.shots_match
     asked["renderer"] = RENDERER_VERSION
     return content_id(asked)
 
@@ -97,7 +102,10 @@ def task_id(definition: TaskFile, ask_id: str, chance: float | None) -> str:
             "repeats": definition.repeats,
             "scorer": SCORER_VERSION,
             # aggregation and higher_is_better follow from the metric, said or not.
-            "metrics": [[entry.metric, entry.arguments] for entry in definition.metric_list],
+            "metrics": [
+                [entry.metric, {**entry.arguments, **({"aggregation": MACRO_MEAN} if entry.is_macro else {})}]
+                for entry in definition.metric_list
+            ],
             "filters": [[p.name, [[s.function, s.arguments] for s in p.filter]] for p in definition.filter_list],
             "primary_metric": definition.primary_metric,
             "chance": chance,
