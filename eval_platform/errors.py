@@ -66,6 +66,12 @@ class SchemaError(EvalPlatformError):
     """A stored file was written by a newer version than this one, or is not what its name says."""
 
 
+class SandboxError(EvalPlatformError):
+    """No program can be run in the sandbox here. Of the machine, not of the task: elsewhere it can."""
+
+    class_ = "infrastructure"
+
+
 class QueryError(EvalPlatformError):
     """A user's SQL was refused or failed."""
 

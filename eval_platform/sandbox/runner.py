@@ -1,0 +1,105 @@
+"""Inside the sandbox: one program, from its first statement to its report. Standard library only; run as a script.
+
+    python runner.py        a job on descriptor 3, the mark on 4, the report to 5
+
+The job is JSON: source, limits. The mark is read from its pipe only after the program's last statement, and the
+report of a program that passed repeats it. A program can read that pipe too, for it runs in this very process; the
+control run (supervisor.py) is what finds out.
+"""
+
+import builtins
+import gc
+import json
+import os
+import resource
+import sys
+import time
+import types
+
+JOB, MARK, REPORT = 3, 4, 5
+STARTED = b"started\n"
+LONGEST_DETAIL = 300
+
+
+def main():
+    with os.fdopen(JOB, "rb") as file:
+        job = json.loads(file.read())
+    limit(job)
+    run(job)
+
+
+def limit(job):
+    """Give this process the job's limits; its children inherit them."""
+    memory, files, cpu = job["process_memory"], job["files"], job["cpu_seconds"]
+    for what, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_NPROC, job["processes"]),
+        (resource.RLIMIT_FSIZE, files),
+        (resource.RLIMIT_NOFILE, job["open_files"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_CPU, cpu),
+    ):
+        hard = resource.getrlimit(what)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (value, value))
+
+
+def run(job):
+    """Run the program as `__main__`, say what came of it, and end the process."""
+    # The program may replace anything that it can reach by name; what comes after it was taken before it.
+    write, leave, read, dumps, clock = os.write, os._exit, os.read, json.dumps, time.perf_counter
+    os.environ.clear()
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+    sys.argv = [""]
+    sys.dont_write_bytecode = True
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    gc.collect()
+    write(REPORT, STARTED)
+    began = clock()
+    reason, detail = "passed", ""
+    try:
+        code = compile(job.pop("source"), "<program>", "exec")
+    except MemoryError:
+        reason = "memory"
+    except BaseException as error:  # noqa: BLE001 -- SyntaxError, ValueError (a NUL), RecursionError, ...
+        reason, detail = "syntax", described(error)
+    else:
+        try:
+            exec(code, module.__dict__)
+        except AssertionError as error:
+            reason, detail = "assertion", described(error)
+        except MemoryError:
+            reason = "memory"
+        except SystemExit as error:
+            reason, detail = "exit", described(error)
+        except BaseException as error:  # noqa: BLE001 -- a program may raise anything
+            reason, detail = "exception", described(error)
+    report = {"reason": reason, "detail": detail, "seconds": clock() - began}
+    if reason == "passed":
+        try:
+            report["mark"] = read(MARK, 256).decode("ascii", "replace")
+        except OSError:  # it has closed the descriptor: then it has no mark to show
+            report["mark"] = ""
+    write(REPORT, dumps(report).encode("ascii"))
+    leave(0)
+
+
+def described(error):
+    """What was raised, in a line; the error's own text may be hostile code."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException:  # noqa: BLE001 -- whatever it raises, there is no text
+        text = "(its text cannot be had)"
+    return f"{name}: {text}"[:LONGEST_DETAIL] if text else name[:LONGEST_DETAIL]
+
+
+if __name__ == "__main__":
+    main()
