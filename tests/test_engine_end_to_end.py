@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from tiny_models import make_checkpoint
 
 from eval_platform.engine import load
-from eval_platform.tasks import build_task, library_tasks, render
+from eval_platform.tasks import build_task, bundled_tasks, render
 from eval_platform.tasks.sync import LIBRARY
 from eval_platform.values import Request, Response, RunSettings, make_request
 
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def requests() -> dict[str, list[Request]]:
     """Per shipped task, what its first documents ask."""
-    tasks = {name: build_task(LIBRARY / f"{name}.yaml") for name in library_tasks()}
+    tasks = {name: build_task(LIBRARY / f"{name}.yaml") for name in bundled_tasks()}
     return {name: [r for item in render(task, limit=LIMIT) for r in item.requests] for name, task in tasks.items()}
 
 
@@ -104,7 +104,7 @@ def nearest_two(theirs: HFLM, request: Request) -> float:
     return float((best[:, 0] - best[:, 1]).min())
 
 
-@pytest.mark.parametrize("name", library_tasks())
+@pytest.mark.parametrize("name", bundled_tasks())
 def test_answers_are_theirs(
     name: str,
     requests: dict[str, list[Request]],

@@ -28,7 +28,7 @@ from eval_platform.once import evaluate_folder
 from eval_platform.scoring import SAMPLE_SCHEMA
 from eval_platform.store import open_store
 from eval_platform.tasks import load_task, sync_tasks
-from eval_platform.tasks.sync import LIBRARY, library_tasks
+from eval_platform.tasks.sync import LIBRARY, bundled_tasks
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ doc_to_target: "{{passage}}"
 # Keys of a shipped file that say where the documents are or what a person reads, which lm-eval does not know.
 OURS = {"documents", "title", "about", "source", "licence", "citation", "primary_metric", "higher_is_better", "chance"}
 
-TASKS = [*OWN, *library_tasks()]
+TASKS = [*OWN, *bundled_tasks()]
 
 
 @dataclass
@@ -201,7 +201,7 @@ def _hand_over_the_library(folder: Path) -> None:
     lock = json.loads(config.lock_path.read_text(encoding="utf-8"))["tasks"]
     target = folder / "library"
     target.mkdir()
-    for name in library_tasks():
+    for name in bundled_tasks():
         task = load_task(store, lock[name]["task_id"])
         files = {"test": [dict(document.fields) for document in task.documents], "dev": [dict(s) for s in task.shots]}
         data_files = {}

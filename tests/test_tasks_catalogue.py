@@ -55,7 +55,7 @@ def test_no_data_says_what_was_tried_and_what_helps(tmp_path: Path, monkeypatch:
         build_task(tmp_path / "sums.yaml")
 
     assert error.value.name == "gsm8k"
-    assert f"no file {tmp_path}/gsm8k/test.jsonl" in error.value.tried
+    assert "EVAL_PLATFORM_DATA has no gsm8k/test.jsonl" in error.value.tried
     assert any("HF_HUB_OFFLINE" in tried for tried in error.value.tried[1:])
     assert "EVAL_PLATFORM_DATA" in str(error.value.remedy)
     assert "openai/gsm8k" in str(error.value.remedy)

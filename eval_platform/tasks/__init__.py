@@ -1,21 +1,24 @@
 """What do we ask? Task files -> documents -> prompts -> requests, frozen so that a name's meaning is never in doubt."""
 
 from eval_platform.tasks.building import build_task, load_task, validate_file
-from eval_platform.tasks.lock import LockedTask, TaskLock, read_lock
+from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock
 from eval_platform.tasks.render import prompts_id, render
 from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.selection import bundled_tasks, library_tasks
 from eval_platform.tasks.show import show_prompt
 from eval_platform.tasks.snapshots import write_prompts
-from eval_platform.tasks.sync import SyncReport, check_tasks, library_tasks, sync_tasks
+from eval_platform.tasks.sync import SyncReport, check_tasks, sync_tasks
 from eval_platform.tasks.task import Task
 
 __all__ = [
     "LockedTask",
+    "SkippedTask",
     "SyncReport",
     "Task",
     "TaskFile",
     "TaskLock",
     "build_task",
+    "bundled_tasks",
     "check_tasks",
     "library_tasks",
     "load_task",

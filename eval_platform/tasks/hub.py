@@ -3,8 +3,6 @@
 import functools
 import importlib.util
 import os
-import urllib.error
-import urllib.request
 from typing import Any
 
 from eval_platform.errors import TaskError
@@ -62,6 +60,9 @@ def _refusal() -> str | None:
         return "the package `datasets` is not installed (pip install datasets)"
     if _offline():
         return None  # it answers from its cache, without a network
+    import urllib.error
+    import urllib.request
+
     from huggingface_hub import constants
 
     try:

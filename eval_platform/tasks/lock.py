@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,23 @@ class LockedTask:
 
 
 @dataclass(frozen=True, slots=True)
+class SkippedTask:
+    """A task that is configured and cannot be asked, because its documents cannot be had.
+
+    dataset: which. reason: what was tried, without names of this machine. remedy: how to get it.
+    """
+
+    dataset: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class TaskLock:
-    """Task name -> what it stands for, sorted by name."""
+    """Task name -> what it stands for, and tasks that are skipped for want of data; both sorted by name."""
 
     tasks: Mapping[str, LockedTask]
+    skipped: Mapping[str, SkippedTask] = field(default_factory=dict)
 
 
 def read_lock(path: Path) -> TaskLock:
@@ -59,14 +72,20 @@ def read_lock(path: Path) -> TaskLock:
             remedy="upgrade eval-platform on this machine",
         )
     try:
-        return TaskLock({name: _locked(entry) for name, entry in sorted(body["tasks"].items())})
+        return TaskLock(
+            {name: _locked(entry) for name, entry in sorted(body["tasks"].items())},
+            {name: SkippedTask(**entry) for name, entry in sorted(body.get("skipped", {}).items())},
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise SchemaError(f"{path} is not a task lock: {error!r}", remedy="run `eval-platform tasks sync`") from error
 
 
 def write_lock(path: Path, lock: TaskLock) -> bool:
     """Write the lock unless it says the same already; True when written. A reader sees the old one or the new one."""
-    body = {"schema_version": LOCK_VERSION, "tasks": {name: asdict(task) for name, task in lock.tasks.items()}}
+    body: dict[str, Any] = {"schema_version": LOCK_VERSION}
+    body["tasks"] = {name: asdict(task) for name, task in lock.tasks.items()}
+    if lock.skipped:
+        body["skipped"] = {name: asdict(task) for name, task in lock.skipped.items()}
     text = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
@@ -78,5 +97,5 @@ def write_lock(path: Path, lock: TaskLock) -> bool:
 
 
 def _locked(entry: Mapping[str, Any]) -> LockedTask:
-    known = {field.name: entry[field.name] for field in fields(LockedTask)}
+    known = {one.name: entry[one.name] for one in fields(LockedTask)}
     return LockedTask(**{**known, "score_names": tuple(known["score_names"]), "tags": tuple(known["tags"])})

@@ -12,7 +12,7 @@ from eval_platform.errors import SchemaError
 from eval_platform.identity import ordered_id
 from eval_platform.store import Store, create_record, layout
 from eval_platform.store.parquet import read_parquet
-from eval_platform.tasks.documents import Row, row_text
+from eval_platform.tasks.documents import Row, as_documents, row_text
 from eval_platform.tasks.render import prompts_id
 from eval_platform.values import Document, Item
 
@@ -68,6 +68,11 @@ def frozen_rows(store: Store, identity: str) -> list[Row]:
     if dataset_id(rows) != identity:
         raise SchemaError(f"{key} is not what was frozen: its rows have another id", remedy="restore it from a copy")
     return rows
+
+
+def frozen_ids(store: Store, identity: str) -> list[str]:
+    """The sample_ids of a snapshot, in order. Raises KeyError and SchemaError as `frozen_rows` does."""
+    return [document.sample_id for document in as_documents(frozen_rows(store, identity))]
 
 
 def write_prompts(store: Store, items: Sequence[Item]) -> str:

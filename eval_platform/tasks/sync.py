@@ -1,68 +1,91 @@
 """`eval-platform tasks sync`: task files are checked, their documents frozen, their ids written to store and lock."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval_platform import config
-from eval_platform.errors import ConfigError, TaskError
-from eval_platform.store import Store, create_record, layout, log, read_record
+from eval_platform.errors import NoData, TaskError
+from eval_platform.store import Store, create_record, find_record, layout, log, read_record
 from eval_platform.tasks.building import build_task, definition_record
+from eval_platform.tasks.differences import DocumentChange, compare_documents
 from eval_platform.tasks.documents import as_documents
-from eval_platform.tasks.lock import LockedTask, TaskLock, read_lock, write_lock
-from eval_platform.tasks.reading import task_name
-from eval_platform.tasks.schema import did_you_mean
-from eval_platform.tasks.snapshots import freeze_documents
+from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock, write_lock
+from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files
+from eval_platform.tasks.snapshots import freeze_documents, frozen_ids
 from eval_platform.tasks.task import Task
 
-LIBRARY = Path(__file__).parent / "library"
+__all__ = ["LIBRARY", "SyncReport", "bundled_tasks", "check_tasks", "library_tasks", "sync_tasks"]
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What a sync did. changed: names that now stand for something else than before. errors: one a broken file."""
+    """What a sync did; what was skipped is in the lock.
+
+    changed: names that now stand for something else than before. errors: one a broken file. kept: tasks whose data
+    cannot be had any more, but was frozen before: they go on being asked from that snapshot. documents: for each task
+    whose documents are others than the lock said, in which way.
+    """
 
     lock: TaskLock
     changed: tuple[str, ...]
     errors: tuple[TaskError, ...]
+    kept: Mapping[str, SkippedTask]
+    documents: Mapping[str, DocumentChange]
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """tasks: that work. errors: of those that do not; broken: the names these claim. skipped: there is no data."""
+
+    tasks: list[Task]
+    errors: list[TaskError]
+    broken: set[str]
+    skipped: dict[str, SkippedTask]
 
 
 def sync_tasks(tasks: config.Tasks, store: Store, lock_path: Path) -> SyncReport:
     """Bring store and lock up to date with the task files that `tasks` selects.
 
-    A broken file is reported and never blocks the others: its name goes on standing for what the lock said before.
+    A broken file is reported and never blocks the others: its name goes on standing for what the lock said before. So
+    does a task whose data cannot be had now, where this store has it from before; without that it is skipped, which
+    the lock says too.
     Raises ConfigError for a folder that is not there, StoreError when the store cannot be written, SchemaError when
     the lock is from a newer eval-platform.
     """
     before = read_lock(lock_path)
-    built, errors, broken = _build(tasks)
-    locked = {name: before.tasks[name] for name in broken if name in before.tasks}
-    changed = []
-    for task in built:
+    built = _build(tasks)
+    frozen = {name for name in built.skipped if name in before.tasks and _is_frozen(store, before.tasks[name])}
+    locked = {name: before.tasks[name] for name in built.broken | frozen if name in before.tasks}
+    changed: list[str] = []
+    documents: dict[str, DocumentChange] = {}
+    for task in built.tasks:
         if _record(store, task):
             changed.append(task.name)
         locked[task.name] = _locked(task)
-    lock = TaskLock(dict(sorted(locked.items())))
+        if task.name in before.tasks and (change := _change(store, before.tasks[task.name], task)):
+            documents[task.name] = change
+    skipped = {name: skip for name, skip in built.skipped.items() if name not in frozen}
+    lock = TaskLock(dict(sorted(locked.items())), dict(sorted(skipped.items())))
     write_lock(lock_path, lock)
-    return SyncReport(lock, tuple(changed), tuple(errors))
+    kept = {name: built.skipped[name] for name in sorted(frozen)}
+    return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents)
 
 
 def check_tasks(tasks: config.Tasks) -> list[TaskError]:
-    """What is wrong with the selected task files, one error a file. Nothing is written."""
-    return _build(tasks)[1]
+    """What is wrong with the selected task files, one error a file; data that is not here is no fault of theirs.
+
+    Nothing is written.
+    """
+    return _build(tasks).errors
 
 
-def library_tasks() -> list[str]:
-    """Names of the tasks shipped."""
-    return sorted(path.stem for path in LIBRARY.glob("*.yaml"))
-
-
-def _build(tasks: config.Tasks) -> tuple[list[Task], list[TaskError], set[str]]:
-    """(tasks that work, errors of those that do not, the names the latter claim)."""
-    files, errors = _select(tasks)
+def _build(tasks: config.Tasks) -> _Built:
+    files, errors = select_files(tasks)
     built: dict[str, Task] = {}
     broken: set[str] = set()
+    skipped: dict[str, SkippedTask] = {}
     for name, paths in files.items():
         if len(paths) > 1:
             broken.add(name)
@@ -71,6 +94,9 @@ def _build(tasks: config.Tasks) -> tuple[list[Task], list[TaskError], set[str]]:
             continue
         try:
             task = build_task(paths[0])
+        except NoData as error:
+            skipped[name] = SkippedTask(error.name, "; ".join(error.tried), error.remedy or "")
+            continue
         except TaskError as error:
             broken.add(name)
             errors.append(error)
@@ -86,54 +112,26 @@ def _build(tasks: config.Tasks) -> tuple[list[Task], list[TaskError], set[str]]:
             )
             continue
         built[name] = task
-    return list(built.values()), errors, broken
+    return _Built(list(built.values()), errors, broken, skipped)
 
 
-def _select(tasks: config.Tasks) -> tuple[dict[str, list[Path]], list[TaskError]]:
-    """Name -> the files that claim it, for the names selected; errors for names nobody claims and files without one."""
-    own: dict[str, list[Path]] = {}
-    errors: list[TaskError] = []
-    for path in _files(tasks.folders):
-        name = task_name(path)
-        if name is None:
-            errors.append(_nameless(path))
-        else:
-            own.setdefault(name, []).append(path)
-    shipped = {name: LIBRARY / f"{name}.yaml" for name in library_tasks()}
-    if not tasks.include:
-        return (own if tasks.folders else {name: [path] for name, path in shipped.items()}), errors
-    selected: dict[str, list[Path]] = {}
-    for name in dict.fromkeys(tasks.include):
-        paths = own.get(name, []) + ([shipped[name]] if name in shipped else [])
-        if paths:
-            selected[name] = paths
-        else:
-            errors.append(
-                TaskError(
-                    f"[tasks] include: there is no task {name!r}{did_you_mean(name, [*own, *shipped])}",
-                    remedy=f"shipped are {', '.join(shipped)}; your own are looked for in [tasks] folders",
-                )
-            )
-    return selected, errors
+def _is_frozen(store: Store, locked: LockedTask) -> bool:
+    """Whether a worker could ask the task from this store (a lock may come from another machine than its data)."""
+    return (
+        find_record(store, layout.task(locked.task_id)) is not None
+        and find_record(store, layout.dataset_card(locked.dataset_id)) is not None
+    )
 
 
-def _files(folders: Sequence[str]) -> list[Path]:
-    found: dict[Path, None] = {}
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"[tasks] folders: there is no folder {folder}", remedy="correct the path or create it")
-        for path in sorted(Path(folder).rglob("*")):
-            if path.suffix in (".yaml", ".yml") and path.is_file():
-                found[path.resolve()] = None
-    return list(found)
-
-
-def _nameless(path: Path) -> TaskError:
+def _change(store: Store, before: LockedTask, task: Task) -> DocumentChange | None:
+    """How the documents differ from those the lock named; None when they do not, or the store has not the old ones."""
+    if before.dataset_id == task.dataset_id:
+        return None
     try:
-        build_task(path)
-    except TaskError as error:
-        return error
-    return TaskError(f"{path} has no name", remedy="give it one: `task: <name>`")
+        old = frozen_ids(store, before.dataset_id)
+    except KeyError:
+        return None
+    return compare_documents(old, [document.sample_id for document in task.documents])
 
 
 def _record(store: Store, task: Task) -> bool:

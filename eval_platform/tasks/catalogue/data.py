@@ -59,7 +59,7 @@ class Data:
     def file(self, path: str) -> bytes | None:
         """The bytes of the file at `path`, or of `path`.gz without its compression."""
         if self.folder is None:
-            self._in_vain(f"{FOLDER_VARIABLE} is not set (it would hold {path})")
+            self._in_vain(f"{FOLDER_VARIABLE} is not set")
             return None
         for name in (path, f"{path}.gz"):
             there = self.folder / name
@@ -70,7 +70,7 @@ class Data:
                 continue
             except (OSError, EOFError) as error:
                 raise TaskError(f"{there} cannot be read: {error}", remedy="mend the file or its rights") from error
-        self._in_vain(f"no file {self.folder / path}")
+        self._in_vain(f"{FOLDER_VARIABLE} has no {path}")
         return None
 
     def hub(

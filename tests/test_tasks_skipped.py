@@ -1,0 +1,149 @@
+"""A task whose data cannot be had is skipped and listed; what was frozen before goes on; a changed source is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval_platform.config import Tasks
+from eval_platform.store import LocalStore
+from eval_platform.tasks import SyncReport, check_tasks, load_task, read_lock, render, sync_tasks
+from eval_platform.tasks.differences import compare_documents
+
+ROWS = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(5)]
+SUMS = """
+task: sums
+documents: {dataset: {name: gsm8k, split: test}}
+doc_to_text: question
+doc_to_target: answer
+"""
+COPIES = """
+task: copies
+documents: {generator: {name: copying, n: 3}}
+doc_to_text: question
+doc_to_target: answer
+"""
+
+
+class World:
+    """A task that needs public data, one that does not, and a folder of public data that may be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = LocalStore(folder / "results")
+        self.lock = folder / "lock.json"
+        (folder / "tasks").mkdir()
+        (folder / "tasks" / "sums.yaml").write_text(SUMS)
+        (folder / "tasks" / "copies.yaml").write_text(COPIES)
+        self.tasks = Tasks(folders=(str(folder / "tasks"),))
+
+    def data(self, rows: list[dict[str, str]]) -> None:
+        (self.folder / "data" / "gsm8k").mkdir(parents=True, exist_ok=True)
+        (self.folder / "data" / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def no_data(self) -> None:
+        (self.folder / "data" / "gsm8k" / "test.jsonl").unlink()
+
+    def sync(self) -> SyncReport:
+        return sync_tasks(self.tasks, self.store, self.lock)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setenv("EVAL_PLATFORM_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return World(tmp_path)
+
+
+def test_without_data_a_task_is_skipped_and_the_lock_says_why(world: World) -> None:
+    report = world.sync()
+
+    assert report.errors == ()
+    assert list(report.lock.tasks) == ["copies"]
+    skipped = report.lock.skipped["sums"]
+    assert skipped.dataset == "gsm8k"
+    assert "EVAL_PLATFORM_DATA has no gsm8k/test.jsonl" in skipped.reason
+    assert "openai/gsm8k" in skipped.remedy
+    assert read_lock(world.lock) == report.lock
+    assert str(world.folder) not in world.lock.read_text()  # a lock is committed, and read on other machines
+    assert check_tasks(world.tasks) == []
+
+
+def test_with_data_it_is_asked_and_no_longer_skipped(world: World) -> None:
+    world.sync()
+    world.data(ROWS)
+
+    report = world.sync()
+
+    assert list(report.lock.tasks) == ["copies", "sums"]
+    assert report.lock.skipped == {}
+    assert "skipped" not in world.lock.read_text()
+    assert report.changed == ("sums",)
+    assert report.documents == {}
+
+
+def test_data_that_was_frozen_is_asked_when_its_source_is_gone(world: World) -> None:
+    world.data(ROWS)
+    before = world.sync().lock.tasks["sums"]
+    world.no_data()
+
+    report = world.sync()
+
+    assert report.lock.tasks["sums"] == before
+    assert report.lock.skipped == {}
+    assert report.kept["sums"].dataset == "gsm8k"
+    assert len(list(render(load_task(world.store, before.task_id)))) == 5
+
+
+def test_a_lock_from_elsewhere_does_not_stand_for_data_that_this_store_never_had(world: World) -> None:
+    world.data(ROWS)
+    world.sync()
+    world.no_data()
+    world.store = LocalStore(world.folder / "other_results")
+
+    report = world.sync()
+
+    assert list(report.lock.tasks) == ["copies"]
+    assert list(report.lock.skipped) == ["sums"]
+    assert report.kept == {}
+
+
+def test_a_changed_source_is_another_dataset_and_the_difference_is_told(world: World) -> None:
+    world.data(ROWS)
+    before = world.sync().lock.tasks["sums"]
+    world.data([ROWS[0], {**ROWS[1], "answer": "#### 3"}, *ROWS[3:], {"question": "More?", "answer": "#### 1"}])
+
+    report = world.sync()
+
+    assert report.lock.tasks["sums"].dataset_id != before.dataset_id
+    change = report.documents["sums"]
+    assert (len(change.added), len(change.removed), len(change.changed)) == (1, 1, 1)
+    assert "1 added" in str(change)
+    assert "1 removed" in str(change)
+    assert report.changed == ("sums",)
+    assert world.sync().documents == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "added", "removed", "changed", "moved"),
+    [
+        ("abc", "abc", "", "", [], False),
+        ("abc", "acb", "", "", [], True),
+        ("abc", "xabc", "x", "", [], False),
+        ("abc", "ab", "", "c", [], False),
+        ("abc", "axc", "", "", [("b", "x")], False),
+        ("abcd", "axyd", "", "", [("b", "x"), ("c", "y")], False),
+        ("abcd", "axyzd", "z", "", [("b", "x"), ("c", "y")], False),
+        ("abc", "xyz", "", "", [("a", "x"), ("b", "y"), ("c", "z")], False),
+        ("", "ab", "ab", "", [], False),
+    ],
+)
+def test_documents_are_compared_by_what_they_are(
+    old: str, new: str, added: str, removed: str, changed: list[tuple[str, str]], moved: bool
+) -> None:
+    found = compare_documents(list(old), list(new))
+
+    assert ("".join(found.added), "".join(found.removed)) == (added, removed)
+    assert list(found.changed) == changed
+    assert found.moved == moved
+    assert bool(found) == (old != new)
