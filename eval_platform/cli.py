@@ -5,7 +5,6 @@ another worker.
 """
 
 import getpass
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +15,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from eval_platform import __version__
-from eval_platform.config import LOCK_NAME, Config, load_config
+from eval_platform.cli_shared import (
+    EXIT_FAILED,
+    EXIT_HELD,
+    EXIT_USAGE,
+    EXIT_WAITING,
+    AsJson,
+    State,
+    configured,
+    example,
+    opened,
+    synced,
+)
+from eval_platform.cli_tasks import tasks_app
+from eval_platform.config import LOCK_NAME, load_config
 from eval_platform.errors import ConfigError, EvalPlatformError
 from eval_platform.identity import content_id
-from eval_platform.store import Store, open_store
+from eval_platform.store import open_store
 
 if TYPE_CHECKING:
     from eval_platform.drive import Outcome
     from eval_platform.once import Action
-    from eval_platform.tasks import SyncReport
-
-EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_WAITING = 1, 2, 3, 4
 
 app = typer.Typer(
     help="Evaluates every checkpoint of a training run as it arrives, and publishes only numbers that can be believed.",
@@ -36,46 +45,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-tasks_app = typer.Typer(help="What is asked: sync, list, validate, and the exact prompts.", no_args_is_help=True)
 app.add_typer(tasks_app, name="tasks")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; recorded for good.")]
 EvaluationId = Annotated[str, typer.Argument(help="evaluation_id, or the first digits that tell it apart.")]
 Attempt = Annotated[int | None, typer.Option(min=1, help="Which attempt; default: the newest that has a result.")]
 Later = Annotated[bool, typer.Option("--later", help="Only record it; a platform on these results answers it.")]
-
-
-def _example(text: str) -> str:
-    return f"Example: {text}"
-
-
-class _State:
-    """The options before the command."""
-
-    config_file: Path | None = None
-
-
-def _config() -> Config:
-    config = load_config(_State.config_file)
-    try:
-        config.state_dir.mkdir(parents=True, exist_ok=True)
-        writable = os.access(config.state_dir, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise ConfigError(
-            f"field state: the folder {config.state_dir} cannot be made: {error.strerror}", remedy=_STATE_REMEDY
-        ) from error
-    if not writable:
-        raise ConfigError(f"field state: the folder {config.state_dir} is not writable", remedy=_STATE_REMEDY)
-    return config
-
-
-_STATE_REMEDY = "give this user the right to it, or set another `state` in eval_platform.toml or EVAL_PLATFORM_STATE"
-
-
-def _opened() -> tuple[Config, Store]:
-    config = _config()
-    return config, open_store(config.results)
 
 
 def _version(wanted: bool) -> None:
@@ -93,10 +68,10 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    _State.config_file = config
+    State.config_file = config
 
 
-@app.command(epilog=_example("eval-platform --config run7/eval_platform.toml up"))
+@app.command(epilog=example("eval-platform --config run7/eval_platform.toml up"))
 def up() -> None:
     """Start the platform beside a training run: sync the tasks, then Dagster's daemon and web server.
 
@@ -105,8 +80,8 @@ def up() -> None:
     from eval_platform import up as platform
     from eval_platform.terminal import err, say
 
-    config, store = _opened()
-    if not _synced(config, store).lock.tasks:
+    config, store = opened()
+    if not synced(config, store).lock.tasks:
         raise ConfigError("there is nothing to ask: no task file works", remedy="see `eval-platform tasks sync`")
     err.print("starting Dagster …")
     with platform.platform(config, err.print) as running:
@@ -123,7 +98,7 @@ def up() -> None:
             err.print("stopping …")
 
 
-@app.command(epilog=_example("eval-platform run --checkpoint out/step_1000 --tasks copying,addition --limit 20"))
+@app.command(epilog=example("eval-platform run --checkpoint out/step_1000 --tasks copying,addition --limit 20"))
 def run(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
     tasks: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all configured.")] = None,
@@ -147,7 +122,7 @@ def run(
     from eval_platform import once
     from eval_platform.tasks import read_lock
 
-    config = _config()
+    config = configured()
     lock_path = config.lock_path
     if results is not None:
         root = results if "://" in results else str(Path(results).resolve())
@@ -157,7 +132,7 @@ def run(
     store = open_store(config.results)
     lock = read_lock(lock_path)
     if results is not None or not lock_path.exists():
-        lock = _synced(config, store, lock_path).lock
+        lock = synced(config, store, lock_path).lock
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
     _finish(
         lambda on_message: once.evaluate_folder(
@@ -176,7 +151,7 @@ def run(
     )
 
 
-@app.command(epilog=_example("eval-platform status --tasks"))
+@app.command(epilog=example("eval-platform status --tasks"))
 def status(
     as_json: AsJson = False,
     all_tasks: Annotated[bool, typer.Option("--tasks", help="Every task of every checkpoint, with its ids.")] = False,
@@ -186,7 +161,7 @@ def status(
     from eval_platform.tasks import read_lock
     from eval_platform.terminal import print_json, print_status, say
 
-    config, store = _opened()
+    config, store = opened()
     found = library.status(config, store, read_lock(config.lock_path))
     if as_json:
         print_json([asdict(one) for one in found])
@@ -196,7 +171,7 @@ def status(
         say(f"No checkpoint yet. Write one into {' or '.join(root.path for root in config.checkpoints)}")
 
 
-@app.command(epilog=_example('eval-platform sql "select key, task, value from leaderboard" --format csv'))
+@app.command(epilog=example('eval-platform sql "select key, task, value from leaderboard" --format csv'))
 def sql(
     query: Annotated[
         str, typer.Argument(help="One SELECT over the views and tables; `-` reads it from standard input.")
@@ -213,13 +188,13 @@ def sql(
     """
     from eval_platform import warehouse
 
-    config, store = _opened()
+    config, store = opened()
     warehouse.refresh(store, config.catalog_path)
     text = sys.stdin.read() if query == "-" else query
     _write(warehouse.render(warehouse.query(config.catalog_path, store, text, timeout_s=timeout), output))
 
 
-@app.command(epilog=_example("eval-platform leaderboard --format markdown"))
+@app.command(epilog=example("eval-platform leaderboard --format markdown"))
 def leaderboard(
     output: Annotated[
         Literal["table", "csv", "json", "markdown"], typer.Option("--format", help="How it is written out.")
@@ -229,7 +204,7 @@ def leaderboard(
     from eval_platform import report, warehouse
     from eval_platform.terminal import print_board, say
 
-    config, store = _opened()
+    config, store = opened()
     warehouse.refresh(store, config.catalog_path)
     board = warehouse.query(
         config.catalog_path, store, "select * from leaderboard order by run, step desc nulls last, key, task"
@@ -244,7 +219,7 @@ def leaderboard(
         say("Nothing is published yet: `eval-platform status` says why.")
 
 
-@app.command(epilog=_example("eval-platform samples --checkpoint demo/tiny/step_0400 --task addition --wrong -n 3"))
+@app.command(epilog=example("eval-platform samples --checkpoint demo/tiny/step_0400 --task addition --wrong -n 3"))
 def samples(
     checkpoint: Annotated[str | None, typer.Option(help="Key of a checkpoint.")] = None,
     task: Annotated[str | None, typer.Option(help="Name of a task.")] = None,
@@ -261,7 +236,7 @@ def samples(
     from eval_platform import answers, warehouse
     from eval_platform.terminal import print_flip, print_json, print_sample, say
 
-    config, store = _opened()
+    config, store = opened()
     warehouse.refresh(store, config.catalog_path)
     if diff is not None:
         flips = answers.flipped(config.catalog_path, store, *diff, task=task, n=n)
@@ -291,13 +266,13 @@ def samples(
         say("Nothing was answered wrongly.")
 
 
-@app.command(epilog=_example("eval-platform doctor"))
+@app.command(epilog=example("eval-platform doctor"))
 def doctor(as_json: AsJson = False) -> None:
     """Look over installation, configuration, folders, tasks, device and Dagster home, and say what to fix."""
     from eval_platform import doctor as library
     from eval_platform.terminal import print_findings, print_json
 
-    findings = library.examine(_State.config_file)
+    findings = library.examine(State.config_file)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -306,7 +281,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command(epilog=_example("eval-platform bench --checkpoint out/step_1000 --tasks copying,addition --limit 50"))
+@app.command(epilog=example("eval-platform bench --checkpoint out/step_1000 --tasks copying,addition --limit 50"))
 def bench(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of the checkpoint; without one, only the machine is measured.")
@@ -335,7 +310,7 @@ def bench(
         raise typer.BadParameter("give tasks or a workload, not both", param_hint="--workload")
     if checkpoint is None and (workload is not None or tasks is not None or limit is not None):
         raise typer.BadParameter("work needs a checkpoint to do it", param_hint="--checkpoint")
-    config = load_config(_State.config_file)
+    config = load_config(State.config_file)
     found: library.Report | library.MachineReport
     with show.progress() as (step, done):
         if checkpoint is None:
@@ -344,10 +319,10 @@ def bench(
             if workload is not None:
                 requests = read_requests(workload, limit)
             else:
-                config, store = _opened()
+                config, store = opened()
                 lock = read_lock(config.lock_path)
                 if not lock.tasks:
-                    lock = _synced(config, store).lock
+                    lock = synced(config, store).lock
                 names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
                 requests = library.task_requests(store, lock, names, limit)
             settings = config.run_settings()
@@ -360,13 +335,13 @@ def bench(
         show.print_report(found)
 
 
-@app.command(epilog=_example('eval-platform release 3fa9c1d2 --reason "the jump is the new data mix"'))
+@app.command(epilog=example('eval-platform release 3fa9c1d2 --reason "the jump is the new data mix"'))
 def release(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
     """Publish a held evaluation on your word. What has a missing or non-finite score cannot be; rerun it."""
     _act("release", evaluation_id, attempt, reason, as_json)
 
 
-@app.command(epilog=_example('eval-platform retract 3fa9c1d2 --reason "test items were in the training data"'))
+@app.command(epilog=example('eval-platform retract 3fa9c1d2 --reason "test items were in the training data"'))
 def retract(
     evaluation_id: EvaluationId,
     reason: Reason,
@@ -377,13 +352,13 @@ def retract(
     _act("retract", evaluation_id, attempt, reason, as_json)
 
 
-@app.command(epilog=_example('eval-platform recheck 3fa9c1d2 --reason "the gate was upgraded"'))
+@app.command(epilog=example('eval-platform recheck 3fa9c1d2 --reason "the gate was upgraded"'))
 def recheck(evaluation_id: EvaluationId, reason: Reason, attempt: Attempt = None, as_json: AsJson = False) -> None:
     """Run today's gate on stored answers, without inference. Its verdict stands over an earlier release."""
     _act("recheck", evaluation_id, attempt, reason, as_json)
 
 
-@app.command(epilog=_example('eval-platform rerun 3fa9c1d2 --reason "the GPU was faulty"'))
+@app.command(epilog=example('eval-platform rerun 3fa9c1d2 --reason "the GPU was faulty"'))
 def rerun(evaluation_id: EvaluationId, reason: Reason, later: Later = False, as_json: AsJson = False) -> None:
     """Ask the model everything again, as another attempt.
 
@@ -392,7 +367,7 @@ def rerun(evaluation_id: EvaluationId, reason: Reason, later: Later = False, as_
     _act("rerun", evaluation_id, None, reason, as_json, later=later)
 
 
-@app.command(epilog=_example('eval-platform retry run7/step_1000 --reason "the disk has space again"'))
+@app.command(epilog=example('eval-platform retry run7/step_1000 --reason "the disk has space again"'))
 def retry(
     subject: Annotated[
         str, typer.Argument(help="evaluation_id of a failed attempt, or the key of a failed checkpoint.")
@@ -408,7 +383,7 @@ def retry(
     _act("retry", subject, None, reason, as_json, later=later)
 
 
-@app.command(epilog=_example("eval-platform backfill --task gsm8k_50"))
+@app.command(epilog=example("eval-platform backfill --task gsm8k_50"))
 def backfill(
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     as_json: AsJson = False,
@@ -416,7 +391,7 @@ def backfill(
     """Evaluate every known checkpoint on what it lacks: tasks added or changed since it arrived."""
     from eval_platform import once
 
-    config, store = _opened()
+    config, store = opened()
     _finish(
         lambda on_message: once.backfill(
             config, store, tasks=[task] if task else None, actor=_actor(), on_message=on_message
@@ -424,103 +399,6 @@ def backfill(
         as_json,
         nothing="Nothing is missing.",
     )
-
-
-@tasks_app.command("sync", epilog=_example("eval-platform tasks sync"))
-def tasks_sync(as_json: AsJson = False) -> None:
-    """Validate task files, freeze their documents, write the lock; a running platform reloads."""
-    from eval_platform import up as platform
-    from eval_platform.terminal import print_json, say
-
-    config, store = _opened()
-    report = _synced(config, store)
-    reloaded = platform.reload_code_location(config)
-    if as_json:
-        print_json(
-            {
-                "lock": str(config.lock_path),
-                "tasks": list(report.lock.tasks),
-                "changed": list(report.changed),
-                "errors": [str(error) for error in report.errors],
-                "reloaded": reloaded,
-            }
-        )
-    else:
-        say(f"{len(report.lock.tasks)} tasks in {config.lock_path}")
-        if report.changed:
-            say(f"new or changed: {', '.join(report.changed)}")
-            say("checkpoints that are known already are asked by `eval-platform backfill`")
-        if reloaded:
-            say("the running platform has reloaded its tasks")
-    if report.errors:
-        raise typer.Exit(EXIT_USAGE)
-
-
-@tasks_app.command("list", epilog=_example("eval-platform tasks list"))
-def tasks_list(as_json: AsJson = False) -> None:
-    """The tasks of the lock: what every new checkpoint is asked."""
-    from eval_platform.tasks import read_lock
-    from eval_platform.terminal import print_json, print_tasks, say
-
-    config = _config()
-    lock = read_lock(config.lock_path)
-    if as_json:
-        print_json({name: asdict(task) for name, task in lock.tasks.items()})
-    elif lock.tasks:
-        print_tasks(lock)
-    else:
-        say(f"No tasks in {config.lock_path}: run `eval-platform tasks sync`.")
-
-
-@tasks_app.command("show", epilog=_example("eval-platform tasks show addition -k 3"))
-def tasks_show(
-    name: Annotated[str, typer.Argument(help="Name of a task.")],
-    k: Annotated[int, typer.Option("-k", min=0, help="Position of the sample.")] = 0,
-) -> None:
-    """The exact prompt of sample k, character for character, and what is asked of it."""
-    from eval_platform.tasks import load_task, read_lock, show_prompt
-
-    config, store = _opened()
-    lock = read_lock(config.lock_path)
-    if name not in lock.tasks:
-        there = f"one of: {', '.join(lock.tasks)}; or " if lock.tasks else ""
-        raise EvalPlatformError(
-            f"no task named {name} in {config.lock_path}", remedy=f"{there}add it and run `eval-platform tasks sync`"
-        )
-    print(show_prompt(load_task(store, lock.tasks[name].task_id), k))
-
-
-@tasks_app.command("validate", epilog=_example("eval-platform tasks validate my_tasks/capitals.yaml"))
-def tasks_validate(files: Annotated[list[Path], typer.Argument(help="Task files.")], as_json: AsJson = False) -> None:
-    """Check task files without syncing them; errors name file, field and remedy."""
-    from eval_platform.tasks import validate_file
-    from eval_platform.terminal import print_json, say
-
-    errors: dict[str, str | None] = {}
-    for file in files:
-        try:
-            validate_file(file)
-            errors[str(file)] = None
-        except EvalPlatformError as error:
-            errors[str(file)] = str(error)
-    if as_json:
-        print_json([{"file": file, "ok": error is None, "error": error} for file, error in errors.items()])
-    else:
-        for file, error in errors.items():
-            say(f"ok   {file}" if error is None else f"bad  {error}")
-    if any(errors.values()):
-        raise typer.Exit(EXIT_USAGE)
-
-
-def _synced(config: Config, store: Store, lock_path: Path | None = None) -> "SyncReport":
-    """The tasks brought up to date; what is broken is told on standard error and stops nothing else."""
-    from eval_platform.tasks import sync_tasks
-    from eval_platform.terminal import print_error
-
-    report = sync_tasks(config.tasks, store, lock_path or config.lock_path)
-    for error in report.errors:
-        print_error(error)
-    return report
 
 
 def _act(
@@ -532,7 +410,7 @@ def _act(
     from eval_platform.drive import drive
     from eval_platform.terminal import print_json, say
 
-    config, store = _opened()
+    config, store = opened()
     acted = once.act(config, store, action, subject, attempt=attempt, actor=_actor(), reason=reason)
     todo, told = acted.todo, acted.done
     running = platform.running(config)
