@@ -21,6 +21,7 @@ SCRIPTS = "/sandbox"  # where runner.py and server.py lie in the root
 _NEW_USER, _NEW_MOUNTS = 0x10000000, 0x00020000
 _READ_ONLY, _BIND, _RECURSIVE, _PRIVATE = 1, 4096, 16384, 1 << 18
 _NO_SUID_NO_DEVICES = 2 | 4
+_DETACH = 2
 _PLACES = ("/mnt", "/media", "/srv", "/opt", "/home", "/tmp")
 # Windows on a screen: their libraries are many and their modules of no use without a screen.
 _LEFT_OUT = ("_tkinter.",)
@@ -89,7 +90,10 @@ def enter_own_mounts() -> None:
 
 
 def assemble(python: Python) -> str:
-    """Put the root together; returns its path. Call `enter_own_mounts` first. Raises SandboxError."""
+    """Put the root together; returns the folder it was made in: the root is `root` there. Raises SandboxError.
+
+    Call `enter_own_mounts` first.
+    """
     needed = [python.executable, python.standard_library, *python.libraries, __file__]
     for place in _PLACES:
         if os.path.isdir(place) and not any(os.path.realpath(path).startswith(place + "/") for path in needed):
@@ -100,24 +104,40 @@ def assemble(python: Python) -> str:
     scripts = {name: (here / name).read_bytes() for name in ("runner.py", "server.py")}
     try:
         _mount("tmpfs", place, "tmpfs", _NO_SUID_NO_DEVICES, "mode=755,size=512m")
+        root = f"{place}/root"
         for path in (*python.libraries, python.executable):
-            copy = place + path
+            copy = root + path
             os.makedirs(os.path.dirname(copy), exist_ok=True)
             shutil.copyfile(path, copy)
             os.chmod(copy, 0o755)
-        os.makedirs(place + python.standard_library)
-        _mount(python.standard_library, place + python.standard_library, None, _BIND | _RECURSIVE)
+        os.makedirs(root + python.standard_library)
+        _mount(python.standard_library, root + python.standard_library, None, _BIND | _RECURSIVE)
         for packages in ("site-packages", "dist-packages"):
-            folder = f"{place}{python.standard_library}/{packages}"
+            folder = f"{root}{python.standard_library}/{packages}"
             if os.path.isdir(folder):
                 _mount("tmpfs", folder, "tmpfs", _READ_ONLY | _NO_SUID_NO_DEVICES, "mode=755,size=4k")
         for name in ("proc", "dev", "tmp", SCRIPTS[1:]):
-            os.makedirs(f"{place}/{name}", exist_ok=True)
+            os.makedirs(f"{root}/{name}", exist_ok=True)
         for name, text in scripts.items():
-            Path(f"{place}{SCRIPTS}", name).write_bytes(text)
+            Path(f"{root}{SCRIPTS}", name).write_bytes(text)
     except OSError as error:
         raise SandboxError(f"the sandbox's root cannot be put together: {error}", remedy=NAMESPACES) from error
     return place
+
+
+def mount_tmp(folder: str, size: int, most: int, owner: int) -> None:
+    """An empty tmpfs of `size` bytes on `folder` for one program, so that what it writes goes with it.
+
+    most: how many files; a million empty ones fill the kernel's memory, and no size bounds them.
+    """
+    os.makedirs(folder, exist_ok=True)
+    options = f"mode=700,size={size},nr_inodes={most},uid={owner},gid={owner}"
+    _mount("tmpfs", folder, "tmpfs", _NO_SUID_NO_DEVICES, options)
+
+
+def unmount_tmp(folder: str) -> None:
+    """Let go of a program's tmpfs; with its last process it is gone."""
+    _done(_LIBC.umount2(os.fsencode(folder), _DETACH), folder)
 
 
 NAMESPACES = (

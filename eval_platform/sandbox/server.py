@@ -102,7 +102,15 @@ def first_process(descriptors, program):
         with os.fdopen(runner.JOB, "rb") as file:
             job = json.loads(file.read())
         done(libc.mount(b"proc", b"/proc", b"proc", NO_SUID_NO_DEVICES, None))
-        done(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", NO_SUID_NO_DEVICES, b"size=%d,nr_inodes=1000" % job["files"]))
+        done(
+            libc.mount(
+                b"tmpfs",
+                b"/tmp",
+                b"tmpfs",
+                NO_SUID_NO_DEVICES,
+                b"size=%d,nr_inodes=%d" % (job["files"], job["most_files"]),
+            )
+        )
         os.chdir("/tmp")
         runner.limit(job)
         for capability in range(CAPABILITIES):

@@ -33,7 +33,7 @@ from typing import Any
 
 from eval_platform.errors import SandboxError
 from eval_platform.sandbox import memory
-from eval_platform.sandbox.root import SCRIPTS, Python, assemble, enter_own_mounts
+from eval_platform.sandbox.root import SCRIPTS, Python, assemble, enter_own_mounts, mount_tmp, unmount_tmp
 from eval_platform.sandbox.runner import REPORT, STARTED
 from eval_platform.sandbox.seccomp import seccomp_filter
 from eval_platform.sandbox.verdict import Limits, Mode, Program, Reason, Verdict
@@ -72,6 +72,7 @@ class _Slot:
 
     user: int | None
     group: memory.Group | None
+    tmp: str  # what its program writes lies here, in the supervisor's own mounts
     complaints: int = -1  # the reading end of the standard error of whatever was started last
     server: int | None = None
     control: socket.socket | None = None
@@ -88,6 +89,7 @@ class Supervisor:
         self.answers: deque[tuple[int, Verdict]] = deque()
         self.selector = selectors.DefaultSelector()
         self.watched_by = "the supervisor"
+        self.place = ""
         _done(_LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
         groups: list[memory.Group] | str = "unsafe"
         if mode != "unsafe":
@@ -95,11 +97,14 @@ class Supervisor:
             self.filter = _sealed(_filter())
             groups = memory.make_groups(n_slots, limits.total_memory, limits.processes + SERVER_PROCESSES)
             enter_own_mounts()
-            self.root = assemble(python)
+            self.place = assemble(python)
         if isinstance(groups, list):
             self.watched_by = "a control group"
         users = _users(n_slots) if os.geteuid() == 0 and mode != "unsafe" else [None] * n_slots
-        self.slots = [_Slot(user, groups[n] if isinstance(groups, list) else None) for n, user in enumerate(users)]
+        self.slots = [
+            _Slot(user, groups[n] if isinstance(groups, list) else None, f"{self.place}/tmp-{n}")
+            for n, user in enumerate(users)
+        ]
 
     # -- one program ---------------------------------------------------------------------------------------------
 
@@ -130,6 +135,8 @@ class Supervisor:
         else:
             if self.mode == "unsafe":
                 folder = tempfile.mkdtemp(prefix="eval-platform-unsafe-")
+            else:
+                self._mount_tmp(slot)
             process = self._spawn(slot, ends, self._command(slot, [f"{SCRIPTS}/runner.py"]), folder)
             ended = os.pidfd_open(process)
         for end in ends:
@@ -144,7 +151,6 @@ class Supervisor:
         python = [self.python.executable, "-s", "-P", "-S", "-B"]
         if self.mode == "unsafe":
             return [*python, os.path.join(os.path.dirname(os.path.abspath(__file__)), "runner.py")]
-        size = str(self.limits.files)
         environment = {**_ENVIRONMENT, "LD_LIBRARY_PATH": self.python.library_path}
         seccomp = [] if self.mode == "warm" else ["--seccomp", str(REPORT + 1)]  # a warm program brings its own
         return [
@@ -152,8 +158,8 @@ class Supervisor:
             *("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
             *("--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"),
             *(word for name, value in environment.items() for word in ("--setenv", name, value)),
-            *("--ro-bind", self.root, "/", "--proc", "/proc", "--dev", "/dev"),
-            *("--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/dev"),
+            *("--ro-bind", f"{self.place}/root", "/", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
+            *("--bind", slot.tmp, "/tmp", "--chdir", "/tmp"),
             *seccomp,
             "--",
             *python,
@@ -193,10 +199,15 @@ class Supervisor:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(127)
 
+    def _mount_tmp(self, slot: _Slot) -> None:
+        owner = os.getuid() if slot.user is None else slot.user
+        mount_tmp(slot.tmp, self.limits.files, self.limits.most_files, owner)
+
     def _ready(self, slot: _Slot) -> None:
         """See that the slot's server runs. Raises SandboxError when it does not start."""
         if slot.server is not None:
             return
+        self._mount_tmp(slot)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         slot.server = self._spawn(slot, (theirs.fileno(),), self._command(slot, [f"{SCRIPTS}/server.py"]))
         theirs.close()
@@ -206,7 +217,7 @@ class Supervisor:
         except TimeoutError:
             ready = False
         if not ready:
-            _end(slot.server)
+            self._stop_server(slot)
             raise self._not_started(slot)
         slot.control = ours
 
@@ -267,6 +278,8 @@ class Supervisor:
             else:
                 status = int(answer)
         else:
+            if self.mode == "cold":
+                unmount_tmp(slot.tmp)
             os.close(run.ended)
             status = os.waitpid(run.process, 0)[1]
         self.end_strays()
@@ -277,6 +290,7 @@ class Supervisor:
     def _stop_server(self, slot: _Slot) -> None:
         if slot.server is not None:
             _end(slot.server)
+            unmount_tmp(slot.tmp)
         if slot.control is not None:
             slot.control.close()
         slot.server, slot.control = None, None

@@ -43,7 +43,7 @@ class Limits:
     """What one program may use, in bytes and counts. Threads count as processes.
 
     process_memory: address space of each process. total_memory: resident memory of all its processes together.
-    files: one file, and everything in its /tmp (the only place where it may write).
+    files: one file, and everything in its /tmp (the only place where it may write). most_files: files in /tmp.
     """
 
     process_memory: int = 512 << 20
@@ -51,6 +51,7 @@ class Limits:
     processes: int = 16
     open_files: int = 64
     files: int = 16 << 20
+    most_files: int = 1000
 
 
 DEFAULT_LIMITS = Limits()
