@@ -17,9 +17,10 @@ WATCH_SECONDS = 0.02
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def resident(process: int) -> int:
-    """Bytes resident in `process` and all its descendants; those that end meanwhile count nothing."""
-    return sum(_resident_of(one) for one in descendants(process))
+def held(process: int) -> tuple[int, int]:
+    """Bytes resident in `process` and all its descendants, and how many these are; who ends meanwhile holds nothing."""
+    all_ = list(descendants(process))
+    return sum(map(_resident_of, all_)), len(all_)
 
 
 def descendants(process: int) -> Iterator[int]:

@@ -50,6 +50,7 @@ def run(job):
     """Run the program as `__main__`, say what came of it, and end the process."""
     # The program may replace anything that it can reach by name; what comes after it was taken before it.
     write, leave, read, dumps, clock = os.write, os._exit, os.read, json.dumps, time.perf_counter
+    reasons = {AssertionError: "assertion", MemoryError: "memory", SystemExit: "exit"}
     os.environ.clear()
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -66,21 +67,14 @@ def run(job):
     reason, detail = "passed", ""
     try:
         code = compile(job.pop("source"), "<program>", "exec")
-    except MemoryError:
-        reason = "memory"
     except BaseException as error:  # noqa: BLE001 -- SyntaxError, ValueError (a NUL), RecursionError, ...
-        reason, detail = "syntax", described(error)
+        reason, detail = reasons.get(type(error), "syntax"), described(error)
     else:
         try:
             exec(code, module.__dict__)
-        except AssertionError as error:
-            reason, detail = "assertion", described(error)
-        except MemoryError:
-            reason = "memory"
-        except SystemExit as error:
-            reason, detail = "exit", described(error)
         except BaseException as error:  # noqa: BLE001 -- a program may raise anything
-            reason, detail = "exception", described(error)
+            reason = next((name for kind, name in reasons.items() if isinstance(error, kind)), "exception")
+            detail = described(error)
     report = {"reason": reason, "detail": detail, "seconds": clock() - began}
     if reason == "passed":
         try:

@@ -379,8 +379,11 @@ class Supervisor:
             return
         if time.monotonic() > _deadline(run):
             run.killed = "timeout"
-        elif slot.group is None and memory.resident(run.process) > self.limits.total_memory:
-            run.killed = "memory"
+        elif slot.group is None:
+            size, processes = memory.held(run.process)
+            # The kernel counts processes too, but not those of root in a namespace that has no other user.
+            if size > self.limits.total_memory or processes > self.limits.processes + SERVER_PROCESSES:
+                run.killed = "memory"
         if run.killed:
             for process in memory.descendants(run.process) if self.mode == "unsafe" else (run.process,):
                 _signal(process, signal.SIGKILL)
@@ -473,9 +476,14 @@ def _filter() -> bytes:
 
 
 def _users(n: int) -> list[int | None]:
-    """A user for each slot, out of the range that this process's user namespace has; no account's, and not root."""
+    """A user for each slot, out of the range that this process's user namespace has; no account's, and not root.
+
+    None where root is the only user that the namespace has: then the programs run as whoever made it.
+    """
     with open("/proc/self/uid_map", encoding="ascii") as file:
         highest = max(int(first) + int(count) for first, _, count in map(str.split, file))
+    if highest <= n + 2:
+        return [None] * n
     own = _FIRST_USER + (os.getpid() * 64) % _USERS  # another supervisor has others
     first = own if highest >= _FIRST_USER + _USERS else min(60000, highest - n - 2)
     return [first + slot for slot in range(n)]
@@ -533,6 +541,8 @@ def main() -> None:
                 say({"number": number, **asdict(verdict)})
     except SandboxError as error:
         say({"error": str(error)})
+    except OSError as error:  # of ours: no descriptor, process or mount to be had
+        say({"error": f"the sandbox cannot go on: {error}\n  remedy: look for what this machine has run out of"})
     finally:
         supervisor.close()
 
