@@ -7,11 +7,25 @@ import dagster as dg
 from assets.results import SUMMARY
 from eval_platform import report
 from eval_platform.identity import content_id
+from eval_platform.tasks import TaskLock
 from resources.store import StoreResource
 from resources.warehouse import WarehouseResource
 
 LEADERBOARD = dg.AssetKey("leaderboard")
 LEARNING_CURVES = dg.AssetKey("learning_curves")
+
+
+def told_boards(lock: TaskLock) -> dg.AssetsDefinition:
+    """The boards, their leaderboard saying which tasks have no asset because their data cannot be had."""
+    if not lock.skipped:
+        return boards
+    lines = "\n".join(f"- {name}: no data: {task.reason}" for name, task in lock.skipped.items())
+    told = f"Skipped, and so without an asset; `eval-platform tasks list` says how to get what is missing:\n{lines}"
+    return boards.map_asset_specs(
+        lambda spec: (
+            spec.replace_attributes(description=f"{spec.description}\n\n{told}") if spec.key == LEADERBOARD else spec
+        )
+    )
 
 
 @dg.multi_asset(

@@ -21,10 +21,12 @@ from eval_platform.cli_shared import (
     EXIT_USAGE,
     EXIT_WAITING,
     AsJson,
+    RequireAll,
     State,
     configured,
     example,
     opened,
+    refuse_skipped,
     synced,
 )
 from eval_platform.cli_tasks import tasks_app
@@ -109,6 +111,7 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python in this one run; recorded.")
     ] = False,
+    require_all: RequireAll = False,
     old_lock: Annotated[
         bool, typer.Option("--old-lock", help="Ask the lock's tasks although the results root has newer ones.")
     ] = False,
@@ -134,6 +137,8 @@ def run(
     if results is not None or not lock_path.exists():
         lock = synced(config, store, lock_path).lock
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
+    if require_all:
+        refuse_skipped(lock, names)
     _finish(
         lambda on_message: once.evaluate_folder(
             config,

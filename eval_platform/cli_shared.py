@@ -1,6 +1,7 @@
 """What the modules of the command share: the options before a command, the opened store, the exit codes."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +12,14 @@ from eval_platform.errors import ConfigError
 from eval_platform.store import Store, open_store
 
 if TYPE_CHECKING:
-    from eval_platform.tasks import SyncReport
+    from eval_platform.tasks import SyncReport, TaskLock
 
 EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_WAITING = 1, 2, 3, 4
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+RequireAll = Annotated[
+    bool, typer.Option("--require-all", help="Fail when a task is skipped because its data cannot be had.")
+]
 
 
 def example(text: str) -> str:
@@ -59,3 +63,13 @@ def synced(config: Config, store: Store, lock_path: Path | None = None) -> "Sync
     for error in report.errors:
         print_error(error)
     return report
+
+
+def refuse_skipped(lock: "TaskLock", names: Collection[str] | None = None) -> None:
+    """What --require-all is for: raises ConfigError when tasks of `names` (None: any) are skipped for want of data."""
+    missing = [f"{name} ({task.dataset})" for name, task in lock.skipped.items() if names is None or name in names]
+    if missing:
+        raise ConfigError(
+            f"--require-all: {len(missing)} tasks have no data: {', '.join(missing)}",
+            remedy="`eval-platform tasks list` says what was looked for and how to get it",
+        )

@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
-from eval_platform.cli_shared import EXIT_USAGE, AsJson, configured, example, opened, synced
+from eval_platform.cli_shared import EXIT_USAGE, AsJson, RequireAll, configured, example, opened, refuse_skipped, synced
 from eval_platform.errors import EvalPlatformError
 
 tasks_app = typer.Typer(help="What is asked: sync, list, validate, and the exact prompts.", no_args_is_help=True)
 
 
 @tasks_app.command("sync", epilog=example("eval-platform tasks sync"))
-def tasks_sync(as_json: AsJson = False) -> None:
-    """Validate task files, freeze their documents, write the lock; a running platform reloads."""
+def tasks_sync(require_all: RequireAll = False, as_json: AsJson = False) -> None:
+    """Validate task files, freeze their documents, write the lock; a running platform reloads.
+
+    A task whose data cannot be had is skipped, and says so; one that was frozen before goes on with what was frozen.
+    """
     from eval_platform import up as platform
-    from eval_platform.terminal import print_json, say
+    from eval_platform.terminal import print_json, print_skipped, say
 
     config, store = opened()
     report = synced(config, store)
@@ -28,6 +31,9 @@ def tasks_sync(as_json: AsJson = False) -> None:
                 "tasks": list(report.lock.tasks),
                 "changed": list(report.changed),
                 "errors": [str(error) for error in report.errors],
+                "skipped": {name: asdict(task) for name, task in report.lock.skipped.items()},
+                "kept": {name: asdict(task) for name, task in report.kept.items()},
+                "documents": {name: asdict(change) for name, change in report.documents.items()},
                 "reloaded": reloaded,
             }
         )
@@ -36,24 +42,33 @@ def tasks_sync(as_json: AsJson = False) -> None:
         if report.changed:
             say(f"new or changed: {', '.join(report.changed)}")
             say("checkpoints that are known already are asked by `eval-platform backfill`")
+        for name, change in report.documents.items():
+            say(f"other documents than before: {name}: {change}")
+        for name, task in report.kept.items():
+            say(f"asked as it was frozen before: {name}; its data cannot be had now: {task.reason}")
+        print_skipped(report.lock.skipped)
         if reloaded:
             say("the running platform has reloaded its tasks")
+    if require_all:
+        refuse_skipped(report.lock)
     if report.errors:
         raise typer.Exit(EXIT_USAGE)
 
 
 @tasks_app.command("list", epilog=example("eval-platform tasks list"))
 def tasks_list(as_json: AsJson = False) -> None:
-    """The tasks of the lock: what every new checkpoint is asked."""
+    """The tasks of the lock: what every new checkpoint is asked, and what is skipped because its data is not here."""
     from eval_platform.tasks import read_lock
-    from eval_platform.terminal import print_json, print_tasks, say
+    from eval_platform.terminal import print_json, print_skipped, print_tasks, say
 
     config = configured()
     lock = read_lock(config.lock_path)
     if as_json:
-        print_json({name: asdict(task) for name, task in lock.tasks.items()})
-    elif lock.tasks:
+        asked = {name: asdict(task) for name, task in lock.tasks.items()}
+        print_json(asked | {name: {"skipped": asdict(task)} for name, task in lock.skipped.items()})
+    elif lock.tasks or lock.skipped:
         print_tasks(lock)
+        print_skipped(lock.skipped)
     else:
         say(f"No tasks in {config.lock_path}: run `eval-platform tasks sync`.")
 
@@ -68,6 +83,10 @@ def tasks_show(
 
     config, store = opened()
     lock = read_lock(config.lock_path)
+    if name in lock.skipped:
+        raise EvalPlatformError(
+            f"{name} is skipped: no data: {lock.skipped[name].reason}", remedy=lock.skipped[name].remedy
+        )
     if name not in lock.tasks:
         there = f"one of: {', '.join(lock.tasks)}; or " if lock.tasks else ""
         raise EvalPlatformError(

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.boards import boards
+from assets.boards import told_boards
 from assets.checks import look_at_tasks, tasks_valid
 from assets.results import EVALUATE_JOB, dataset_specs, evaluate_asset
 from eval_platform.config import Config, load_config
@@ -27,6 +27,7 @@ def gather(config: Config) -> dg.Definitions:
         tags={"eval/kind": "evaluate"},
         description="Evaluates one checkpoint on every task of the lock.",
     )
+    boards = told_boards(lock)
     store = StoreResource(config_file=str(config.file or ""))
     return dg.Definitions(
         assets=dg.with_source_code_references([*dataset_specs(lock), results, boards]),

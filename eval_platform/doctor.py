@@ -112,7 +112,9 @@ def _tasks(config: Config) -> list[Finding]:
         return [Finding("tasks", False, str(error), sync)]
     found = f"{len(lock.tasks)} in {config.lock_path}"
     findings = [Finding("task file", False, str(error), f"mend the file, then {sync}") for error in broken]
-    return [*findings, Finding("tasks", bool(lock.tasks), found, sync)]
+    # Nothing is out of order for want of data: what is skipped is told, and how to get it.
+    skipped = [Finding("task skipped", True, f"{name}: no data: {one.reason}") for name, one in lock.skipped.items()]
+    return [*findings, *skipped, Finding("tasks", bool(lock.tasks), found, sync)]
 
 
 def _dagster_home(config: Config) -> Finding:

@@ -17,10 +17,13 @@ from eval_platform.values import Decision
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one planned task ended. `record` is the commit, `decision` what the gate said of it."""
+    """How one planned task ended. `record` is the commit, `decision` what the gate said of it.
+
+    skipped: it was asked for and never planned, since its data cannot be had.
+    """
 
     task: str
-    status: Literal["published", "held", "failed", "waiting"]
+    status: Literal["published", "held", "failed", "waiting", "skipped"]
     reasons: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     decision: Decision | None = None

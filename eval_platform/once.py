@@ -62,6 +62,7 @@ def evaluate_folder(
 ) -> Iterator[Outcome]:
     """Register the checkpoint in `folder` and evaluate it here on `lock`'s tasks (default: the configuration's).
 
+    Tasks without data are skipped: their outcomes come last. So long as there is any other to ask, that is no error.
     Raises CheckpointError when the folder is not a whole checkpoint, ConfigError for an unknown task.
     """
     found = checkpoints.locate(
@@ -73,8 +74,14 @@ def evaluate_folder(
     settings = config.run_settings(limit=limit, trust_remote_code=trust_remote_code)
     on_message({"type": "checkpoint", "key": arrival.key})
     lock = lock or read_lock(config.lock_path)
-    todo = plan(arrival, lock, config, store, tasks=tasks, settings=settings, old_lock=old_lock)
+    wanted = [*lock.tasks, *lock.skipped] if tasks is None else list(dict.fromkeys(tasks))
+    skipped = [name for name in wanted if name in lock.skipped]
+    # Where nothing else is left, the plan says what is missing.
+    asked = [name for name in wanted if name not in lock.skipped] or wanted
+    todo = plan(arrival, lock, config, store, tasks=asked, settings=settings, old_lock=old_lock)
     yield from drive(todo, config, store, actor=actor, on_message=on_message)
+    for name in skipped:
+        yield Outcome(name, "skipped", (f"no data: {lock.skipped[name].reason}",))
 
 
 def backfill(

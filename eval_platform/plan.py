@@ -70,10 +70,16 @@ def plan(
 ) -> Plan:
     """Everything asked of `arrival`: the lock's tasks, or those named in `tasks`.
 
-    Raises ConfigError when a name is unknown, or when the store knows a newer task under a name than the lock pins
-    (`old_lock` lets an older lock through).
+    Raises ConfigError when a name is unknown or skipped for want of data, or when the store knows a newer task under
+    a name than the lock pins (`old_lock` lets an older lock through).
     """
     names = list(lock.tasks) if tasks is None else list(dict.fromkeys(tasks))
+    skipped = [f"{name} ({lock.skipped[name].reason})" for name in names if name in lock.skipped]
+    if skipped:
+        raise ConfigError(
+            f"there is no data for {', '.join(skipped)}",
+            remedy="`eval-platform tasks list` says how to get it; then run `eval-platform tasks sync`",
+        )
     unknown = [name for name in names if name not in lock.tasks]
     if unknown:
         raise ConfigError(

@@ -11,8 +11,8 @@ from eval_platform.store import Store
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Incomplete
 
-# missing: not asked, and nobody is about to: `eval-platform backfill` asks it.
-State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed", "missing"]
+# missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had.
+State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed", "missing", "skipped"]
 
 _TASKS = """
     select a.key, a.n, a.run, a.step, e.task, e.status, e.reasons, e.seconds, e.evaluation_id, e.attempt,
@@ -60,7 +60,7 @@ class CheckpointStatus:
     tasks: tuple[TaskStatus, ...] = ()
 
 
-_ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published")
+_ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published", "skipped")
 
 
 def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatus]:
@@ -118,6 +118,7 @@ def _one(
             # Others are answered, or it came by hand: no run will come back to it for this task.
             left: State = "missing" if known or key.startswith("adhoc/") else "queued"
             tasks.append(TaskStatus(name, left))
+    tasks += [TaskStatus(name, "skipped", f"no data: {skip.reason}") for name, skip in lock.skipped.items()]
     states = {task.state for task in tasks}
     no_tasks: State = "queued"
     worst = min(states, key=_ATTENTION.index) if states else no_tasks

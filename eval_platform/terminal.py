@@ -26,7 +26,7 @@ from rich.progress import (
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
 from eval_platform.status import CheckpointStatus, TaskStatus
-from eval_platform.tasks import TaskLock
+from eval_platform.tasks import SkippedTask, TaskLock
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -38,11 +38,19 @@ REASON_LINES = {"held": 2}
 LONGEST_REASON = 10
 SHOWN_REASONS = 2
 _INDENT = "    "
-_COLOURS = {"published": "green", "held": "yellow", "failed": "red", "refused": "red", "running": "cyan"}
+_COLOURS = {
+    "published": "green",
+    "held": "yellow",
+    "skipped": "yellow",
+    "failed": "red",
+    "refused": "red",
+    "running": "cyan",
+}
 _WHAT_NEXT = {
     "held": "held       `eval-platform status --tasks` gives the evaluation ids; then `samples --evaluation ID` to "
     "look, `release ID` or `rerun ID` to act",
     "failed": "failed     mend the cause, then `eval-platform retry ID-or-checkpoint --reason ...`",
+    "skipped": "skipped    no data: `eval-platform tasks list` says what is missing and how to get it",
     "missing": "missing    not asked yet (a task added later, or a trial by hand): `eval-platform backfill` asks it",
 }
 
@@ -133,7 +141,8 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
         if all_tasks:
             _print_tasks(one)
             continue
-        told = [task for task in one.tasks if task.reason and task.state != "published" and task.reason != one.reason]
+        quiet = ("published", "skipped")  # what is skipped is the same for every checkpoint
+        told = [task for task in one.tasks if task.reason and task.state not in quiet and task.reason != one.reason]
         for task in told[:SHOWN_REASONS]:
             _told(f"{task.task}: {task.reason}", task.state)
         if len(told) > SHOWN_REASONS:
@@ -197,6 +206,17 @@ def print_tasks(lock: TaskLock) -> None:
         chance = "" if task.chance is None else f"{task.chance:.3g}"
         rows.append((name, str(task.n_documents), task.primary_metric, chance, task.task_id[:8]))
     print_rows(("task", "documents", "primary metric", "chance", "task_id"), rows, right=(1, 3))
+
+
+def print_skipped(skipped: Mapping[str, SkippedTask]) -> None:
+    """Tasks that are not asked for want of data: those that lack the same, once."""
+    by_cause: dict[SkippedTask, list[str]] = {}
+    for name, task in skipped.items():
+        by_cause.setdefault(task, []).append(name)
+    for task, names in by_cause.items():
+        out.print(f"[yellow]skipped: no data[/]  {escape(', '.join(names))}", soft_wrap=True)
+        for told in (task.reason, f"-> {task.remedy}"):
+            _told(told, "skipped")
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

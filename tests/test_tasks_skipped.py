@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from cli_tools import Place
+from tiny_models import make_checkpoint
 
 from eval_platform.config import Tasks
 from eval_platform.store import LocalStore
@@ -16,12 +18,14 @@ task: sums
 documents: {dataset: {name: gsm8k, split: test}}
 doc_to_text: question
 doc_to_target: answer
+generation_kwargs: {max_gen_toks: 4}
 """
 COPIES = """
 task: copies
 documents: {generator: {name: copying, n: 3}}
 doc_to_text: question
 doc_to_target: answer
+generation_kwargs: {max_gen_toks: 4}
 """
 
 
@@ -147,3 +151,80 @@ def test_documents_are_compared_by_what_they_are(
     assert list(found.changed) == changed
     assert found.moved == moved
     assert bool(found) == (old != new)
+
+
+# --- where a person and a platform see it
+
+
+CONFIG = """
+[tasks]
+folders = ["tasks"]
+
+[engine]
+device = "cpu"
+dtype = "float32"
+"""
+
+
+@pytest.fixture
+def place(world: World) -> Place:
+    (world.folder / "eval_platform.toml").write_text(CONFIG)
+    (world.folder / "checkpoints").mkdir()
+    return Place(world.folder)
+
+
+def test_commands_list_what_is_skipped_and_require_all_refuses_it(place: Place) -> None:
+    synced = place("tasks", "sync")
+    assert (synced.code, "skipped: no data  sums" in synced.out) == (0, True), synced.err
+    assert "EVAL_PLATFORM_DATA has no gsm8k/test.jsonl" in synced.out
+    assert place("tasks", "sync", "--json").json["skipped"]["sums"]["dataset"] == "gsm8k"
+
+    assert "skipped: no data  sums" in place("tasks", "list").out
+    listed = place("tasks", "list", "--json").json
+    assert (listed["sums"]["skipped"]["dataset"], listed["copies"]["n_documents"]) == ("gsm8k", 3)
+    assert "sums is skipped: no data" in place("tasks", "show", "sums").err
+    looked = {one["what"]: one for one in place("doctor", "--json").json}
+    assert looked["task skipped"]["ok"]
+    assert looked["task skipped"]["found"].startswith("sums: no data")
+
+    refused = place("tasks", "sync", "--require-all")
+    assert refused.code == 2
+    assert "1 tasks have no data: sums (gsm8k)" in refused.err
+
+
+@pytest.mark.slow
+def test_a_run_asks_the_rest_and_says_what_it_skipped(place: Place, world: World) -> None:
+    checkpoint = str(make_checkpoint(world.folder / "checkpoints" / "step_1", max_length=64))
+    refused = place("run", "--checkpoint", checkpoint, "--require-all")
+    assert (refused.code, "sums (gsm8k)" in refused.err) == (2, True)
+    alone = place("run", "--checkpoint", checkpoint, "--tasks", "sums")
+    assert (alone.code, "there is no data for sums" in alone.err) == (2, True)
+
+    world.data(ROWS)
+    place("tasks", "sync")
+    world.no_data()  # a worker reads the snapshot, not the source
+    (world.folder / "tasks" / "more.yaml").write_text(SUMS.replace("sums", "more").replace("test", "train"))
+    assert "asked as it was frozen before: sums" in place("tasks", "sync").out
+
+    answer = place("run", "--checkpoint", checkpoint, "--limit", "2", "--json")
+
+    ended = {one["task"]: one for one in answer.json}
+    assert [bool(ended[name]["scores"]) for name in ("sums", "copies", "more")] == [True, True, False], answer.json
+    assert ended["more"]["status"] == "skipped"
+    assert "gsm8k/train.jsonl" in ended["more"]["reasons"][0]
+    (status,) = place("status", "--json").json
+    assert {task["task"]: task["state"] for task in status["tasks"]}["more"] == "skipped"
+    assert "no data: `eval-platform tasks list`" in place("status").out
+
+
+@pytest.mark.dagster
+def test_dagster_has_no_asset_of_it_and_the_leaderboard_says_so(world: World) -> None:
+    from assets.boards import LEADERBOARD, LEARNING_CURVES, told_boards
+    from assets.results import evaluate_asset, results_key
+
+    lock = world.sync().lock
+
+    assert results_key("sums") not in evaluate_asset(lock, str).keys
+    described = {spec.key: spec.description or "" for spec in told_boards(lock).specs}
+    assert "- sums: no data: EVAL_PLATFORM_DATA has no gsm8k/test.jsonl" in described[LEADERBOARD]
+    assert "sums" not in described[LEARNING_CURVES]
