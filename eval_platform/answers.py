@@ -8,6 +8,7 @@ from typing import Any
 
 from eval_platform import warehouse
 from eval_platform.errors import QueryError
+from eval_platform.scoring import is_term
 from eval_platform.store import Store
 from eval_platform.warehouse.connection import literal
 
@@ -133,7 +134,7 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
         **{name: row[name] for name in names},
         **_answer(row, "", _right(row["target"])),
         "target": row["target"],
-        "scores": dict(row["metrics"] or ()),
+        "scores": {name: value for name, value in dict(row["metrics"] or ()).items() if not is_term(name)},
         "extracted": dict(row["extracted"] or ()),
         "finish_reason": row["finish_reason"],
     }

@@ -2,5 +2,6 @@
 
 from eval_platform.scoring.aggregate import aggregate
 from eval_platform.scoring.rows import SAMPLE_SCHEMA, prompt_hash, responses_from_sample, score_item
+from eval_platform.scoring.terms import is_term
 
-__all__ = ["SAMPLE_SCHEMA", "aggregate", "prompt_hash", "responses_from_sample", "score_item"]
+__all__ = ["SAMPLE_SCHEMA", "aggregate", "is_term", "prompt_hash", "responses_from_sample", "score_item"]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eval_platform.scoring.likelihood import WEIGHTS, surprise
+from eval_platform.scoring.sums import terms_estimate
 from eval_platform.statistics import Estimate, macro_estimate, mean_estimate, ratio_estimate
 from eval_platform.tasks.metrics import METRICS
 from eval_platform.tasks.schema import MetricEntry, score_name
@@ -21,7 +22,8 @@ def aggregate(task: Task, samples: Sequence[Row]) -> list[Score]:
     they are not independent. A metric with `aggregation: macro_mean` is the mean over the subsets (of the first
     field) that the items are in. Definitions are lm-evaluation-harness's (`api/metrics.py`):
     the mean; exp of the mean negative log-likelihood (perplexity); exp of summed negative log-likelihood over summed
-    words or bytes (word_perplexity, byte_perplexity); that exponent in bits (bits_per_byte). Intervals: `statistics`.
+    words or bytes (word_perplexity, byte_perplexity); that exponent in bits (bits_per_byte). Scores that are made of
+    sums of the items' terms: `sums`. Intervals: `statistics`.
     A value is None when that of any item is.
     """
     items: dict[str, list[Row]] = {}
@@ -92,6 +94,8 @@ def _estimate(metric: str, name: str, items: Sequence[Sequence[Row]]) -> Estimat
     if known.aggregation == "mean":
         values = [_mean([dict(row["metrics"]).get(name) for row in _scored(rows, name)]) for rows in items]
         return mean_estimate(values, clusters, proportion=_within_one(metric))
+    if known.aggregation in ("ratio", "bleu", "chrf"):
+        return terms_estimate(metric, name, items)
     weight = _WEIGHT_OF_ROW[WEIGHTS[metric]]
     return ratio_estimate(
         [_mean([_surprise(metric, row["log_likelihood"]) for row in rows]) for rows in items],

@@ -3,16 +3,24 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
 
 from eval_platform.identity import content_id
+from eval_platform.scoring.bias import BBQ, bbq, likelihood_diff, prefers_stereotype
 from eval_platform.scoring.choices import choice_metric, chosen
 from eval_platform.scoring.drop import drop_em, drop_f1
 from eval_platform.scoring.filters import extract, selects
+from eval_platform.scoring.ifeval import SCORES, ifeval
 from eval_platform.scoring.likelihood import WEIGHTS, count_bytes, count_words, own_value
+from eval_platform.scoring.mathematics import math_equal
+from eval_platform.scoring.overlap import overlap, rouge
+from eval_platform.scoring.refusal import refused, refused_rightly
+from eval_platform.scoring.terms import Terms, entries
 from eval_platform.scoring.text import exact_match, is_answered, prefix_match, token_f1
+from eval_platform.scoring.truthful import SIMILARITIES, mass_on_true, similarity
 from eval_platform.tasks.schema import FilterPipeline, FilterStep, MetricEntry, score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Item, Request, Response
@@ -190,17 +198,50 @@ def _choice_columns(task: Task, item: Item, answered: Sequence[Response]) -> dic
         "choices": structs,
         "chosen": chosen(log_likelihoods, both_orders=task.definition.doc_to_text_reversed is not None),
         "n_tokens": sum(response.n_tokens for response in asked),
-        "metrics": {
-            entry.metric: choice_metric(
-                entry.metric,
-                item.choices,
-                log_likelihoods,
-                [response.log_likelihood for response in unconditional],
-                [index for index in right if isinstance(index, int)],
-            )
-            for entry in task.definition.metric_list
-        },
+        "metrics": _all_entries(
+            {
+                entry.metric: _choice_metric(
+                    entry.metric,
+                    item,
+                    log_likelihoods,
+                    [response.log_likelihood for response in unconditional],
+                    [index for index in right if isinstance(index, int)],
+                )
+                for entry in task.definition.metric_list
+            }
+        ),
     }
+
+
+def _all_entries(results: Mapping[str, float | Terms | None]) -> dict[str, float | None]:
+    return {name: value for score, result in results.items() for name, value in entries(score, result).items()}
+
+
+def _choice_metric(
+    metric: str,
+    item: Item,
+    log_likelihoods: Sequence[float | None],
+    unconditional: Sequence[float | None],
+    right: Sequence[int],
+) -> float | Terms | None:
+    """None when the metric needs a log-likelihood that is missing or not finite."""
+    of_likelihoods = _LIKELIHOOD_METRICS.get(metric)
+    if of_likelihoods is None and metric not in BBQ:
+        return choice_metric(metric, item.choices, log_likelihoods, unconditional, right)
+    preferred = chosen(log_likelihoods)
+    if preferred is None:
+        return None
+    if of_likelihoods is None:
+        return bbq(metric, preferred, right, item.document.fields)
+    return of_likelihoods([value for value in log_likelihoods if value is not None], right)  # none is, as one is chosen
+
+
+# metric -> what computes it from (log-likelihoods of the choices, the numbers of those that are right).
+_LIKELIHOOD_METRICS: Mapping[str, Callable[[Sequence[float], Sequence[int]], float]] = {
+    "mc2": mass_on_true,
+    "likelihood_diff": likelihood_diff,
+    "pct_stereotype": prefers_stereotype,
+}
 
 
 def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) -> list[dict[str, Any]]:
@@ -221,9 +262,8 @@ def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) ->
             answer = answers[n] if answers else None
             columns[n]["extracted"][pipeline.name] = answer.text if answer and answer.found else None
             for entry in task.definition.metric_list:
-                columns[n]["metrics"][score_name(entry.metric, pipeline.name)] = (
-                    _text_metric(entry, answer.text, references) if answer else None
-                )
+                result = _text_metric(entry, answer.text, references, item.document.fields) if answer else None
+                columns[n]["metrics"] |= entries(score_name(entry.metric, pipeline.name), result)
     return columns
 
 
@@ -238,18 +278,34 @@ def _steps(pipeline: FilterPipeline) -> Sequence[FilterStep]:
     return () if default else pipeline.filter
 
 
-def _text_metric(entry: MetricEntry, answer: str | None, references: Sequence[str]) -> float:
+def _text_metric(
+    entry: MetricEntry, answer: str | None, references: Sequence[str], fields: Mapping[str, Any]
+) -> float | Terms:
+    of_document = _DOCUMENT_METRICS.get(entry.metric)
+    if of_document is not None:
+        return of_document(answer, fields)
     return _TEXT_METRICS[entry.metric](answer, references, **entry.arguments)
 
 
 # metric -> what computes it from (answer, references); keyword arguments are METRIC_ARGUMENTS of tasks/metrics.py.
-_TEXT_METRICS: Mapping[str, Callable[..., float]] = {
+_TEXT_METRICS: Mapping[str, Callable[..., float | Terms]] = {
     "exact_match": exact_match,
     "f1": token_f1,
     "prefix_match": prefix_match,
     "drop_em": drop_em,
     "drop_f1": drop_f1,
     "answered": is_answered,
+    "math_verify": math_equal,
+    **{name: partial(overlap, name) for name in ("bleu", "chrf")},
+    **{name: partial(rouge, name) for name in ("rouge1", "rouge2", "rougeL")},
+}
+
+# metric -> what computes it from (answer, the document's fields).
+_DOCUMENT_METRICS: Mapping[str, Callable[..., float | Terms]] = {
+    "refused": refused,
+    "refused_rightly": refused_rightly,
+    **{name: partial(ifeval, name) for name in SCORES},
+    **{name: partial(similarity, name) for name in SIMILARITIES},
 }
 
 

@@ -11,6 +11,7 @@ from eval_platform.tasks.documents import as_documents, read_documents
 from eval_platform.tasks.metrics import METRICS
 from eval_platform.tasks.reading import read_task_file
 from eval_platform.tasks.render import render
+from eval_platform.tasks.requirements import check_requirements
 from eval_platform.tasks.schema import TaskFile
 from eval_platform.tasks.snapshots import dataset_id, frozen_rows
 from eval_platform.tasks.task import Task, ask_id, task_id
@@ -26,6 +27,7 @@ def build_task(path: Path) -> Task:
     definition = read_task_file(path)
     try:
         rows, shots = read_documents(definition, path.resolve().parent)
+        check_requirements(definition, rows)
         task = _assemble(definition, rows, shots, chance=None, identity="")
         chance = definition.chance
         # Every document is rendered here, so that what is wrong shows now and not when a checkpoint waits.
