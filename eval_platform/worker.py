@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from eval_platform import checkpoints, scoring, tasks
-from eval_platform.engine import Engine, resolve_settings
+from eval_platform.engine import Engine, PromptLengths, prompt_lengths, resolve_settings
 from eval_platform.engine import load as load_engine
 from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
@@ -68,6 +68,7 @@ class _Model:
     load: Load
     emit: Emit
     engine: Engine | None = None
+    lengths: PromptLengths | None = None
     refused: EvalPlatformError | None = None
 
     def loaded(self) -> Engine:
@@ -84,6 +85,12 @@ class _Model:
             self.engine = loaded
             self.emit({"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(loaded.info)})
         return self.engine
+
+    def prompt_lengths(self) -> PromptLengths:
+        if self.lengths is None:
+            with _told_of(self.path, self.plan.arrival.uri):
+                self.lengths = prompt_lengths(self.path, self.settings)
+        return self.lengths
 
 
 def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
@@ -309,6 +316,8 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     store = model.store
     task = tasks.load_task(store, planned.task_id)
     items = list(tasks.render(task, limit=model.settings.limit))
+    if task.definition.max_input_tokens is not None:
+        items = _fitted(model, task, items, task.definition.max_input_tokens)
     requests = _requests(items, task.repeats)
     model.emit(
         {
@@ -352,7 +361,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "devices": [info.device] if info else [],
         "engine_path": info.engine_path if info else None,
         "numerics_version": info.numerics_version if info else None,
-        "versions": dict(info.versions) if info else {},
+        "versions": (dict(info.versions) if info else {}) | tasks.package_versions(task.definition),
         "started_at": started_at,
         "finished_at": utc_now(),
         "seconds": time.monotonic() - started,
@@ -390,6 +399,14 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
             }
         )
     return won
+
+
+def _fitted(model: _Model, task: tasks.Task, items: Sequence[Item], most_tokens: int) -> list[Item]:
+    """The items, with as many of their shots as the task and the model's window have room for."""
+    lengths = model.prompt_lengths()
+    assert task.definition.generation is not None  # the schema allows max_input_tokens for completions only
+    room = lengths.room(task.definition.generation.max_new_tokens)
+    return tasks.fit_shots(task, items, lengths.count, min(most_tokens, room))
 
 
 def _requests(items: Sequence[Item], repeats: int) -> list[Request]:

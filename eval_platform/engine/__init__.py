@@ -4,7 +4,8 @@
 """
 
 from eval_platform.engine.face import Engine, EngineInfo
-from eval_platform.engine.loading import load
+from eval_platform.engine.lengths import PromptLengths
+from eval_platform.engine.loading import load, prompt_lengths
 from eval_platform.engine.settings import resolve_settings
 
-__all__ = ["Engine", "EngineInfo", "load", "resolve_settings"]
+__all__ = ["Engine", "EngineInfo", "PromptLengths", "load", "prompt_lengths", "resolve_settings"]

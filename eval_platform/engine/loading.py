@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_platform.engine import placement
+from eval_platform.engine.encoding import encode_prompts, encode_prompts_apart
 from eval_platform.engine.face import Engine, EngineInfo
+from eval_platform.engine.lengths import PromptLengths
 from eval_platform.engine.settings import read_json_object, resolve_settings
 from eval_platform.errors import CheckpointError, ConfigError
 from eval_platform.importing import collector_paused
@@ -144,6 +146,20 @@ def _unknown_class(path: Path, model_type: str | None) -> CheckpointError:
         f"{path / 'config.json'}: field model_type: {model_type!r} is no language model that "
         "this version of transformers knows",
         remedy="correct model_type, or install a version of transformers that has the model",
+    )
+
+
+def prompt_lengths(path: Path, settings: RunSettings) -> PromptLengths:
+    """How long prompts are for the checkpoint at `path`, without loading its weights. Raises CheckpointError."""
+    config = _load_config(path, settings)
+    tokenizer = _load_tokenizer(path, settings, config)
+    encode = encode_prompts_apart if config.is_encoder_decoder else encode_prompts
+    if settings.max_length is None:
+        raise ValueError("the model's window is not resolved yet: resolve_settings does it")
+    return PromptLengths(
+        count=lambda texts: [len(tokens) for tokens in encode(tokenizer, texts)],
+        window=settings.max_length,
+        is_shared=not config.is_encoder_decoder,
     )
 
 

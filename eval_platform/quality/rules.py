@@ -147,8 +147,11 @@ def responses_not_empty(samples: pa.Table, definition: TaskFile) -> Check | None
 
 
 def responses_complete(samples: pa.Table, definition: TaskFile) -> Check | None:
-    """Few completions ended because they reached the task's maximum length."""
-    if definition.output_type != "generate_until":
+    """Few completions ended because they reached the task's maximum length.
+
+    Without stop strings a task asks for so many tokens and takes what comes: reaching the length says nothing.
+    """
+    if definition.generation is None or not definition.generation.stop:
         return None
     cut = sum(reason == "length" for reason in samples["finish_reason"].to_pylist())
     limit = definition.quality.truncated_share

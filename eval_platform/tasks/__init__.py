@@ -1,8 +1,10 @@
 """What do we ask? Task files -> documents -> prompts -> requests, frozen so that a name's meaning is never in doubt."""
 
 from eval_platform.tasks.building import build_task, load_task, validate_file
+from eval_platform.tasks.fitting import fit_shots
 from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock
 from eval_platform.tasks.render import prompts_id, render
+from eval_platform.tasks.requirements import package_versions
 from eval_platform.tasks.schema import TaskFile
 from eval_platform.tasks.selection import bundled_tasks, library_tasks
 from eval_platform.tasks.show import show_prompt
@@ -20,8 +22,10 @@ __all__ = [
     "build_task",
     "bundled_tasks",
     "check_tasks",
+    "fit_shots",
     "library_tasks",
     "load_task",
+    "package_versions",
     "prompts_id",
     "read_lock",
     "render",

@@ -19,10 +19,13 @@ from eval_platform.values import Document, Item, Request, make_request
 Fields: TypeAlias = Mapping[str, Any]
 
 
-def render(task: Task, documents: Sequence[Document] | None = None, *, limit: int | None = None) -> Iterator[Item]:
+def render(
+    task: Task, documents: Sequence[Document] | None = None, *, limit: int | None = None, most_shots: int | None = None
+) -> Iterator[Item]:
     """One Item a document, in the order of the task's documents; its requests have repeat 0.
 
     documents: only these of the task's own; each has the same prompt as when all are rendered. limit: only the first.
+    most_shots: only so many of each document's shots, the first of them.
     Raises TaskError naming task, key, document and remedy.
     """
     last = len(task.documents) if limit is None else min(limit, len(task.documents))
@@ -43,7 +46,7 @@ def render(task: Task, documents: Sequence[Document] | None = None, *, limit: in
         try:
             shots = next(drawn)
             if wanted is None or document.position in wanted:
-                yield writer.item(document, shots)
+                yield writer.item(document, shots[:most_shots])
         except TaskError as error:
             raise inside(f"task {task.name}, document {document.position}: ", error) from error
 
@@ -277,6 +280,8 @@ class _Writer:
 
     def references(self, fields: Fields) -> str | tuple[str, ...]:
         """The right text, or all texts that are right."""
+        if self.definition.doc_to_target is None:  # answers that nothing is compared with
+            return ""
         target = self.target(fields)
         if self.definition.doc_to_choice is not None and isinstance(target, int):
             return _at(self.choices(fields), target, "doc_to_target")

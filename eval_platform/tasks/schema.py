@@ -320,6 +320,8 @@ class TaskFile(_Section):
     fewshot_delimiter: str = "\n\n"
     gen_prefix: str | None = None
     num_fewshot: int | None = Field(default=None, ge=0)
+    # A prompt to be completed that has more tokens loses shots, the last first, until it fits or has none.
+    max_input_tokens: int | None = Field(default=None, gt=0)
     fewshot_config: Fewshot = Fewshot()
     generation_kwargs: GenerationKwargs | None = None
     repeats: int = Field(default=1, ge=1)
@@ -461,12 +463,16 @@ class TaskFile(_Section):
 
     @model_validator(mode="after")
     def _templates_there(self) -> Self:
-        if self.doc_to_target is None:
+        if self.doc_to_target is None and self.metrics != ("answered",):
             raise ValueError("doc_to_target is missing: say which field or template is the right answer")
         if self.doc_to_text is None and self.output_type != "loglikelihood_rolling":
             raise ValueError("doc_to_text is missing: say which field or template is the question")
         if self.output_type == "multiple_choice" and self.doc_to_choice is None:
             raise ValueError("doc_to_choice is missing: a multiple_choice task needs a list, a field or a template")
+        if self.max_input_tokens is not None and not (self.shots and self.output_type == "generate_until"):
+            raise ValueError(
+                "max_input_tokens drops shots of prompts that are to be completed; there are none: remove it"
+            )
         if self.generation_kwargs is not None and self.output_type != "generate_until":
             raise ValueError(f"generation_kwargs has no meaning for output_type {self.output_type}; remove it")
         return self

@@ -72,6 +72,8 @@ def ask_id(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None
     # Keys that came later stand here only where they are said, so that ids from before them stay what they were.
     if definition.doc_to_text_reversed is not None:
         asked["doc_to_text_reversed"] = definition.doc_to_text_reversed
+    if definition.max_input_tokens is not None:
+        asked["max_input_tokens"] = definition.max_input_tokens
     generation = definition.generation
     asked["generation"] = None if generation is None else asdict(generation)
     asked["unconditional"] = definition.wants_unconditional
