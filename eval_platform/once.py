@@ -74,14 +74,23 @@ def evaluate_folder(
     settings = config.run_settings(limit=limit, trust_remote_code=trust_remote_code)
     on_message({"type": "checkpoint", "key": arrival.key})
     lock = lock or read_lock(config.lock_path)
-    wanted = [*lock.tasks, *lock.skipped] if tasks is None else list(dict.fromkeys(tasks))
-    skipped = [name for name in wanted if name in lock.skipped]
-    # Where nothing else is left, the plan says what is missing.
-    asked = [name for name in wanted if name not in lock.skipped] or wanted
+    asked, skipped = split_skipped(lock, tasks)
     todo = plan(arrival, lock, config, store, tasks=asked, settings=settings, old_lock=old_lock)
     yield from drive(todo, config, store, actor=actor, on_message=on_message)
-    for name in skipped:
-        yield Outcome(name, "skipped", (f"no data: {lock.skipped[name].reason}",))
+    yield from skipped
+
+
+def split_skipped(lock: TaskLock, tasks: Sequence[str] | None) -> tuple[list[str], list[Outcome]]:
+    """(names to ask, how the others of `tasks` end: skipped); None: all of the lock.
+
+    Where everything is skipped nothing is split off, so that the plan refuses it and says what is missing.
+    """
+    wanted = [*lock.tasks, *lock.skipped] if tasks is None else list(dict.fromkeys(tasks))
+    asked = [name for name in wanted if name not in lock.skipped]
+    if not asked:
+        return wanted, []
+    ended = [Outcome(n, "skipped", (f"no data: {lock.skipped[n].reason}",)) for n in wanted if n in lock.skipped]
+    return asked, ended
 
 
 def backfill(

@@ -1,16 +1,22 @@
 """A task whose data cannot be had is skipped and listed; what was frozen before goes on; a changed source is told."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_tools import Place
 from tiny_models import make_checkpoint
 
-from eval_platform.config import Tasks
-from eval_platform.store import LocalStore
+from eval_platform.checkpoints import locate
+from eval_platform.config import Config, Engine, Tasks
+from eval_platform.once import split_skipped
+from eval_platform.plan import plan
+from eval_platform.store import LocalStore, arrivals
 from eval_platform.tasks import SyncReport, check_tasks, load_task, read_lock, render, sync_tasks
 from eval_platform.tasks.differences import compare_documents
+from eval_platform.worker import EXIT_DONE, work
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(5)]
 SUMS = """
@@ -192,29 +198,48 @@ def test_commands_list_what_is_skipped_and_require_all_refuses_it(place: Place) 
     assert "1 tasks have no data: sums (gsm8k)" in refused.err
 
 
-@pytest.mark.slow
-def test_a_run_asks_the_rest_and_says_what_it_skipped(place: Place, world: World) -> None:
+def test_a_run_asks_the_rest_and_says_what_it_skipped(world: World) -> None:
+    lock = world.sync().lock
+
+    asked, (ended,) = split_skipped(lock, None)
+
+    assert asked == ["copies"]
+    assert (ended.task, ended.status) == ("sums", "skipped")
+    assert "EVAL_PLATFORM_DATA has no gsm8k/test.jsonl" in ended.reasons[0]
+    assert split_skipped(lock, ["copies"]) == (["copies"], [])
+    assert split_skipped(lock, ["sums", "copies"]) == (asked, [ended])
+    assert split_skipped(lock, ["sums"]) == (["sums"], [])  # which the plan refuses, saying why
+
+
+def test_a_run_of_nothing_else_and_one_that_requires_all_are_refused(place: Place, world: World) -> None:
     checkpoint = str(make_checkpoint(world.folder / "checkpoints" / "step_1", max_length=64))
-    refused = place("run", "--checkpoint", checkpoint, "--require-all")
-    assert (refused.code, "sums (gsm8k)" in refused.err) == (2, True)
+
     alone = place("run", "--checkpoint", checkpoint, "--tasks", "sums")
     assert (alone.code, "there is no data for sums" in alone.err) == (2, True)
-
-    world.data(ROWS)
-    place("tasks", "sync")
-    world.no_data()  # a worker reads the snapshot, not the source
-    (world.folder / "tasks" / "more.yaml").write_text(SUMS.replace("sums", "more").replace("test", "train"))
-    assert "asked as it was frozen before: sums" in place("tasks", "sync").out
-
-    answer = place("run", "--checkpoint", checkpoint, "--limit", "2", "--json")
-
-    ended = {one["task"]: one for one in answer.json}
-    assert [bool(ended[name]["scores"]) for name in ("sums", "copies", "more")] == [True, True, False], answer.json
-    assert ended["more"]["status"] == "skipped"
-    assert "gsm8k/train.jsonl" in ended["more"]["reasons"][0]
+    refused = place("run", "--checkpoint", checkpoint, "--require-all")
+    assert (refused.code, "sums (gsm8k)" in refused.err) == (2, True)
     (status,) = place("status", "--json").json
-    assert {task["task"]: task["state"] for task in status["tasks"]}["more"] == "skipped"
+    assert {task["task"]: task["state"] for task in status["tasks"]}["sums"] == "skipped"
     assert "no data: `eval-platform tasks list`" in place("status").out
+
+
+def test_a_worker_reads_the_snapshot_and_not_the_source(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.data(ROWS)
+    world.sync()
+    world.no_data()
+    monkeypatch.delenv("EVAL_PLATFORM_DATA")
+    for file in (world.folder / "tasks").iterdir():
+        file.unlink()
+    path = make_checkpoint(world.folder / "checkpoints" / "step_1", max_length=64)
+    config = Config(folder=world.folder, state=str(world.folder / "state"), engine=Engine(device="cpu"))
+    found = locate(path, (), config.cache_dir, lambda done, total: None)
+    arrival, _ = arrivals.register(world.store, watcher="test", **asdict(found))
+    told: list[dict[str, Any]] = []
+
+    code = work(plan(arrival, read_lock(world.lock), config, world.store, tasks=["sums"]), world.store, told.append)
+
+    assert code == EXIT_DONE, told
+    assert [(one["task"], one["origin"]) for one in told if one["type"] == "committed"] == [("sums", "asked")]
 
 
 @pytest.mark.dagster
