@@ -74,6 +74,16 @@ class Worker(_Section):
     retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
 
 
+class Sandbox(_Section):
+    """Where programs that a model wrote are run: `[sandbox]`."""
+
+    mode: Literal["cold", "warm", "unsafe"] = Field(
+        default="cold",
+        description="cold: a new bubblewrap and Python for every program; warm: a fork of one that is ready, faster; "
+        "unsafe: plain processes that can read and change what you can, said in every result",
+    )
+
+
 class Sensor(_Section):
     """How often Dagster looks: `[sensor]`."""
 
@@ -107,6 +117,7 @@ class Config(_Section):
     tasks: Tasks = Tasks()
     engine: Engine = Engine()
     worker: Worker = Worker()
+    sandbox: Sandbox = Sandbox()
     sensor: Sensor = Sensor()
     alerts: Alerts = Alerts()
     ui: Ui = Ui()

@@ -9,6 +9,7 @@ from typing import Any
 from eval_platform import __version__
 from eval_platform.config import Config
 from eval_platform.errors import ConfigError, SchemaError
+from eval_platform.sandbox import Mode
 from eval_platform.store import Store, layout, records
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Arrival, RunSettings
@@ -36,6 +37,7 @@ class Plan:
     cache: str
     lease_seconds: float
     retry_wait_seconds: float
+    sandbox: Mode = "cold"  # where programs that the model writes are run
 
     def to_json(self) -> str:
         return json.dumps({"plan_version": PLAN_VERSION, "platform": __version__, **asdict(self)}, indent=1)
@@ -99,6 +101,7 @@ def plan(
         cache=str(config.cache_dir),
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
+        sandbox=config.sandbox.mode,
     )
 
 

@@ -30,6 +30,7 @@ from eval_platform.engine import load as load_engine
 from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
 from eval_platform.plan import Plan, PlannedTask, read_plan
+from eval_platform.sandbox import describe as describe_sandbox
 from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
 from eval_platform.store.process import process_record, this_process
 from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings
@@ -319,6 +320,8 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     if task.definition.max_input_tokens is not None:
         items = _fitted(model, task, items, task.definition.max_input_tokens)
     requests = _requests(items, task.repeats)
+    # Found out before the model is asked: its answers would be of no use where no program can be run.
+    ran_in = {} if task.definition.code is None else {"sandbox": describe_sandbox(model.plan.sandbox)}
     model.emit(
         {
             "type": "started",
@@ -336,7 +339,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     else:
         answers = stored
 
-    rows = [row for item in items for row in scoring.score_item(task, item, answers)]
+    rows = scoring.score_items(task, items, answers, model.plan.sandbox)
     scores = scoring.aggregate(task, rows)
     prompts = tasks.write_prompts(store, items)
     samples = commits.write_samples(
@@ -361,7 +364,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "devices": [info.device] if info else [],
         "engine_path": info.engine_path if info else None,
         "numerics_version": info.numerics_version if info else None,
-        "versions": (dict(info.versions) if info else {}) | tasks.package_versions(task.definition),
+        "versions": (dict(info.versions) if info else {}) | tasks.package_versions(task.definition) | ran_in,
         "started_at": started_at,
         "finished_at": utc_now(),
         "seconds": time.monotonic() - started,

@@ -58,6 +58,12 @@ def _apply(step: FilterStep, answers: list[Extracted]) -> list[Extracted]:
         case "map":
             mapping, default = arguments.get("mapping_dict") or {}, arguments.get("default_value")
             return [_mapped(mapping, default, answer) for answer in answers]
+        case "even_indents":
+            return [_changed(answer, _even_indents) for answer in answers]
+        case "first_block":
+            return [_changed(answer, lambda text: text.lstrip("\n").split("\n\n")[0]) for answer in answers]
+        case "code_fence":
+            return [_changed(answer, _before_fence) for answer in answers]
         case "take_first":
             return answers[:1]
         case "majority_vote":
@@ -77,6 +83,17 @@ def _first_match(pattern: re.Pattern[str], select: int, fallback: str, answer: E
         if match is None:
             return Extracted(fallback, found=False)
     return Extracted(match.strip(), answer.found)
+
+
+def _even_indents(text: str) -> str:
+    """Every line's indent of spaces made even by one more space where it is odd (INSTRUCTEVAL's HumanEval)."""
+    odd = re.compile(r"^((?:  )*) (?! )", re.MULTILINE)
+    return odd.sub(r"\1  ", text)
+
+
+def _before_fence(text: str) -> str:
+    """What stands before a Markdown code fence ends; all of the text where there is none."""
+    return text.partition("```")[0]
 
 
 def _changed(answer: Extracted, change: Callable[[str], str]) -> Extracted:

@@ -9,10 +9,12 @@ from typing import Any, cast
 import pyarrow as pa
 
 from eval_platform.identity import content_id
+from eval_platform.sandbox import Mode, Program, Verdict, run_programs
 from eval_platform.scoring.bias import BBQ, bbq, likelihood_diff, prefers_stereotype
 from eval_platform.scoring.choices import choice_metric, chosen
+from eval_platform.scoring.code import pass_columns, program_of, shown, verdict_of
 from eval_platform.scoring.drop import drop_em, drop_f1
-from eval_platform.scoring.filters import extract, selects
+from eval_platform.scoring.filters import Extracted, extract, selects
 from eval_platform.scoring.ifeval import SCORES, ifeval
 from eval_platform.scoring.likelihood import WEIGHTS, count_bytes, count_words, own_value
 from eval_platform.scoring.mathematics import math_equal
@@ -60,7 +62,8 @@ SAMPLE_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("truncated_left_tokens", pa.int64()),  # of choices the most
         ("shots_used", pa.int64()),
-        ("extracted", pa.map_(pa.string(), pa.string())),  # filter -> answer, null when none was found
+        # filter -> answer, null when none was found; of programs also `verdict` (`verdict,<filter>`): what came of it
+        ("extracted", pa.map_(pa.string(), pa.string())),
         ("target", pa.string()),  # index or text; several as a JSON list
         ("metrics", pa.map_(pa.string(), pa.float64())),  # score -> value, null when it cannot be computed
         ("variant", pa.string()),
@@ -69,14 +72,34 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
-def score_item(task: Task, item: Item, responses: Mapping[tuple[str, int], Response]) -> list[dict[str, Any]]:
+def score_items(
+    task: Task, items: Sequence[Item], responses: Mapping[tuple[str, int], Response], mode: Mode = "cold"
+) -> list[dict[str, Any]]:
+    """The rows of all items, in order; programs of a task with `code` run several at a time, in the sandbox `mode`.
+
+    Raises SandboxError when no program can be run here, else as `score_item` does.
+    """
+    verdicts = None
+    if task.definition.code is not None:
+        programs = list(dict.fromkeys(program for item in items for program in _programs(task, item, responses)))
+        verdicts = dict(zip(programs, run_programs(programs, mode), strict=True))
+    return [row for item in items for row in score_item(task, item, responses, verdicts)]
+
+
+def score_item(
+    task: Task,
+    item: Item,
+    responses: Mapping[tuple[str, int], Response],
+    verdicts: Mapping[Program, Verdict] | None = None,
+) -> list[dict[str, Any]]:
     """The rows of one item, one per repeat, with the columns of SAMPLE_SCHEMA.
 
     responses: by (request_id, repeat); must hold every request of the item in every repeat of the task.
     `metrics` has one entry per score that this sample has a value for, null where a log-likelihood is missing or not
     finite. No entry: the score has no value for this sample alone, though its item or task has one. That is so for
     the later repeats where a filter takes one answer of all, and for a perplexity that is too large for a float.
-    Perplexities and bits per byte are those of this one text. Raises ValueError when a response is missing.
+    Perplexities and bits per byte are those of this one text. verdicts: on the programs of a task with `code`.
+    Raises ValueError when a response or a verdict is missing.
     """
     answered = [[_response(responses, item, request, n) for request in item.requests] for n in range(task.repeats)]
     base = {
@@ -91,7 +114,7 @@ def score_item(task: Task, item: Item, responses: Mapping[tuple[str, int], Respo
     if task.definition.output_type == "multiple_choice":
         columns = [_choice_columns(task, item, row) for row in answered]
     elif task.definition.output_type == "generate_until":
-        columns = _completion_columns(task, item, [row[0] for row in answered])
+        columns = _completion_columns(task, item, [row[0] for row in answered], verdicts)
     else:
         columns = [_likelihood_columns(task, item, row[0]) for row in answered]
     empty = dict.fromkeys(SAMPLE_SCHEMA.names)
@@ -244,7 +267,9 @@ _LIKELIHOOD_METRICS: Mapping[str, Callable[[Sequence[float], Sequence[int]], flo
 }
 
 
-def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) -> list[dict[str, Any]]:
+def _completion_columns(
+    task: Task, item: Item, answered: Sequence[Response], verdicts: Mapping[Program, Verdict] | None
+) -> list[dict[str, Any]]:
     """Of all repeats at once, as a filter may take one answer of them all: it stands in the first row.
 
     What a model said before its logits ceased to be finite is kept, but it is no answer.
@@ -254,10 +279,11 @@ def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) ->
         for response in answered
     ]
     references = _references(item)
-    completions = [r.text for r in answered if r.text is not None and r.finish_reason != "non_finite"]
     for pipeline in task.definition.filter_list:
-        # Without an answer there is nothing to score, and no vote among the others may hide that.
-        answers = extract(_steps(pipeline), completions) if len(completions) == len(answered) else []
+        answers = _answers(pipeline, answered)
+        if task.definition.code is not None:
+            _add_verdicts(columns, task, item, pipeline, answers, verdicts)
+            continue
         for n in range(1 if selects(_steps(pipeline)) else len(answered)):
             answer = answers[n] if answers else None
             columns[n]["extracted"][pipeline.name] = answer.text if answer and answer.found else None
@@ -265,6 +291,44 @@ def _completion_columns(task: Task, item: Item, answered: Sequence[Response]) ->
                 result = _text_metric(entry, answer.text, references, item.document.fields) if answer else None
                 columns[n]["metrics"] |= entries(score_name(entry.metric, pipeline.name), result)
     return columns
+
+
+def _answers(pipeline: FilterPipeline, answered: Sequence[Response]) -> list[Extracted]:
+    """What the pipeline finds in an item's completions; nothing when one of them is no answer.
+
+    Without an answer there is nothing to score, and no vote among the others may hide that.
+    """
+    completions = [r.text for r in answered if r.text is not None and r.finish_reason != "non_finite"]
+    return extract(_steps(pipeline), completions) if len(completions) == len(answered) else []
+
+
+def _programs(task: Task, item: Item, responses: Mapping[tuple[str, int], Response]) -> list[Program]:
+    """The programs of an item's completions, through every filter."""
+    answered = [_response(responses, item, item.requests[0], n) for n in range(task.repeats)]
+    return [
+        program_of(task, item, answer.text or "")
+        for pipeline in task.definition.filter_list
+        for answer in _answers(pipeline, answered)
+    ]
+
+
+def _add_verdicts(
+    columns: Sequence[dict[str, Any]],
+    task: Task,
+    item: Item,
+    pipeline: FilterPipeline,
+    answers: Sequence[Extracted],
+    verdicts: Mapping[Program, Verdict] | None,
+) -> None:
+    """Into each completion's columns: its answer, what came of its program, and pass@k."""
+    metrics = task.definition.metrics
+    found = [verdict_of(verdicts, program_of(task, item, answer.text or "")) for answer in answers]
+    values = pass_columns(metrics, found) if found else [dict.fromkeys(metrics) for _ in columns]
+    for n, column in enumerate(columns):
+        answer = answers[n] if answers else None
+        column["extracted"][pipeline.name] = answer.text if answer and answer.found else None
+        column["extracted"][score_name("verdict", pipeline.name)] = shown(found[n]) if found else None
+        column["metrics"] |= {score_name(metric, pipeline.name): value for metric, value in values[n].items()}
 
 
 def _steps(pipeline: FilterPipeline) -> Sequence[FilterStep]:

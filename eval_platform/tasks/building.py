@@ -9,6 +9,7 @@ from eval_platform.errors import SchemaError, TaskError
 from eval_platform.store import Store, layout, read_record
 from eval_platform.tasks.documents import as_documents, read_documents
 from eval_platform.tasks.metrics import METRICS
+from eval_platform.tasks.programs import program_text
 from eval_platform.tasks.reading import read_task_file
 from eval_platform.tasks.render import render
 from eval_platform.tasks.requirements import check_requirements
@@ -32,6 +33,9 @@ def build_task(path: Path) -> Task:
         chance = definition.chance
         # Every document is rendered here, so that what is wrong shows now and not when a checkpoint waits.
         items = list(render(task))
+        if definition.code is not None:
+            for item in items:
+                program_text(task, item.document, "")
         if chance is None:
             chance = _chance(definition, items)
     except TaskError as error:

@@ -86,6 +86,8 @@ def _truthful(kind: str, form: str) -> Metric:
     )
 
 
+PASS_AT = (1, 2, 3, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200)
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
@@ -131,6 +133,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             _library("bleu", 100.0, "bleu", "sacrebleu"),
             _library("chrf", 100.0, "chrf", "sacrebleu"),
             *(_library(name, 1.0, "mean", "rouge_score") for name in ("rouge1", "rouge2", "rougeL")),
+            # Programs that pass their tests (`code`): the chance that one of k completions does.
+            *(_share(f"pass@{k}", "generate_until", proportion=k == 1) for k in PASS_AT),
             _surprise("perplexity", 1.0, "loglikelihood", "perplexity"),
             _surprise("word_perplexity", 1.0, "loglikelihood_rolling", "weighted_perplexity"),
             _surprise("byte_perplexity", 1.0, "loglikelihood_rolling", "weighted_perplexity"),
@@ -163,6 +167,9 @@ FILTERS: Mapping[str, frozenset[str]] = MappingProxyType(
         "map": frozenset({"mapping_dict", "default_value"}),
         "take_first": frozenset(),
         "majority_vote": frozenset(),
+        "even_indents": frozenset(),
+        "first_block": frozenset(),
+        "code_fence": frozenset(),
     }
 )
 

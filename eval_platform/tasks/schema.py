@@ -28,7 +28,7 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
         "process_docs": "it is a Python function, and task files run no code; write the processed documents to a file",
         "process_results": "it is a Python function, and task files run no code; use filter_list and metric_list",
         "custom_dataset": "it is a Python function, and task files run no code; write the documents to a file",
-        "unsafe_code": "executing a model's code needs a sandbox, which this version does not have",
+        "unsafe_code": "a model's programs run in a sandbox; say `code: {program: ...}` and metrics pass@k",
         "use_prompt": "promptsource templates are not supported; write the template in doc_to_text",
         "doc_to_image": "only text is supported",
         "doc_to_audio": "only text is supported",
@@ -268,6 +268,17 @@ class FilterPipeline(_Section):
     filter: list[FilterStep] = Field(min_length=1)
 
 
+class Code(_Section):
+    """How a completion becomes a program that passes or fails: a template over the document and `completion`.
+
+    program: ends with the tests; what runs to its end has passed. timeout: seconds it may take, from its first
+    statement on.
+    """
+
+    program: str
+    timeout: float = Field(default=3.0, gt=0, le=60)
+
+
 class Quality(_Section):
     """What the gate shall make of this task's answers. Shares are of all samples, from 0 to 1.
 
@@ -329,6 +340,7 @@ class TaskFile(_Section):
     # How it is scored.
     metric_list: list[MetricEntry] = Field(default=[], validate_default=True)
     filter_list: list[FilterPipeline] = Field(default=[], validate_default=True)
+    code: Code | None = None
     primary_metric: str = ""
     higher_is_better: bool | None = None
     chance: float | None = None
@@ -497,6 +509,22 @@ class TaskFile(_Section):
             raise ValueError("filter_list has two filters of one name; rename one")
         if names != ["none"] and self.output_type != "generate_until":
             raise ValueError(f"filter_list applies to completions, and {self.output_type} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _code_fits(self) -> Self:
+        drawn = [int(name.removeprefix("pass@")) for name in self.metrics if name.startswith("pass@")]
+        if bool(drawn) != (self.code is not None):
+            raise ValueError("pass@k and `code: {program: ...}` belong together: the one says what the other runs")
+        if drawn and len(drawn) != len(self.metrics):
+            raise ValueError("metric_list: pass@k is scored by running programs; put the other metrics in another task")
+        if drawn and max(drawn) > self.repeats:
+            raise ValueError(f"pass@{max(drawn)} needs `repeats: {max(drawn)}` or more, not {self.repeats}")
+        for pipeline in self.filter_list if drawn else ():
+            if pipeline.name == "verdict" or pipeline.name.startswith("verdict,"):
+                raise ValueError(f"filter_list: {pipeline.name!r} is where a program's verdict is kept; rename it")
+            if pipeline.name != "none" and any(s.function in ("take_first", "majority_vote") for s in pipeline.filter):
+                raise ValueError(f"filter {pipeline.name}: pass@k is of all completions; remove what takes one of them")
         return self
 
     @model_validator(mode="after")

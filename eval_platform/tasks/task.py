@@ -98,8 +98,10 @@ def task_id(definition: TaskFile, ask_id: str, chance: float | None) -> str:
     """The id of a task: what is asked, how often, and what is made of the answers."""
     documents = definition.documents
     said = definition.model_dump(mode="json", by_alias=True)
+    code = {} if definition.code is None else {"code": said["code"]}
     return content_id(
         {
+            **code,
             "ask_id": ask_id,
             "repeats": definition.repeats,
             "scorer": SCORER_VERSION,
