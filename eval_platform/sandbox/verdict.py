@@ -10,7 +10,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 # passed: every statement ran, and the control run (supervisor.py) did not. assertion, exception, syntax: what was
 # raised. exit: it ended itself before its last statement. timeout: seconds of wall clock, or of CPU. memory: its own
-# limit, or that of all its processes together (or there are too many). crash: a signal ended it. forged: it says "passed" where it cannot.
+# limit, or that of all its processes together, or too many of them. crash: a signal ended it. forged: it says "passed"
+# where it cannot.
 Reason = Literal["passed", "assertion", "exception", "syntax", "exit", "timeout", "memory", "crash", "forged"]
 
 
