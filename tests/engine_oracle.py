@@ -184,6 +184,6 @@ def running_with(tiny: Subject, *, budget: int = 2048, min_shared: int = 1) -> I
 def decoding_with(tiny: Subject, *, slots: int, least_shared: int = 4, budget: int = 2048) -> Iterator[Any]:
     """As `running_with`, with completions in few slots and short beginnings shared."""
     with pytest.MonkeyPatch.context() as patch, running_with(tiny, budget=budget) as engine:
-        patch.setattr(decoding, "_SLOTS", slots)
+        patch.setitem(decoding._SLOTS, "cpu", slots)
         patch.setattr(decoding, "_LEAST_SHARED", least_shared)
         yield engine

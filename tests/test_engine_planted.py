@@ -96,13 +96,13 @@ def block_of_another_node(patch: pytest.MonkeyPatch) -> None:
 
 def how(**changes: Callable[[Any], Any]) -> Plant:
     """Attention's arguments changed on their way."""
-    original = attention._How
+    original = attention.How
 
     def changed(*given: Any) -> Any:
         made = original(*given)
         return replace(made, **{name: change(getattr(made, name)) for name, change in changes.items()})
 
-    return lambda patch: patch.setattr(attention, "_How", changed)
+    return lambda patch: patch.setattr(attention, "How", changed)
 
 
 def window_plus(tokens: int) -> Plant:

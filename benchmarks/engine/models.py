@@ -57,6 +57,28 @@ def _llama120m() -> "PreTrainedConfig":
     )
 
 
+def _llama1b() -> "PreTrainedConfig":
+    return _large(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, intermediate_size=8192)
+
+
+def _llama8b() -> "PreTrainedConfig":
+    return _large(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336)
+
+
+def _large(**sizes: Any) -> "PreTrainedConfig":
+    """Llama 3's shapes, for a GPU; the vocabulary is ours."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        **{**_SPECIAL, "dtype": "bfloat16"},
+        **sizes,
+        num_key_value_heads=8,
+        max_position_embeddings=WINDOW,
+        initializer_range=0.03,
+        tie_word_embeddings=False,
+    )
+
+
 def _gpt2() -> "PreTrainedConfig":
     from transformers import GPT2Config
 
@@ -105,6 +127,8 @@ def _gemma2() -> "PreTrainedConfig":
 MODELS: dict[str, Callable[[], "PreTrainedConfig"]] = {
     "llama24m": _llama24m,
     "llama120m": _llama120m,
+    "llama1b": _llama1b,
+    "llama8b": _llama8b,
     "gpt2": _gpt2,
     "qwen3": _qwen3,
     "pythia": _pythia,
@@ -113,7 +137,7 @@ MODELS: dict[str, Callable[[], "PreTrainedConfig"]] = {
 
 
 def model_folder(name: str, work: Path) -> Path:
-    """The checkpoint `name` below `work`, made on first use: config, float32 weights, tokenizer."""
+    """The checkpoint `name` below `work`, made on first use: config, weights in the config's dtype, tokenizer."""
     folder = work / "models" / name
     if folder.is_dir():
         return folder
@@ -121,9 +145,12 @@ def model_folder(name: str, work: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     config = MODELS[name]()
-    with torch.random.fork_rng(devices=[]):
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
+    # The large ones take minutes to draw on a CPU.
+    device = "cuda" if dtype == torch.bfloat16 and torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with _half_made(folder) as half:
         model.save_pretrained(half)
         for file in tokenizer_folder(work).iterdir():

@@ -3,6 +3,7 @@
 It loads the model, answers, writes the answers and prints what was measured, in JSON; `processes.run_side` starts it.
 """
 
+import gc
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ _TELL_SECONDS = 0.5
 Answers = list[dict[str, Any]]
 
 
-class _Ours:
+class Ours:
     """Our engine."""
 
     def __init__(self, job: Job) -> None:
@@ -57,7 +58,7 @@ class _Ours:
         return {name: int(count) for name, count in getattr(self._engine, "counters", {}).items()}
 
 
-class _LmEval:
+class LmEval:
     """lm-evaluation-harness's HFLM."""
 
     path = "lm-eval"
@@ -80,6 +81,9 @@ class _LmEval:
         )
         self.versions = {"lm_eval": lm_eval.__version__}
         self.weight_bytes = sum(p.nbytes for p in self._lm.model.parameters())
+
+    def set_batch_size(self, size: int) -> None:
+        self._lm.batch_size_per_gpu = size
 
     def answer(self, requests: Sequence[Request]) -> Answers:
         from lm_eval.api.instance import Instance
@@ -140,7 +144,8 @@ def main(job: Job) -> None:
     on_gpu = job.settings["device"].startswith("cuda")
     before = 0 if on_gpu else _resident()
     begun = time.perf_counter()
-    side = _Ours(job) if job.side == "ours" else _LmEval(job)
+    side = Ours(job) if job.side == "ours" else LmEval(job)
+    gc.freeze()  # as the worker does
     loaded = time.perf_counter()
     cpu = time.process_time()
     with _peak_resident() as peak:

@@ -112,11 +112,18 @@ class Pass(abc.ABC):
     found: list[Reach] = field(default_factory=list)
     layers: int = 0
     masks: int = 0
+    token_bytes: int = 0  # of one token's keys and values, in all layers so far
     broken: Broken | None = None
 
     @abc.abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> Tensor:
         """query [heads, rows, d], key and value [key-value heads, rows, d] -> [rows, heads, d of value]."""
+
+    def look_at_layer(self, *states: Tensor) -> None:
+        """Note what is not finite of a layer's queries, keys and values. The fused kernel would hide it: torch 2.13 on
+        CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys.
+        """
+        self.look_for_broken(f"layer {self.layers}", *states)
 
     def look_for_broken(self, where: str, *states: Tensor) -> None:
         """Note rows with a NaN or an infinity in any of `states`, each [heads, rows, d].
@@ -143,7 +150,7 @@ class StreamPass(Pass):
     ancestors: Sequence[Ancestor] = ()
     keep: Sequence[tuple[Piece, Block]] = ()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> Tensor:
         layer = self.layers
         for piece, block in self.keep:
             rows = slice(piece.row, piece.stop)
@@ -183,7 +190,7 @@ class DecodingPass(Pass):
     longest: int
     groups: Sequence[Group]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "_How") -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> Tensor:
         rows = query.shape[1]
         keys, values = self.slots.keys[self.layers], self.slots.values[self.layers]
         index = torch.arange(rows, device=query.device)
@@ -205,7 +212,9 @@ class DecodingPass(Pass):
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class How:
+    """How a layer weighs what it sees: the arguments of its attention that change a number."""
+
     scale: float
     window: int | None
     softcap: float | None
@@ -251,11 +260,11 @@ def _attention(
         raise Unsupported("a layer's mask hides a token from itself")
     if query.shape[0] != 1 or dropout:
         raise Unsupported("its attention is not called row by row")
-    how = _How(query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask.window, softcap, s_aux)
-    # The fused kernel hides them: torch 2.13 on CPU gives zeros, not NaN, for NaN queries over fewer than 16 keys.
-    a_pass.look_for_broken(f"layer {a_pass.layers}", query[0], key[0], value[0])
+    how = How(query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask.window, softcap, s_aux)
+    a_pass.look_at_layer(query[0], key[0], value[0])
     output = a_pass.attend(query[0], key[0], value[0], how)
     a_pass.layers += 1
+    a_pass.token_bytes += (key.nbytes + value.nbytes) // key.shape[2]
     return output[None], None
 
 
@@ -322,14 +331,14 @@ def _empty(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, how: _How) -> tuple[Tensor, Tensor]:
+def _causal(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """Every row sees itself and the rows before it."""
     if _flash_takes(query, value, how) and (how.window is None or how.window >= query.shape[2]):
         return _flash(query, key, value, how.scale, causal=True)
     return _blocked(query, key, value, positions, positions, how)
 
 
-def _bunched(query: Tensor, key: Tensor, value: Tensor, bunch: Bunch, how: _How) -> tuple[Tensor, Tensor]:
+def _bunched(query: Tensor, key: Tensor, value: Tensor, bunch: Bunch, how: How) -> tuple[Tensor, Tensor]:
     """Attention of a bunch's pieces within themselves: [kv heads, group, rows, d] and [kv heads, group, rows]."""
     heads = query.shape[0]
     pieces, longest = bunch.index.shape
@@ -376,7 +385,7 @@ def _bunch(pieces: Sequence[Piece], longest: int, device: torch.device) -> Bunch
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, start: int, how: _How
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, start: int, how: How
 ) -> tuple[Tensor, Tensor] | None:
     """Every row sees every key, unless it is out of the window; None when no row sees any."""
     length = key.shape[1]
@@ -395,7 +404,7 @@ def _dense(
     return _blocked(query, key, value, None, None, how)
 
 
-def _own(query: Tensor, key: Tensor, value: Tensor, a_pass: DecodingPass, how: _How) -> tuple[Tensor, Tensor]:
+def _own(query: Tensor, key: Tensor, value: Tensor, a_pass: DecodingPass, how: How) -> tuple[Tensor, Tensor]:
     """Each row on the filled part of its own slot, itself included. key: [rows, kv heads, longest + 1, d]."""
     rows, longest = key.shape[0], key.shape[2]
     there = torch.arange(longest, device=query.device)
@@ -419,7 +428,7 @@ def _own(query: Tensor, key: Tensor, value: Tensor, a_pass: DecodingPass, how: _
     return room, room_lse
 
 
-def _flash_takes(query: Tensor, value: Tensor, how: _How) -> bool:
+def _flash_takes(query: Tensor, value: Tensor, how: How) -> bool:
     return query.device.type == "cpu" and how.softcap is None and query.shape[-1] == value.shape[-1]
 
 
@@ -433,7 +442,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: b
 
 
 def _blocked(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, there: Tensor | None, how: _How
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, there: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, some rows at a time: with a window, soft-capping, or heads of unequal size.
 
@@ -461,7 +470,7 @@ def _blocked(
     return output, lse
 
 
-def _scores(query: Tensor, key: Tensor, how: _How) -> Tensor:
+def _scores(query: Tensor, key: Tensor, how: How) -> Tensor:
     """float32 [..., rows, keys]."""
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * how.scale
     if how.softcap is not None:
@@ -481,7 +490,7 @@ def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Non
     lse.copy_(torch.logaddexp(lse, other_lse))
 
 
-def _finish(output: Tensor, lse: Tensor, how: _How) -> Tensor:
+def _finish(output: Tensor, lse: Tensor, how: How) -> Tensor:
     """[kv heads, group, rows, d] -> [rows, heads, d], with the sinks' share of the softmax taken off."""
     if how.sinks is not None:
         sinks = how.sinks.float().view(*output.shape[:2], 1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval_platform.engine import trie
+from eval_platform.engine import trie, varlen
 from eval_platform.engine.attention import Group, Slots
 from eval_platform.engine.batching import again_with_less
 from eval_platform.engine.completion import PLAIN, Completion, Prompt, StopFinder, generator, sample
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # Samples that are decoded together. Each step reads every weight once, however many they are.
-_SLOTS = 64
+_SLOTS = {"cpu": 64, "cuda": 256}
+# The share of a GPU's free memory that slots may take.
+_SLOTS_SHARE = 0.5
 # New samples are taken in when this share of the slots is free: a prefill of few tokens costs as much as a step.
 _REFILL = 1 / 8
 # A shared beginning costs every step an attention call in each layer, so a short one is computed for each prompt.
@@ -90,7 +92,9 @@ def complete(
     When memory runs out the samples at hand start again with half as many at once. Raises MemoryError when a single one
     does not fit.
     """
-    slots = _SLOTS
+    if not prompts:
+        return
+    slots = _SLOTS.get(packed.device.type, _SLOTS["cpu"])
     waiting = list(prompts)
     done: set[int] = set()
 
@@ -137,10 +141,17 @@ class _Run:
         self._users = Counter(node for one in self._queue for node in one.end.path())
         self._ending = Counter(one.end for one in self._queue)
         for one in self._queue:
-            # What one sample alone uses goes to its slot.
-            one.own = 0 if self._users[one.end] > 1 else len(one.end.tokens)
+            # What one sample alone uses goes to its slot; on a GPU all that it uses does.
+            if packed.on_gpu:
+                one.own = one.length
+            else:
+                one.own = 0 if self._users[one.end] > 1 else len(one.end.tokens)
         self._queue.reverse()  # taken from its end
         self._active: list[_Sample] = []
+        # On a GPU slots are made once, as large as any sample may need: a step recorded for them stays good.
+        self._fixed = max(one.length + one.prompts[0].settings.max_new_tokens for one in self._queue)
+        if packed.on_gpu:
+            slots = _that_fit(slots, self._fixed * packed.token_bytes, packed.device)
         self._most = min(slots, len(self._queue))
         self._slots = Slots()
         self._capacity = 0
@@ -180,7 +191,7 @@ class _Run:
         self._grow(max(one.own for one in new) + 1)
         for row, one in enumerate(new, start=first):
             if one.own:
-                self._to_slot(row, one.end)
+                self._to_slot(row, one)
         hidden = torch.stack([self._last_hidden[one.end] for one in new])
         for one in new:
             self._ending[one.end] -= 1
@@ -188,18 +199,28 @@ class _Run:
                 del self._last_hidden[one.end]
         return self._draw(new, hidden, [one.end in self._ruined for one in new])
 
-    def _to_slot(self, row: int, node: Node) -> None:
-        start = node.start
-        for block in self._kept.blocks[node]:
-            for layer, (keys, values) in enumerate(block.layers):
-                at = slice(block.start - start, block.end - start)
-                self._slots.keys[layer][row, :, at] = keys
-                self._slots.values[layer][row, :, at] = values
-        self._kept.drop(node)
+    def _to_slot(self, row: int, one: _Sample) -> None:
+        """Copy the keys and values of the sample's own tokens to its slot."""
+        end = one.end
+        first = one.length - one.own
+        for node in end.path() if self._packed.on_gpu else [end]:
+            for block in self._kept.blocks[node]:
+                at = slice(block.start - first, block.end - first)
+                for layer, (keys, values) in enumerate(block.layers):
+                    self._slots.keys[layer][row, :, at] = keys
+                    self._slots.values[layer][row, :, at] = values
+        if self._users[end] == 1:
+            self._kept.drop(end)
 
     def _grow(self, needed: int) -> None:
         """Make room for `needed` tokens in every slot."""
         if needed <= self._capacity:
+            return
+        if self._packed.on_gpu:
+            for keys, values in _a_block(self._kept).layers:
+                self._slots.keys.append(varlen.room(keys, self._most, self._fixed))
+                self._slots.values.append(varlen.room(values, self._most, self._fixed))
+            self._capacity = self._fixed
             return
         capacity = needed + _GROWTH
         layers = _a_block(self._kept).layers if not self._slots.keys else None
@@ -235,6 +256,8 @@ class _Run:
         return self._draw(active, hidden, bad)
 
     def _find_groups(self) -> list[Group]:
+        if self._packed.on_gpu:
+            return []
         rows: dict[Node, list[int]] = {}
         for row, one in enumerate(self._active):
             for node in one.end.path():
@@ -327,6 +350,14 @@ def _samples(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") ->
         finder = finders.setdefault(stop, StopFinder(tokenizer, stop))
         found[key] = _Sample([prompt], end_of[tokens], finder, None if greedy else generator(prompt.seed_text))
     return sorted(found.values(), key=lambda one: (place[one.end], one.prompts[0].seed_text)), place
+
+
+def _that_fit(slots: int, slot_bytes: int, device: torch.device) -> int:
+    """At most `slots`, at least one, and no more than their share of the free memory holds."""
+    if device.type != "cuda":
+        return slots
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(slots, int(free * _SLOTS_SHARE / slot_bytes)))
 
 
 def _a_block(kept: Kept) -> Block:

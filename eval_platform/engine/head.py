@@ -42,8 +42,10 @@ class Head:
         layer: Any = model.get_output_embeddings()
         weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
         self._products: list[tuple[int, Callable[[Tensor], Tensor]]] = []
-        for first in range(0, weight.shape[0], _VOCABULARY):
-            block = slice(first, first + _VOCABULARY)
+        # A GPU takes the whole vocabulary at once: 256 MiB of logits at 128,000 tokens.
+        width = _VOCABULARY if weight.device.type == "cpu" else weight.shape[0]
+        for first in range(0, weight.shape[0], width):
+            block = slice(first, first + width)
             part = None if bias is None else bias.detach()[block]
             self._products.append((first, product(weight[block], part, kind)))
         self.device = weight.device

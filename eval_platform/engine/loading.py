@@ -71,8 +71,8 @@ def load(path: Path, settings: RunSettings) -> Engine:
         vocab_size=int(model.config.get_text_config().vocab_size),
     )
     wanted = settings.engine_path
-    if wanted == "plain" or (wanted == "auto" and (device != "cpu" or not finite)):
-        # Where a weight is NaN there is nothing to be fast for; and packed attention has only been measured on CPU.
+    if wanted == "plain" or (wanted == "auto" and (not finite or settings.device == placement.MAP)):
+        # Where a weight is NaN there is nothing to be fast for; packed attention wants all of a model on one device.
         return plain_engine(model, tokenizer, settings, info)
     from eval_platform.engine.attention import Unsupported
     from eval_platform.engine.support import WrongProducts

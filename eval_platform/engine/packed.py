@@ -1,6 +1,8 @@
 """Runs a model over packed forwards: hidden states from tokens, positions and what each row looks at."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +21,30 @@ from eval_platform.engine.attention import (
 )
 from eval_platform.engine.stream import Forward, Piece
 from eval_platform.engine.trie import Node
+from eval_platform.engine.varlen import SlotPass, VarlenPass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_log = logging.getLogger(__name__)
+
+# Devices on which attention is `varlen`'s.
+_GPUS = ("cuda",)
+# Rows of recorded decoding steps: a step of fewer rows runs as the next larger one.
+_RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 # Names that configs have for their number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A recorded decoding step: what it reads, and where it leaves what it makes."""
+
+    graph: "torch.cuda.CUDAGraph"
+    given: Tensor  # [3, rows]: tokens, positions, lengths of what the slots hold
+    hidden: Tensor
+    finite: Tensor
 
 
 class PackedModel:
@@ -37,12 +56,16 @@ class PackedModel:
 
     def __init__(self, model: "PreTrainedModel", reaches: Sequence[Reach] | None, original_attention: str) -> None:
         self._base: Any = model.base_model
+        self.on_gpu = model.device.type in _GPUS
+        self._recorded: dict[tuple[int, int], _Step] = {}
+        self._records = model.device.type == "cuda"
         self.reaches = reaches
         self.original_attention = original_attention
         self.device = model.device
         self.forwards = 0
         self.tokens = 0
         self.first_broken = ""  # where a number was not finite first
+        self.token_bytes = 0  # of one token's keys and values in all layers, known once a forward has run
 
     @property
     def chooses_experts(self) -> bool:
@@ -52,9 +75,13 @@ class PackedModel:
 
     def run(self, forward: Forward) -> tuple[Tensor, Broken | None]:
         """Hidden states [rows, hidden size] of a forward, and which rows are no numbers; fills the blocks to keep."""
+        positions = torch.from_numpy(forward.positions).to(self.device)
+        if self.on_gpu:
+            a_pass = VarlenPass(positions=positions, reaches=self.reaches, forward=forward)
+            return self._through(torch.from_numpy(forward.tokens), a_pass)
         pieces, bunches = bunched(forward.pieces, self.device)
         a_pass = StreamPass(
-            positions=torch.from_numpy(forward.positions).to(self.device),
+            positions=positions,
             reaches=self.reaches,
             pieces=pieces,
             bunches=bunches,
@@ -66,8 +93,14 @@ class PackedModel:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Slots, lengths: Sequence[int], groups: list[Group]
     ) -> tuple[Tensor, Broken | None]:
-        """Hidden states of one more token for each row, whose keys and values go to its slot; as `run`."""
+        """Hidden states of one more token for each row, whose keys and values go to its slot; as `run`.
+
+        On a GPU the slots hold all that the rows look at, `groups` is empty, and the result is good until the next
+        call.
+        """
         assert self.reaches is not None
+        if self.on_gpu:
+            return self._decode_slots(tokens, positions, slots, lengths)
         a_pass = DecodingPass(
             positions=torch.tensor(positions, device=self.device),
             reaches=self.reaches,
@@ -77,6 +110,74 @@ class PackedModel:
             groups=groups,
         )
         return self._through(torch.tensor(tokens), a_pass)
+
+    @torch.inference_mode()
+    def _decode_slots(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Slots, lengths: Sequence[int]
+    ) -> tuple[Tensor, Broken | None]:
+        given = torch.tensor([tokens, positions, lengths])
+        count = len(tokens)
+        if not self._records:
+            where = given.to(self.device)
+            a_pass = SlotPass(positions=where[1], reaches=self.reaches, slots=slots, lengths=where[2])
+            return self._through(where[0], a_pass)
+        rows = min(size for size in (*_RECORDED, slots.keys[0].shape[0]) if size >= count)
+        key = (rows, slots.keys[0].data_ptr())
+        if key not in self._recorded:
+            # Steps over slots that are gone hold their memory.
+            self._recorded = {known: step for known, step in self._recorded.items() if known[1] == key[1]}
+            step = self._record(rows, slots)
+            if step is None:
+                return self._decode_slots(tokens, positions, slots, lengths)
+            self._recorded[key] = step
+        step = self._recorded[key]
+        step.given[:, :count].copy_(given)
+        # Rows beyond belong to slots that are free.
+        step.given[2, count:] = 0
+        step.graph.replay()
+        self.forwards += 1
+        self.tokens += count
+        finite = step.finite[:count]
+        broken = None if bool(finite.all()) else Broken(~finite, "the last hidden state")
+        if broken is not None:
+            self.first_broken = self.first_broken or broken.where
+        return step.hidden[:count], broken
+
+    def _record(self, rows: int, slots: Slots) -> "_Step | None":
+        """A decoding step of `rows` rows as one CUDA graph; None, and no further try, when the model's code cannot be
+        recorded.
+        """
+        given = torch.zeros(3, rows, dtype=torch.long, device=self.device)
+
+        def step() -> Tensor:
+            a_pass = SlotPass(positions=given[1], reaches=self.reaches, slots=slots, lengths=given[2])
+            with running(a_pass):
+                return self._base(input_ids=given[:1], position_ids=given[1:2], use_cache=False).last_hidden_state[0]
+
+        # What is lazily made on first use must not be recorded; of what these steps write nothing is in use: the
+        # first position of a slot is written again when the step is replayed, or when the slot is filled.
+        kept = [(states, states[:rows, :, :1].clone()) for states in (*slots.keys, *slots.values)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                hidden = step()
+                finite = hidden.isfinite().all(-1)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _log.info("decoding steps are not recorded: %s", error)
+            self._records = False
+            self._recorded.clear()
+            return None
+        finally:
+            for states, first in kept:
+                states[:rows, :, :1] = first
+        return _Step(graph, given, hidden, finite)
 
     def find_reaches(self, tokens: Sequence[int]) -> tuple[list[Reach], int]:
         """The reaches of the masks the model makes, and how often it calls its attention, in one forward."""
@@ -96,6 +197,7 @@ class PackedModel:
             output = self._base(
                 input_ids=tokens[None].to(self.device), position_ids=a_pass.positions[None], use_cache=False
             )
+        self.token_bytes = a_pass.token_bytes
         hidden: Tensor = output.last_hidden_state[0]
         a_pass.look_for_broken("the last hidden state", hidden[None])
         if a_pass.broken is not None:

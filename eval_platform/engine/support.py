@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval_platform.engine import trie
+from eval_platform.engine import trie, varlen
 from eval_platform.engine.attention import IMPLEMENTATION, Group, Slots, Unsupported
 from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
@@ -149,12 +149,19 @@ def _compare_decoding(
     slots = Slots()
     for keys, values in kept.blocks[path[0]][0].layers:
         for states, stored in ((keys, slots.keys), (values, slots.values)):
-            stored.append(states.new_zeros(1, states.shape[0], len(tokens), states.shape[-1]))
+            stored.append(varlen.room(states, 1, len(tokens)))
     groups = [Group(slice(0, 1), kept.blocks[node]) for node in path]
+    shared = len(beginning)
+    if packed.on_gpu:
+        for block in (block for node in path for block in kept.blocks[node]):
+            for layer, (keys, values) in enumerate(block.layers):
+                slots.keys[layer][0, :, block.start : block.end] = keys
+                slots.values[layer][0, :, block.start : block.end] = values
+        groups, shared = [], 0
     ours = []
     for position in range(len(beginning), last):
-        own = position - len(beginning)
-        ours.append(packed.decode([tokens[position]], [position], slots, [own], groups)[0])
+        hidden_states, _ = packed.decode([tokens[position]], [position], slots, [position - shared], groups)
+        ours.append(hidden_states.clone())  # a recorded step writes to one place
     rest = slice(len(beginning), last)
     _must_agree(packed, head, tokens[rest], torch.cat(ours), hidden[rest], logits[rest], "decoding")
 
