@@ -77,7 +77,7 @@ def check_scores(scores: Sequence[Mapping[str, Any]]) -> list[Check]:
 
 def row_rules(planned_rows: int) -> list[Rule]:
     """Frame: one row per sample."""
-    gxe = _expectations()
+    gxe = expectations()
     return [
         Rule(
             "planned_rows",
@@ -94,7 +94,7 @@ def row_rules(planned_rows: int) -> list[Rule]:
 
 def likelihood_rules() -> list[Rule]:
     """Frame: `frames.log_likelihoods`."""
-    gxe = _expectations()
+    gxe = expectations()
     return [
         Rule(
             "log_likelihood_present",
@@ -114,7 +114,7 @@ def likelihood_rules() -> list[Rule]:
 
 def metric_rules() -> list[Rule]:
     """Frame: `frames.sample_metrics`."""
-    gxe = _expectations()
+    gxe = expectations()
     return [
         Rule(
             "sample_metric_present",
@@ -131,7 +131,7 @@ def metric_rules() -> list[Rule]:
 
 def score_rules() -> list[Rule]:
     """Frame: `frames.scores`."""
-    gxe = _expectations()
+    gxe = expectations()
     return [
         Rule(
             "score_present",
@@ -252,7 +252,7 @@ def _example(found: Mapping[str, Any] | int) -> str:
 _ORDER = {name: n for n, name in enumerate(_INDEX)}
 
 
-def _expectations() -> Any:
+def expectations() -> Any:
     """The module `great_expectations.expectations`, once nobody is importing it any more."""
     with _lock:
         import great_expectations.expectations as gxe

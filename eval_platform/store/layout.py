@@ -86,6 +86,11 @@ def dataset_card(dataset_id: str) -> str:
     return f"datasets/{dataset_id}/dataset.json"
 
 
+def dataset_checks(dataset_id: str, ask_id: str) -> str:
+    """What was found when the documents were first frozen for what is asked of them."""
+    return f"datasets/{dataset_id}/checks-{ask_id}.json"
+
+
 def prompts(prompts_id: str) -> str:
     return f"prompts/{prompts_id}.parquet"
 

@@ -25,6 +25,11 @@ def build_task(path: Path) -> Task:
 
     Raises TaskError naming file, key, document and remedy.
     """
+    return build_task_and_items(path)[0]
+
+
+def build_task_and_items(path: Path) -> tuple[Task, list[Item]]:
+    """As `build_task`, with every item it asks."""
     definition = read_task_file(path)
     try:
         rows, shots = read_documents(definition, path.resolve().parent)
@@ -40,7 +45,7 @@ def build_task(path: Path) -> Task:
             chance = _chance(definition, items)
     except TaskError as error:
         raise inside(f"{path}: ", error) from error
-    return replace(task, chance=chance, task_id=task_id(definition, task.ask_id, chance))
+    return replace(task, chance=chance, task_id=task_id(definition, task.ask_id, chance)), items
 
 
 def validate_file(path: Path) -> None:

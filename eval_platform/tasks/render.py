@@ -51,6 +51,21 @@ def render(
             raise inside(f"task {task.name}, document {document.position}: ", error) from error
 
 
+def questions(task: Task, rows: Iterable[Fields]) -> Iterator[str]:
+    """What each of the rows asks by itself: without description, shots and the beginning of the answer.
+
+    Of a whole text that is the text, of a choice among questions all of them.
+    """
+    writer = _Writer(task)
+    for fields in rows:
+        if task.definition.output_type == "loglikelihood_rolling":
+            yield writer.reference(fields)
+        elif writer.choices_are_contexts:
+            yield "\n".join(writer.choices(fields))
+        else:
+            yield writer.question_text(fields)
+
+
 def prompts_id(items: Iterable[Item]) -> str:
     """The id of what was asked and what is right, in order (contract section 1)."""
     return ordered_id([[request.request_id for request in item.requests], item.target] for item in items)
