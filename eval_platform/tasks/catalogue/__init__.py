@@ -17,7 +17,7 @@ from eval_platform.errors import NoData, TaskError
 from eval_platform.tasks.catalogue.data import FOLDER_VARIABLE, Card, Data
 from eval_platform.tasks.schema import did_you_mean
 
-_NOT_DATASETS = {"data"}
+_NOT_DATASETS = {"data", "llm_adapters"}
 
 
 class _Dataset(Protocol):

@@ -19,7 +19,7 @@ from eval_platform.tasks import hub as the_hub
 from eval_platform.tasks.files import read_json
 from eval_platform.tasks.schema import did_you_mean
 
-__all__ = ["Card", "Data", "NoData", "one_of"]
+__all__ = ["Card", "Data", "NoData", "no_config", "one_of"]
 
 FOLDER_VARIABLE = "EVAL_PLATFORM_DATA"
 
@@ -137,3 +137,9 @@ def one_of(dataset: str, what: str, value: str | None, known: Mapping[str, Any] 
         return value
     said = f"no {what} is named" if value is None else f"there is no {what} {value!r}{did_you_mean(value, there)}"
     raise TaskError(f"dataset {dataset}: {said}", remedy=f"name one of {', '.join(there)}")
+
+
+def no_config(dataset: str, config: str | None) -> None:
+    """Refuse a configuration where the dataset has none."""
+    if config is not None:
+        raise TaskError(f"dataset {dataset} has no configurations, so no {config!r}", remedy="remove config")

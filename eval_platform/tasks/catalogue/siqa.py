@@ -1,0 +1,39 @@
+"""Social IQa: a situation between people, a question about it, three choices.
+
+A row is `question` (situation and question with one blank between, as every prompt has them), `choices` and `answer`
+(the index of the right one).
+"""
+
+from typing import Any
+
+from eval_platform.tasks.catalogue import llm_adapters
+from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+
+CARD = Card(
+    title="Social IQa",
+    homepage="https://maartensap.com/social-iqa/",
+    licence="CC BY 4.0",
+    citation=("Sap et al., Social IQa: Commonsense Reasoning about Social Interactions, EMNLP 2019, arXiv:1904.09728"),
+    hub="lighteval/siqa",
+    files=(llm_adapters.file_of("social_i_qa"),),
+)
+
+
+def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
+    """Splits validation (1,954; the local file calls them test) and train; there are no configurations."""
+    one_of("siqa", "split", split, ("validation", "train"))
+    no_config("siqa", config)
+    local = llm_adapters.instructions(data, "social_i_qa") if split == "validation" else None
+    if local is not None:
+        return local
+    found = data.hub("lighteval/siqa", None, split, CARD.revision)
+    if found is None:
+        raise NoData("siqa", data.tried)
+    return [
+        {
+            "question": f"{row['context']} {row['question']}",
+            "choices": [row["answerA"], row["answerB"], row["answerC"]],
+            "answer": int(row["label"]) - 1,
+        }
+        for row in found
+    ]
