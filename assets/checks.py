@@ -21,7 +21,7 @@ def tasks_valid(store: StoreResource) -> dg.AssetCheckResult:
     config = store.config()
     skipped: dict[str, SkippedTask] = {}
     try:
-        errors: list[EvalPlatformError] = list(check_tasks(config.tasks))
+        errors: list[EvalPlatformError] = list(check_tasks(config.tasks, config.suites))
         skipped = dict(read_lock(config.lock_path).skipped)
     except EvalPlatformError as error:  # a folder that is not there
         errors = [error]

@@ -71,7 +71,7 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
                 deps=[CHECKPOINT, dataset_key(name)],
                 description=f"{task.about or name}\n\nPrimary metric: {task.primary_metric}; "
                 f"chance: {task.chance if task.chance is not None else 'none'}.",
-                group_name="results",
+                group_name=task.suites[0] if task.suites else "results",
                 partitions_def=checkpoints,
                 code_version=code_version(name),
                 kinds={"torch", "parquet"},

@@ -27,6 +27,7 @@ from eval_platform.cli_shared import (
     example,
     opened,
     refuse_skipped,
+    suite_lock,
     synced,
 )
 from eval_platform.cli_tasks import tasks_app
@@ -104,6 +105,9 @@ def up() -> None:
 def run(
     checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
     tasks: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all configured.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Name of a suite, shipped or of [suites], configured or not.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="First N items only: for trying out, never on a board.")
     ] = None,
@@ -125,6 +129,8 @@ def run(
     from eval_platform import once
     from eval_platform.tasks import read_lock
 
+    if tasks is not None and suite is not None:
+        raise typer.BadParameter("give tasks or a suite, not both", param_hint="--suite")
     config = configured()
     lock_path = config.lock_path
     if results is not None:
@@ -137,6 +143,8 @@ def run(
     if results is not None or not lock_path.exists():
         lock = synced(config, store, lock_path).lock
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
+    if suite is not None:
+        lock, names = suite_lock(config, store, lock, lock_path, suite)
     if require_all:
         refuse_skipped(lock, names)
     _finish(

@@ -59,10 +59,33 @@ def synced(config: Config, store: Store, lock_path: Path | None = None) -> "Sync
     from eval_platform.tasks import sync_tasks
     from eval_platform.terminal import print_error
 
-    report = sync_tasks(config.tasks, store, lock_path or config.lock_path)
+    report = sync_tasks(config.tasks, store, lock_path or config.lock_path, config.suites)
     for error in report.errors:
         print_error(error)
     return report
+
+
+def suite_lock(
+    config: Config, store: Store, lock: "TaskLock", lock_path: Path, suite: str
+) -> tuple["TaskLock", list[str]]:
+    """(a lock with the tasks of a suite, their names): `lock` where it has them all, else one of the suite's own.
+
+    A task that the suite names and that is not there is told on standard error and left out. Raises ConfigError when
+    the suite is not there, or none of its tasks is.
+    """
+    from eval_platform.tasks import find_suite
+
+    names = list(find_suite(suite, config.suites).tasks)
+    if any(name not in lock.tasks and name not in lock.skipped for name in names):
+        selected = config.tasks.model_copy(update={"include": (), "suites": (suite,)})
+        aside = lock_path.parent if lock_path.parent != config.folder else config.state_dir
+        lock = synced(
+            config.model_copy(update={"tasks": selected}), store, aside / "suites" / suite / lock_path.name
+        ).lock
+    there = [name for name in names if name in lock.tasks or name in lock.skipped]
+    if not there:
+        raise ConfigError(f"suite {suite}: none of its tasks is there", remedy="see `eval-platform tasks list --suite`")
+    return lock, there
 
 
 def refuse_skipped(lock: "TaskLock", names: Collection[str] | None = None) -> None:

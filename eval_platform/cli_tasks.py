@@ -56,21 +56,33 @@ def tasks_sync(require_all: RequireAll = False, as_json: AsJson = False) -> None
 
 
 @tasks_app.command("list", epilog=example("eval-platform tasks list"))
-def tasks_list(as_json: AsJson = False) -> None:
+def tasks_list(
+    suite: Annotated[str | None, typer.Option(help="Only the tasks of this suite.")] = None, as_json: AsJson = False
+) -> None:
     """The tasks of the lock: what every new checkpoint is asked, and what is skipped because its data is not here."""
-    from eval_platform.tasks import read_lock
+    from eval_platform.tasks import TaskLock, find_suite, read_lock
     from eval_platform.terminal import print_json, print_skipped, print_tasks, say
 
     config = configured()
     lock = read_lock(config.lock_path)
+    absent: list[str] = []
+    if suite is not None:
+        names = find_suite(suite, config.suites).tasks
+        absent = [name for name in names if name not in lock.tasks and name not in lock.skipped]
+        lock = TaskLock(
+            {name: lock.tasks[name] for name in names if name in lock.tasks},
+            {name: lock.skipped[name] for name in names if name in lock.skipped},
+        )
     if as_json:
         asked = {name: asdict(task) for name, task in lock.tasks.items()}
         print_json(asked | {name: {"skipped": asdict(task)} for name, task in lock.skipped.items()})
     elif lock.tasks or lock.skipped:
         print_tasks(lock)
         print_skipped(lock.skipped)
-    else:
+    elif not absent:
         say(f"No tasks in {config.lock_path}: run `eval-platform tasks sync`.")
+    if absent and not as_json:
+        say(f'not configured: {", ".join(absent)}; `suites = ["{suite}"]` under [tasks] asks them too')
 
 
 @tasks_app.command("show", epilog=example("eval-platform tasks show addition -k 3"))

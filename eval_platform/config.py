@@ -11,7 +11,7 @@ EVAL_PLATFORM_DTYPE, EVAL_PLATFORM_WEBHOOK.
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -24,6 +24,11 @@ LOCK_NAME = "eval_platform.lock.json"
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# A suite is a group of assets in Dagster; these are groups there already.
+RESERVED_SUITES = frozenset({"results", "boards", "checkpoints", "datasets"})
+SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
 class Root(_Section):
@@ -43,7 +48,10 @@ class Root(_Section):
 class Tasks(_Section):
     """Which tasks every checkpoint is asked: `[tasks]`."""
 
-    include: tuple[str, ...] = Field(default=(), description="names of tasks; empty: every task of `folders`")
+    include: tuple[str, ...] = Field(
+        default=(), description="names of tasks; empty, and no suites: every task of `folders`"
+    )
+    suites: tuple[str, ...] = Field(default=(), description="names of suites, shipped or of `[suites]`")
     folders: tuple[str, ...] = Field(default=(), description="folders of task files of your own")
     on_task_change: Literal["new_only", "backfill"] = "new_only"
 
@@ -115,6 +123,7 @@ class Config(_Section):
     state: str = Field(default=".eval_platform", description="this machine's own: Dagster home, catalog, cache, logs")
     checkpoints: tuple[Root, ...] = (Root(name="checkpoints", path="checkpoints"),)
     tasks: Tasks = Tasks()
+    suites: dict[SuiteName, tuple[str, ...]] = Field(default={}, description="suites of your own: name = [tasks]")
     engine: Engine = Engine()
     worker: Worker = Worker()
     sandbox: Sandbox = Sandbox()
@@ -129,6 +138,16 @@ class Config(_Section):
         if len(set(names)) != len(names) or "adhoc" in names:
             raise ValueError("the name of every [[checkpoints]] root must be its own, and not 'adhoc'")
         return roots
+
+    @field_validator("suites")
+    @classmethod
+    def _suites_named(cls, suites: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name, tasks in suites.items():
+            if name in RESERVED_SUITES:
+                raise ValueError(f"a suite cannot be called {name!r}, which is a group in Dagster already; rename it")
+            if not tasks:
+                raise ValueError(f"suite {name!r} names no task")
+        return suites
 
     @property
     def state_dir(self) -> Path:

@@ -107,7 +107,7 @@ def _tasks(config: Config) -> list[Finding]:
     sync = "run `eval-platform tasks sync`"
     try:
         lock = read_lock(config.lock_path)
-        broken = check_tasks(config.tasks)
+        broken = check_tasks(config.tasks, config.suites)
     except EvalPlatformError as error:
         return [Finding("tasks", False, str(error), sync)]
     found = f"{len(lock.tasks)} in {config.lock_path}"

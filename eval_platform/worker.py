@@ -363,6 +363,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "dtype": model.settings.dtype,
         "devices": [info.device] if info else [],
         "engine_path": info.engine_path if info else None,
+        "n_parameters": info.n_parameters if info else None,
         "numerics_version": info.numerics_version if info else None,
         "versions": (dict(info.versions) if info else {}) | tasks.package_versions(task.definition) | ran_in,
         "started_at": started_at,

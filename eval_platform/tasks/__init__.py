@@ -9,12 +9,14 @@ from eval_platform.tasks.schema import TaskFile
 from eval_platform.tasks.selection import bundled_tasks, library_tasks
 from eval_platform.tasks.show import show_prompt
 from eval_platform.tasks.snapshots import write_prompts
+from eval_platform.tasks.suite import Suite, find_suite, shipped_suites
 from eval_platform.tasks.sync import SyncReport, check_tasks, sync_tasks
 from eval_platform.tasks.task import Task
 
 __all__ = [
     "LockedTask",
     "SkippedTask",
+    "Suite",
     "SyncReport",
     "Task",
     "TaskFile",
@@ -22,6 +24,7 @@ __all__ = [
     "build_task",
     "bundled_tasks",
     "check_tasks",
+    "find_suite",
     "fit_shots",
     "library_tasks",
     "load_task",
@@ -29,6 +32,7 @@ __all__ = [
     "prompts_id",
     "read_lock",
     "render",
+    "shipped_suites",
     "show_prompt",
     "sync_tasks",
     "validate_file",

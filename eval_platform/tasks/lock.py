@@ -14,7 +14,10 @@ LOCK_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class LockedTask:
-    """What must be known of a task without opening the store. The ids are identity, the rest is for people."""
+    """What must be known of a task without opening the store. The ids are identity, the rest is for people.
+
+    suites: those of the configured suites that it is in, the first of them its group in Dagster.
+    """
 
     task_id: str
     ask_id: str
@@ -32,6 +35,7 @@ class LockedTask:
     tags: tuple[str, ...]
     source: str
     licence: str
+    suites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def read_lock(path: Path) -> TaskLock:
 def write_lock(path: Path, lock: TaskLock) -> bool:
     """Write the lock unless it says the same already; True when written. A reader sees the old one or the new one."""
     body: dict[str, Any] = {"schema_version": LOCK_VERSION}
-    body["tasks"] = {name: asdict(task) for name, task in lock.tasks.items()}
+    body["tasks"] = {name: _entry(task) for name, task in lock.tasks.items()}
     if lock.skipped:
         body["skipped"] = {name: asdict(task) for name, task in lock.skipped.items()}
     text = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -96,6 +100,12 @@ def write_lock(path: Path, lock: TaskLock) -> bool:
     return True
 
 
+def _entry(task: LockedTask) -> dict[str, Any]:
+    """Without `suites` where there are none, so that a lock from before them stays what it was."""
+    return {name: value for name, value in asdict(task).items() if name != "suites" or value}
+
+
 def _locked(entry: Mapping[str, Any]) -> LockedTask:
-    known = {one.name: entry[one.name] for one in fields(LockedTask)}
-    return LockedTask(**{**known, "score_names": tuple(known["score_names"]), "tags": tuple(known["tags"])})
+    known = {one.name: entry[one.name] for one in fields(LockedTask) if one.name != "suites"}
+    lists = {name: tuple(known[name]) for name in ("score_names", "tags")}
+    return LockedTask(**{**known, **lists, "suites": tuple(entry.get("suites", ()))})

@@ -1,7 +1,7 @@
 """Which task files count? Those of the user's own folders, and the ones shipped."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval_platform import config
@@ -9,6 +9,7 @@ from eval_platform.errors import ConfigError, TaskError
 from eval_platform.tasks.building import build_task
 from eval_platform.tasks.reading import read_task_file, task_name
 from eval_platform.tasks.schema import TaskFile, did_you_mean
+from eval_platform.tasks.suite import OwnSuites, suites_of_tasks
 
 LIBRARY = Path(__file__).parent / "library"
 
@@ -33,11 +34,11 @@ def is_bundled(definition: TaskFile) -> bool:
     return all(source.dataset is None and source.hub is None for source in sources)
 
 
-def select_files(tasks: config.Tasks) -> tuple[dict[str, list[Path]], list[TaskError]]:
+def select_files(tasks: config.Tasks, own_suites: OwnSuites) -> tuple[dict[str, list[Path]], list[TaskError]]:
     """Name -> the files that claim it, for the names selected; errors for names nobody claims and files without one.
 
-    Nothing selected by name means all of the user's own; without folders of one's own, the tasks that ship with their
-    items. Raises ConfigError for a folder that is not there.
+    Nothing selected by name or suite means all of the user's own; without folders of one's own, the tasks that ship
+    with their items. Raises ConfigError for a folder or a suite that is not there.
     """
     own: dict[str, list[Path]] = {}
     errors: list[TaskError] = []
@@ -48,21 +49,26 @@ def select_files(tasks: config.Tasks) -> tuple[dict[str, list[Path]], list[TaskE
         else:
             own.setdefault(name, []).append(path)
     shipped = {name: LIBRARY / f"{name}.yaml" for name in library_tasks()}
-    if not tasks.include:
+    in_suites = suites_of_tasks(tasks.suites, own_suites)
+    if not tasks.include and not in_suites:
         return (own if tasks.folders else {name: [shipped[name]] for name in bundled_tasks()}), errors
     selected: dict[str, list[Path]] = {}
-    for name in dict.fromkeys(tasks.include):
+    for name in dict.fromkeys((*tasks.include, *in_suites)):
         paths = own.get(name, []) + ([shipped[name]] if name in shipped else [])
         if paths:
             selected[name] = paths
         else:
             errors.append(
                 TaskError(
-                    f"[tasks] include: there is no task {name!r}{did_you_mean(name, [*own, *shipped])}",
+                    f"{_named_by(name, in_suites)}: there is no task {name!r}{did_you_mean(name, [*own, *shipped])}",
                     remedy=f"shipped are {', '.join(shipped)}; your own are looked for in [tasks] folders",
                 )
             )
     return selected, errors
+
+
+def _named_by(task: str, in_suites: Mapping[str, Sequence[str]]) -> str:
+    return f"suite {in_suites[task][0]}" if task in in_suites else "[tasks] include"
 
 
 def _files(folders: Sequence[str]) -> list[Path]:

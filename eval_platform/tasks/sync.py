@@ -1,7 +1,7 @@
 """`eval-platform tasks sync`: task files are checked, their documents frozen, their ids written to store and lock."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from eval_platform.tasks.documents import as_documents
 from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock, write_lock
 from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files
 from eval_platform.tasks.snapshots import freeze_documents, frozen_ids
+from eval_platform.tasks.suite import NO_SUITES, OwnSuites, suites_of_tasks
 from eval_platform.tasks.task import Task
 
 __all__ = ["LIBRARY", "SyncReport", "bundled_tasks", "check_tasks", "library_tasks", "sync_tasks"]
@@ -45,17 +46,18 @@ class _Built:
     skipped: dict[str, SkippedTask]
 
 
-def sync_tasks(tasks: config.Tasks, store: Store, lock_path: Path) -> SyncReport:
-    """Bring store and lock up to date with the task files that `tasks` selects.
+def sync_tasks(tasks: config.Tasks, store: Store, lock_path: Path, own_suites: OwnSuites = NO_SUITES) -> SyncReport:
+    """Bring store and lock up to date with the task files that `tasks` selects; own_suites: `[suites]`.
 
     A broken file is reported and never blocks the others: its name goes on standing for what the lock said before. So
     does a task whose data cannot be had now, where this store has it from before; without that it is skipped, which
     the lock says too.
-    Raises ConfigError for a folder that is not there, StoreError when the store cannot be written, SchemaError when
-    the lock is from a newer eval-platform.
+    Raises ConfigError for a folder or a suite that is not there, StoreError when the store cannot be written,
+    SchemaError when the lock is from a newer eval-platform.
     """
     before = read_lock(lock_path)
-    built = _build(tasks)
+    built = _build(tasks, own_suites)
+    in_suites = suites_of_tasks(tasks.suites, own_suites)
     frozen = {name for name in built.skipped if name in before.tasks and _is_frozen(store, before.tasks[name])}
     locked = {name: before.tasks[name] for name in built.broken | frozen if name in before.tasks}
     changed: list[str] = []
@@ -67,22 +69,23 @@ def sync_tasks(tasks: config.Tasks, store: Store, lock_path: Path) -> SyncReport
         if task.name in before.tasks and (change := _change(store, before.tasks[task.name], task)):
             documents[task.name] = change
     skipped = {name: skip for name, skip in built.skipped.items() if name not in frozen}
+    locked = {name: replace(task, suites=in_suites.get(name, ())) for name, task in locked.items()}
     lock = TaskLock(dict(sorted(locked.items())), dict(sorted(skipped.items())))
     write_lock(lock_path, lock)
     kept = {name: built.skipped[name] for name in sorted(frozen)}
     return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents)
 
 
-def check_tasks(tasks: config.Tasks) -> list[TaskError]:
+def check_tasks(tasks: config.Tasks, own_suites: OwnSuites = NO_SUITES) -> list[TaskError]:
     """What is wrong with the selected task files, one error a file; data that is not here is no fault of theirs.
 
     Nothing is written.
     """
-    return _build(tasks).errors
+    return _build(tasks, own_suites).errors
 
 
-def _build(tasks: config.Tasks) -> _Built:
-    files, errors = select_files(tasks)
+def _build(tasks: config.Tasks, own_suites: OwnSuites) -> _Built:
+    files, errors = select_files(tasks, own_suites)
     built: dict[str, Task] = {}
     broken: set[str] = set()
     skipped: dict[str, SkippedTask] = {}

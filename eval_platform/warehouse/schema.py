@@ -66,6 +66,7 @@ TABLES: dict[str, pa.Schema] = {
             "dtype": _TEXT,
             "devices": _TEXTS,
             "engine_path": _TEXT,
+            "n_parameters": pa.int64(),  # null where the model was not loaded: scored from stored answers
             "numerics_version": _TEXT,
             "versions": _TEXT,
             "trust_remote_code": pa.bool_(),
