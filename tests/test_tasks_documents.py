@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_platform.errors import TaskError
+from eval_platform.errors import NoData, TaskError
 from eval_platform.tasks.documents import as_documents, read_documents
 from eval_platform.tasks.generators import generate
 from eval_platform.tasks.schema import TaskFile
@@ -154,7 +154,7 @@ def test_a_hub_dataset_offline_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    with pytest.raises(TaskError, match="dataset no/such, split test cannot be loaded") as caught:
+    with pytest.raises(NoData, match="dataset no/such, split test was not downloaded before") as caught:
         _asked(tmp_path, hub={"name": "no/such", "split": "test"})
 
     assert "local file" in str(caught.value)
@@ -169,7 +169,7 @@ def test_binary_columns_are_refused(tmp_path: Path) -> None:
 
 def test_subset_and_cluster_come_from_fields() -> None:
     one, two = as_documents(
-        [{"q": "a", "subject": "x", "p": 3}, {"q": "b", "subject": "y", "p": 3}], subset="subject", cluster="p"
+        [{"q": "a", "subject": "x", "p": 3}, {"q": "b", "subject": "y", "p": 3}], subset=["subject"], cluster="p"
     )
 
     assert (one.subset, two.subset) == ("x", "y")
@@ -196,3 +196,40 @@ def test_a_sample_id_is_the_row_and_its_number_among_equals(rows: list[dict[str,
     assert ids(shuffled) == ids(rows) == ids(reordered)
     # More rows behind change nothing.
     assert [d.sample_id for d in as_documents([*rows, {"new": 1}])][:-1] == [d.sample_id for d in as_documents(rows)]
+
+
+def test_a_file_on_s3_gives_the_same_rows_and_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a real HTTP server that speaks S3."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name, value in (("ACCESS_KEY_ID", "id"), ("SECRET_ACCESS_KEY", "key"), ("DEFAULT_REGION", "us-east-1")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        _write(tmp_path, "a.jsonl.gz")
+        client.put_object(Bucket="bucket", Key="deep/a.jsonl.gz", Body=(tmp_path / "a.jsonl.gz").read_bytes())
+        client.put_object(Bucket="bucket", Key="b.jsonl", Body=b"")
+
+        assert _asked(tmp_path, file="s3://bucket/deep/a.jsonl.gz") == ROWS
+        assert _asked(tmp_path, files=["a.jsonl.gz", "s3://bucket/deep/a.jsonl.gz"]) == ROWS * 2
+        for url, said in (
+            ("s3://bucket/none.jsonl", "there is no s3://bucket/none.jsonl"),
+            ("s3://none/a.jsonl", "NoSuchBucket"),
+            ("s3://bucket", "names no object"),
+            ("s3://bucket/b.jsonl", "holds no documents"),
+        ):
+            with pytest.raises(TaskError, match=said) as caught:
+                _asked(tmp_path, file=url)
+            assert not isinstance(caught.value, NoData)
+    finally:
+        server.stop()
+    with pytest.raises(NoData, match="S3 cannot be asked"):  # out of reach is no typo: the task is skipped
+        _asked(tmp_path, file="s3://bucket/deep/a.jsonl.gz")

@@ -16,7 +16,7 @@ from typing import Any
 
 from eval_platform.errors import NoData, TaskError
 from eval_platform.identity import content_id
-from eval_platform.tasks import hub
+from eval_platform.tasks import hub, s3
 from eval_platform.tasks.files import read_rows
 from eval_platform.tasks.schema import LOCAL_FORMATS, HubSource, Source, TaskFile
 from eval_platform.tasks.templates import inside
@@ -127,7 +127,7 @@ def _read_source(source: Source, folder: Path) -> list[Row]:
         rows = catalogue.read(named.name, named.split, named.config)
         return [_plain(row, f"dataset {named.name}, {named.split}, row {n}") for n, row in enumerate(rows)]
     names = [source.file] if source.file is not None else source.files or []
-    return [row for name in names for row in _read_file(folder / name, None)]
+    return [row for name in names for row in _read_file(name, folder, None)]
 
 
 def _read_split(definition: TaskFile, folder: Path, split: str) -> list[Row]:
@@ -146,11 +146,17 @@ def _read_split(definition: TaskFile, folder: Path, split: str) -> list[Row]:
         )
     named = by_split[split]
     names = [named] if isinstance(named, str) else named
-    return [row for name in names for row in _read_file(folder / name, definition.dataset_path)]
+    return [row for name in names for row in _read_file(name, folder, definition.dataset_path)]
 
 
-def _read_file(path: Path, format_: str | None) -> list[Row]:
-    """The rows of one file; `format_` json, csv or parquet, or by its name when None."""
+def _read_file(name: str, folder: Path, format_: str | None) -> list[Row]:
+    """The rows of one file in `folder` or on S3; `format_` json, csv or parquet, or by its name when None."""
+    if name.startswith(s3.SCHEME):
+        rows = read_rows(name, s3.read_object(name), format_)
+        if not rows:
+            raise TaskError(f"{name} holds no documents", remedy="put at least one document in, or name another file")
+        return [_plain(row, f"{name}, document {n}") for n, row in enumerate(rows)]
+    path = folder / name
     try:
         rows = read_rows(path.name, path.read_bytes(), format_)
     except FileNotFoundError as error:
