@@ -25,6 +25,7 @@ from eval_platform.cli_shared import (
     State,
     configured,
     example,
+    lock_of_suite,
     opened,
     refuse_skipped,
     suite_lock,
@@ -230,6 +231,34 @@ def leaderboard(
         print_board(board.to_pylist())
     else:
         say("Nothing is published yet: `eval-platform status` says why.")
+
+
+@app.command(epilog=example("eval-platform report --suite instructeval --format markdown"))
+def report(
+    suite: Annotated[str, typer.Option(help="Name of a suite, shipped or of [suites].")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Show trials of `run --limit N` instead of results.")] = None,
+    output: Annotated[
+        Literal["markdown", "csv", "json"], typer.Option("--format", help="How it is written out.")
+    ] = "markdown",
+) -> None:
+    """A suite's table: every checkpoint's scores with their standard errors, by which rule, and what is not there."""
+    import pyarrow as pa
+
+    from eval_platform import report as library
+    from eval_platform import warehouse
+    from eval_platform.tasks import find_suite
+    from eval_platform.terminal import print_json
+
+    config, store = opened()
+    wanted = find_suite(suite, config.suites)
+    warehouse.refresh(store, config.catalog_path)
+    board = library.suite_board(config.catalog_path, store, wanted, lock_of_suite(config, wanted), limit)
+    if output == "json":
+        print_json(library.as_json(board))
+    elif output == "csv":
+        _write(warehouse.render(pa.Table.from_pylist(library.as_rows(board)), "csv"))
+    else:
+        print(library.suite_markdown(board))
 
 
 @app.command(epilog=example("eval-platform samples --checkpoint demo/tiny/step_0400 --task addition --wrong -n 3"))

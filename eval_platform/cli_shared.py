@@ -12,7 +12,7 @@ from eval_platform.errors import ConfigError
 from eval_platform.store import Store, open_store
 
 if TYPE_CHECKING:
-    from eval_platform.tasks import SyncReport, TaskLock
+    from eval_platform.tasks import Suite, SyncReport, TaskLock
 
 EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_WAITING = 1, 2, 3, 4
 
@@ -56,12 +56,16 @@ def opened() -> tuple[Config, Store]:
 
 def synced(config: Config, store: Store, lock_path: Path | None = None) -> "SyncReport":
     """The tasks brought up to date; what is broken is told on standard error and stops nothing else."""
+    from eval_platform.quality import check_items
     from eval_platform.tasks import sync_tasks
-    from eval_platform.terminal import print_error
+    from eval_platform.terminal import print_error, print_warning
 
-    report = sync_tasks(config.tasks, store, lock_path or config.lock_path, config.suites)
+    report = sync_tasks(config.tasks, store, lock_path or config.lock_path, config.suites, check=check_items)
     for error in report.errors:
         print_error(error)
+    for name, warnings in report.warnings.items():
+        for warning in warnings:
+            print_warning(f"{name}: {warning.reason}")
     return report
 
 
@@ -78,14 +82,30 @@ def suite_lock(
     names = list(find_suite(suite, config.suites).tasks)
     if any(name not in lock.tasks and name not in lock.skipped for name in names):
         selected = config.tasks.model_copy(update={"include": (), "suites": (suite,)})
-        aside = lock_path.parent if lock_path.parent != config.folder else config.state_dir
         lock = synced(
-            config.model_copy(update={"tasks": selected}), store, aside / "suites" / suite / lock_path.name
+            config.model_copy(update={"tasks": selected}), store, _suite_lock_path(config, lock_path, suite)
         ).lock
     there = [name for name in names if name in lock.tasks or name in lock.skipped]
     if not there:
         raise ConfigError(f"suite {suite}: none of its tasks is there", remedy="see `eval-platform tasks list --suite`")
     return lock, there
+
+
+def lock_of_suite(config: Config, suite: "Suite") -> "TaskLock":
+    """The lock that says what is asked of the suite: the configured one, or that of `run --suite`."""
+    from eval_platform.tasks import read_lock
+
+    lock = read_lock(config.lock_path)
+    if all(name in lock.tasks or name in lock.skipped for name in suite.tasks):
+        return lock
+    aside = read_lock(_suite_lock_path(config, config.lock_path, suite.suite))
+    return aside if aside.tasks or aside.skipped else lock
+
+
+def _suite_lock_path(config: Config, lock_path: Path, suite: str) -> Path:
+    """Where the lock of a suite lies that is not configured: in the state, beside what it is used with."""
+    folder = config.state_dir if lock_path == config.lock_path else lock_path.parent
+    return folder / "suites" / suite / lock_path.name
 
 
 def refuse_skipped(lock: "TaskLock", names: Collection[str] | None = None) -> None:
