@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from eval_platform import report, status, terminal, warehouse
 from eval_platform.config import Config, load_config
+from eval_platform.quality import check_items
 from eval_platform.store import open_store
 from eval_platform.tasks import TaskLock, read_lock, sync_tasks
 from eval_platform.up import Platform, platform
@@ -49,7 +50,7 @@ def main() -> int:
     arrivals = Path(config.checkpoints[0].path)
     arrivals.mkdir(parents=True)
     store = open_store(config.results)
-    synced = sync_tasks(config.tasks, store, config.lock_path)
+    synced = sync_tasks(config.tasks, store, config.lock_path, check=check_items)
     for error in synced.errors:
         console.print(f"[red]{error}[/]")
     if synced.errors:

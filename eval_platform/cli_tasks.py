@@ -33,6 +33,7 @@ def tasks_sync(require_all: RequireAll = False, as_json: AsJson = False) -> None
                 "errors": [str(error) for error in report.errors],
                 "skipped": {name: asdict(task) for name, task in report.lock.skipped.items()},
                 "kept": {name: asdict(task) for name, task in report.kept.items()},
+                "warnings": {name: [asdict(one) for one in found] for name, found in report.warnings.items()},
                 "documents": {name: asdict(change) for name, change in report.documents.items()},
                 "reloaded": reloaded,
             }

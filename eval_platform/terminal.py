@@ -81,6 +81,10 @@ def print_error(error: Exception) -> None:
     err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
 
 
+def print_warning(text: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[list[str]]:
     """The cells padded to their columns' widths (`right`: numbers of the columns of numbers), the last one not."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]

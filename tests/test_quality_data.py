@@ -1,15 +1,20 @@
 """What is wrong with the data of a task: every rule finds what is planted for it, and nothing else."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eval_platform.config import Tasks
 from eval_platform.quality import check_items
+from eval_platform.store import LocalStore, layout, read_record
+from eval_platform.tasks import SyncReport, bundled_tasks, sync_tasks
 from eval_platform.tasks.building import build_task_and_items
 from eval_platform.tasks.facts import ItemFacts, item_facts
+from eval_platform.values import Check
 
 ROWS = [{"q": f"question {n}", "choices": ["yes", "no", f"{n}"], "right": n % 3} for n in range(30)]
 CHOICES: dict[str, Any] = {
@@ -100,3 +105,39 @@ def test_numbers_of_choices_that_vary_by_design_are_no_slip(tmp_path: Path) -> N
     rows = [{**row, "choices": [*row["choices"], "more"][: 3 + n % 2]} for n, row in enumerate(ROWS)]
 
     assert failed(facts_of(tmp_path, rows)) == {}
+
+
+def test_sync_refuses_errors_keeps_warnings_beside_the_snapshot_and_looks_once(tmp_path: Path) -> None:
+    store, lock = LocalStore(tmp_path / "results"), tmp_path / "lock.json"
+    looked: list[str] = []
+
+    def noting(tasks: Mapping[str, ItemFacts]) -> Mapping[str, Sequence[Check]]:
+        looked.extend(tasks)
+        return check_items(tasks)
+
+    def sync() -> SyncReport:
+        return sync_tasks(Tasks(folders=(str(tmp_path),)), store, lock, check=noting)
+
+    facts_of(tmp_path, [*ROWS, {**ROWS[4], "more": 1}])
+    first = sync()
+    locked = first.lock.tasks["t"]
+    assert first.errors == ()
+    assert [check.name for check in first.warnings["t"]] == ["unique_items"]
+    record = read_record(store, layout.dataset_checks(locked.dataset_id, locked.ask_id))
+    assert {one["name"]: one["passed"] for one in record["checks"]}["unique_items"] is False
+    assert (sync().warnings, looked) == ({}, ["t"])
+
+    facts_of(tmp_path, [*ROWS, {**ROWS[0], "q": " "}])
+    broken = sync()
+    assert "t: its data cannot be asked: 1 of 31 items ask nothing" in str(broken.errors[0])
+    assert broken.lock.tasks["t"] == locked  # the name goes on standing for what it stood for
+    assert broken.changed == ()
+    assert looked == ["t", "t"]
+
+
+def test_no_data_of_a_bundled_task_is_refused(tmp_path: Path) -> None:
+    report = sync_tasks(Tasks(), LocalStore(tmp_path / "results"), tmp_path / "lock.json", check=check_items)
+
+    assert report.errors == ()
+    assert set(report.lock.tasks) == set(bundled_tasks())
+    assert report.warnings == {}

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,12 +23,10 @@ def read_rows(name: str, body: bytes, format_: str | None) -> list[Any]:
     if kind is None:
         raise TaskError(f"{name}: unknown kind of file", remedy=f"use {', '.join(_KINDS)}, each also with .gz")
     try:
-        plain = gzip.decompress(body) if zipped else body
-    except (OSError, EOFError) as error:
+        return _READERS[kind](gzip.decompress(body) if zipped else body)
+    except OSError as error:  # a file that is no gzip
         raise TaskError(f"{name} cannot be read: {error}", remedy="compress the file anew") from error
-    try:
-        return _READERS[kind](plain)
-    except ValueError as error:
+    except (ValueError, EOFError, zlib.error) as error:
         raise TaskError(f"{name} is not {kind}: {error}", remedy="mend the file") from error
 
 

@@ -1,23 +1,29 @@
 """`eval-platform tasks sync`: task files are checked, their documents frozen, their ids written to store and lock."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from eval_platform import config
 from eval_platform.errors import NoData, TaskError
 from eval_platform.store import Store, create_record, find_record, layout, log, read_record
-from eval_platform.tasks.building import build_task, definition_record
+from eval_platform.tasks.building import build_task_and_items, definition_record
 from eval_platform.tasks.differences import DocumentChange, compare_documents
 from eval_platform.tasks.documents import as_documents
+from eval_platform.tasks.facts import ItemFacts, item_facts
 from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock, write_lock
 from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files
 from eval_platform.tasks.snapshots import freeze_documents, frozen_ids
 from eval_platform.tasks.suite import NO_SUITES, OwnSuites, suites_of_tasks
 from eval_platform.tasks.task import Task
+from eval_platform.values import Check
 
 __all__ = ["LIBRARY", "SyncReport", "bundled_tasks", "check_tasks", "library_tasks", "sync_tasks"]
+
+
+# What looks at the items of tasks (`quality.check_items`): task name -> its checks.
+Checker: TypeAlias = Callable[[Mapping[str, ItemFacts]], Mapping[str, Sequence[Check]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,8 @@ class SyncReport:
 
     changed: names that now stand for something else than before. errors: one a broken file. kept: tasks whose data
     cannot be had any more, but was frozen before: they go on being asked from that snapshot. documents: for each task
-    whose documents are others than the lock said, in which way.
+    whose documents are others than the lock said, in which way. warnings: what the checks of data that this store had
+    not seen before found and let through.
     """
 
     lock: TaskLock
@@ -34,29 +41,49 @@ class SyncReport:
     errors: tuple[TaskError, ...]
     kept: Mapping[str, SkippedTask]
     documents: Mapping[str, DocumentChange]
+    warnings: Mapping[str, tuple[Check, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """tasks: that work. errors: of those that do not; broken: the names these claim. skipped: there is no data."""
+    """tasks: that work. errors: of those that do not; broken: the names these claim. skipped: there is no data.
+
+    facts: of the items of those tasks that are to be checked.
+    """
 
     tasks: list[Task]
     errors: list[TaskError]
     broken: set[str]
     skipped: dict[str, SkippedTask]
+    facts: dict[str, ItemFacts]
 
 
-def sync_tasks(tasks: config.Tasks, store: Store, lock_path: Path, own_suites: OwnSuites = NO_SUITES) -> SyncReport:
+def sync_tasks(
+    tasks: config.Tasks,
+    store: Store,
+    lock_path: Path,
+    own_suites: OwnSuites = NO_SUITES,
+    *,
+    check: Checker | None = None,
+) -> SyncReport:
     """Bring store and lock up to date with the task files that `tasks` selects; own_suites: `[suites]`.
 
     A broken file is reported and never blocks the others: its name goes on standing for what the lock said before. So
     does a task whose data cannot be had now, where this store has it from before; without that it is skipped, which
-    the lock says too.
+    the lock says too. `check` looks at the items of what this store has not seen before: an error makes the task a
+    broken one, a warning is kept beside the snapshot and reported.
     Raises ConfigError for a folder or a suite that is not there, StoreError when the store cannot be written,
     SchemaError when the lock is from a newer eval-platform.
     """
     before = read_lock(lock_path)
-    built = _build(tasks, own_suites)
+
+    def unseen(task: Task) -> bool:
+        return check is not None and find_record(store, _checks_key(task)) is None
+
+    built = _build(tasks, own_suites, unseen)
+    warnings: dict[str, tuple[Check, ...]] = {}
+    if check is not None and built.facts:
+        warnings = _checked(store, built, check(built.facts))
     in_suites = suites_of_tasks(tasks.suites, own_suites)
     frozen = {name for name in built.skipped if name in before.tasks and _is_frozen(store, before.tasks[name])}
     locked = {name: before.tasks[name] for name in built.broken | frozen if name in before.tasks}
@@ -73,7 +100,7 @@ def sync_tasks(tasks: config.Tasks, store: Store, lock_path: Path, own_suites: O
     lock = TaskLock(dict(sorted(locked.items())), dict(sorted(skipped.items())))
     write_lock(lock_path, lock)
     kept = {name: built.skipped[name] for name in sorted(frozen)}
-    return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents)
+    return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents, warnings)
 
 
 def check_tasks(tasks: config.Tasks, own_suites: OwnSuites = NO_SUITES) -> list[TaskError]:
@@ -81,11 +108,12 @@ def check_tasks(tasks: config.Tasks, own_suites: OwnSuites = NO_SUITES) -> list[
 
     Nothing is written.
     """
-    return _build(tasks, own_suites).errors
+    return _build(tasks, own_suites, lambda task: False).errors
 
 
-def _build(tasks: config.Tasks, own_suites: OwnSuites) -> _Built:
+def _build(tasks: config.Tasks, own_suites: OwnSuites, to_check: Callable[[Task], bool]) -> _Built:
     files, errors = select_files(tasks, own_suites)
+    facts: dict[str, ItemFacts] = {}
     built: dict[str, Task] = {}
     broken: set[str] = set()
     skipped: dict[str, SkippedTask] = {}
@@ -96,7 +124,7 @@ def _build(tasks: config.Tasks, own_suites: OwnSuites) -> _Built:
             errors.append(TaskError(f"two tasks are called {name}: {listed}", remedy="rename one of them"))
             continue
         try:
-            task = build_task(paths[0])
+            task, items = build_task_and_items(paths[0])
         except NoData as error:
             skipped[name] = SkippedTask(error.name, "; ".join(error.tried), error.remedy or "")
             continue
@@ -115,7 +143,36 @@ def _build(tasks: config.Tasks, own_suites: OwnSuites) -> _Built:
             )
             continue
         built[name] = task
-    return _Built(list(built.values()), errors, broken, skipped)
+        if to_check(task):
+            facts[name] = item_facts(task, items, shipped=paths[0].parent == LIBRARY)
+    return _Built(list(built.values()), errors, broken, skipped, facts)
+
+
+def _checked(store: Store, built: _Built, found: Mapping[str, Sequence[Check]]) -> dict[str, tuple[Check, ...]]:
+    """Warnings by task name. Moves tasks with errors to the broken ones; of the others the outcome is recorded."""
+    warnings: dict[str, tuple[Check, ...]] = {}
+    for task in [task for task in built.tasks if task.name in found]:
+        failed = [one for one in found[task.name] if not one.passed]
+        wrong = [one for one in failed if one.severity == "error"]
+        if wrong:
+            built.tasks.remove(task)
+            built.broken.add(task.name)
+            told = "; ".join(one.reason for one in wrong)
+            built.errors.append(
+                TaskError(
+                    f"{task.name}: its data cannot be asked: {told}", remedy="mend the documents or the task file"
+                )
+            )
+            continue
+        checks = [asdict(one) for one in found[task.name]]
+        create_record(store, _checks_key(task), {"task": task.name, "ask_id": task.ask_id, "checks": checks})
+        if failed:
+            warnings[task.name] = tuple(failed)
+    return warnings
+
+
+def _checks_key(task: Task) -> str:
+    return layout.dataset_checks(task.dataset_id, task.ask_id)
 
 
 def _is_frozen(store: Store, locked: LockedTask) -> bool:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ class Data:
                 return gzip.decompress(body) if name.endswith(".gz") else body
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise TaskError(f"{there} cannot be read: {error}", remedy="mend the file or its rights") from error
         self._in_vain(f"{FOLDER_VARIABLE} has no {path}")
         return None
