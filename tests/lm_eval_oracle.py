@@ -42,6 +42,40 @@ def asked_by_config(config: Mapping[str, Any], splits: Mapping[str, Sequence[Map
     return _requests(ConfigurableTask(config={**config, "custom_dataset": lambda **_: tables}))
 
 
+def lm_eval_task(path: str, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """The harness's own task of the file `path` below lm_eval/tasks, its functions included, over these rows.
+
+    IFEval's functions are left out: they need NLTK's data. Its requests are built.
+    """
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own = path != "ifeval/ifeval.yaml"
+    config = dict(load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=own))
+    tables = {split: datasets.Dataset.from_list([dict(row) for row in rows]) for split, rows in splits.items()}
+    for key in ("dataset_path", "dataset_name", "metadata", *(() if own else ("process_results", "metric_list"))):
+        config.pop(key, None)
+    # A split that is not there is not asked for rows; training rows are no one's shots here.
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if config.get(key) not in tables:
+            config.pop(key, None)
+    task = ConfigurableTask(config={**config, "custom_dataset": lambda **_: tables})
+    _build(task)
+    return task
+
+
+def lm_eval_function(path: str, name: str) -> Any:
+    """A function of a Python file below lm_eval/tasks."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import _import_func_in_yml
+
+    file = Path(lm_eval.tasks.__file__).parent / path
+    return _import_func_in_yml(f"{file.stem}.{name}", file.parent)
+
+
 def asked_by_us(items: Sequence[Item]) -> list[list[Asked]]:
     """Our items in the same form."""
     return [[_ours(request) for request in item.requests] for item in items]
@@ -57,10 +91,19 @@ def _ours(request: Any) -> Asked:
 
 
 def _requests(task: Any) -> list[list[Asked]]:
+    _build(task)
+    return requests_of(task)
+
+
+def _build(task: Any) -> None:
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)  # as evaluator.py does
     task.set_fewshot_seed(FEWSHOT_SEED)
     task.build_all_requests()
+
+
+def requests_of(task: Any) -> list[list[Asked]]:
+    """Every document's requests of a task whose requests are built."""
     by_document: dict[int, list[Asked]] = {}
     for instance in task.instances:
         by_document.setdefault(instance.doc_id, []).append(_theirs(instance))
