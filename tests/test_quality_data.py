@@ -90,10 +90,17 @@ def test_shots_that_are_asked_too_are_found_where_they_come_from_elsewhere(tmp_p
     drawn = facts_of(tmp_path, ROWS, documents=shots, num_fewshot=2)
     first = facts_of(tmp_path, ROWS, documents=shots, num_fewshot=2, fewshot_config={"sampler": "first_n"})
     own = facts_of(tmp_path, ROWS, num_fewshot=2)  # never the asked one
+    # Shots of the item's own kind: question 0 is shown to items of kind 1 only, and so not to itself.
+    (tmp_path / "shots.jsonl").write_text("".join(json.dumps({**ROWS[n], "kind": 1}) + "\n" for n in (0, 1)))
+    kinds = [{**row, "kind": min(n, 1)} for n, row in enumerate(ROWS[:2])]
+    (tmp_path / "zero.jsonl").write_text(json.dumps({**ROWS[9], "kind": 0}) + "\n")
+    matching = {"file": "rows.jsonl", "fewshot": {"files": ["shots.jsonl", "zero.jsonl"], "match": "kind"}}
+    of_kind = facts_of(tmp_path, kinds, documents=matching, num_fewshot=1)
 
     assert [n for n, one in enumerate(drawn.among_shots) if one] == [0, 1, 7, 8]
     assert [n for n, one in enumerate(first.among_shots) if one] == [0, 1]  # the others never stand in a prompt
     assert not any(own.among_shots)
+    assert of_kind.among_shots == (False, True)
     assert failed(drawn)["shots_apart"].startswith("4 of 30 items are among the shots")
 
 
@@ -141,3 +148,13 @@ def test_no_data_of_a_bundled_task_is_refused(tmp_path: Path) -> None:
     assert report.errors == ()
     assert set(report.lock.tasks) == set(bundled_tasks())
     assert report.warnings == {}
+
+
+def test_a_choice_among_contexts_is_known_by_what_follows_them_too(tmp_path: Path) -> None:
+    """Winogrande's twins: the same two sentences to choose from, ended in two ways."""
+    rows = [{"options": ["A did", "B did"], "right": n % 2, "end": f"end {n // 2 * 2}"} for n in range(2)]
+    contexts = {"doc_to_text": "right", "doc_to_choice": "options", "doc_to_target": "end"}
+
+    assert "unique_items" in failed(facts_of(tmp_path, rows, **contexts))
+    rows[1]["end"] = "another end"
+    assert failed(facts_of(tmp_path, rows, **contexts)) == {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Items with another number of choices than most: below this share they look like slips, above it like the design.
 ODD_SHARE = 0.1
+_SHOWN = ("sample_id",)
 
 
 def check_items(tasks: Mapping[str, ItemFacts]) -> dict[str, list[Check]]:
@@ -72,16 +73,19 @@ def rules() -> list[Rule]:
             "empty_item",
             gxe.ExpectColumnValuesToNotBeNull(column="question"),
             "{unexpected} of {total} items ask nothing ({examples})",
+            _SHOWN,
         ),
         Rule(
             "one_choice",
             gxe.ExpectColumnValuesToBeBetween(column="choices", min_value=2),
             "{unexpected} of {total} items have one choice, which is right whatever the model says ({examples})",
+            _SHOWN,
         ),
         Rule(
             "gold_in_range",
             gxe.ExpectColumnValuesToBeBetween(column="gold_outside", min_value=0, max_value=0),
             "{unexpected} of {total} items name a right choice that they have not ({examples})",
+            _SHOWN,
         ),
         Rule(
             "licence_present",
@@ -92,15 +96,18 @@ def rules() -> list[Rule]:
             "unique_items",
             gxe.ExpectCompoundColumnsToBeUnique(column_list=["task", "key"], severity="warning"),
             "{unexpected} of {total} items stand more than once, question and choices the same ({examples})",
+            _SHOWN,
         ),
         Rule(
             "number_of_choices",
             gxe.ExpectColumnValuesToBeBetween(column="odd_choices", min_value=0, max_value=0, severity="warning"),
             "{unexpected} of {total} items have another number of choices than the others ({examples})",
+            _SHOWN,
         ),
         Rule(
             "shots_apart",
             gxe.ExpectColumnValuesToBeBetween(column="among_shots", min_value=0, max_value=0, severity="warning"),
             "{unexpected} of {total} items are among the shots: their answer may stand in a prompt ({examples})",
+            _SHOWN,
         ),
     ]

@@ -41,12 +41,14 @@ _lock = threading.RLock()  # neither importing GX nor using its context is safe 
 class Rule:
     """One expectation, the check it belongs to and the sentence that says what its failure means.
 
-    The sentence may name {unexpected}, {total}, {observed} and {examples}.
+    The sentence may name {unexpected}, {total}, {observed} and {examples}; shown: the columns that examples tell, all
+    that are known of them when None.
     """
 
     check: str
     expectation: Expectation
     sentence: str
+    shown: tuple[str, ...] | None = None
 
 
 def warm() -> None:
@@ -208,7 +210,7 @@ def _failure(rule: Rule, result: ExpectationValidationResult | None) -> Check:
         reason = f"the check {rule.check} could not run: {crash}; nothing is known, so nothing is published"
         return Check(rule.check, passed=False, severity="error", reason=reason, observed={"crash": crash})
     found = (result.result if result is not None else None) or {}
-    examples = [_example(example) for example in found.get("partial_unexpected_index_list") or ()]
+    examples = [_example(example, rule.shown) for example in found.get("partial_unexpected_index_list") or ()]
     observed = {
         "unexpected": found.get("unexpected_count"),
         "total": found.get("element_count"),
@@ -236,13 +238,13 @@ def _crash(result: ExpectationValidationResult | None) -> str | None:
     return None
 
 
-def _example(found: Mapping[str, Any] | int) -> str:
+def _example(found: Mapping[str, Any] | int, shown: tuple[str, ...] | None) -> str:
     """One unexpected row in words, e.g. "sample_id 3f.., repeat 0, log_likelihood nan"; by its number if nameless."""
     if not isinstance(found, Mapping):
         return f"row {found}"
     parts = []
     for name, value in sorted(found.items(), key=lambda pair: _ORDER.get(pair[0], len(_ORDER))):
-        if value == "" or value is None:
+        if value == "" or value is None or (shown is not None and name not in shown):
             continue
         number = isinstance(value, float) and not math.isnan(value)
         parts.append(f"{name} {value:.6g}" if number else f"{name} {value}")

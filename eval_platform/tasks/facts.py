@@ -6,7 +6,7 @@ from typing import Any
 
 from eval_platform.identity import content_id
 from eval_platform.tasks.documents import row_text
-from eval_platform.tasks.render import questions
+from eval_platform.tasks.render import bare_items
 from eval_platform.tasks.task import Task
 from eval_platform.values import Item
 
@@ -32,21 +32,16 @@ class ItemFacts:
 
 def item_facts(task: Task, items: Sequence[Item], *, shipped: bool = False) -> ItemFacts:
     """The facts of a task from all its rendered items."""
-    asked = list(questions(task, [document.fields for document in task.documents]))
-    keys = [_key(question, item.choices) for question, item in zip(asked, items, strict=True)]
+    asked = list(bare_items(task, [document.fields for document in task.documents]))
     return ItemFacts(
         sample_ids=tuple(item.document.sample_id for item in items),
-        questions=tuple(asked),
-        keys=tuple(keys),
+        questions=tuple(question for question, _ in asked),
+        keys=tuple(content_id(one) for one in asked),
         choices=tuple(len(item.choices) if item.choices else 0 for item in items),
         gold=tuple(_gold(item) for item in items),
         among_shots=tuple(_among_shots(task, asked)),
         licence=task.definition.licence if shipped else None,
     )
-
-
-def _key(question: str, choices: Sequence[str]) -> str:
-    return content_id([question, list(choices)])
 
 
 def _gold(item: Item) -> tuple[int, ...]:
@@ -57,17 +52,20 @@ def _gold(item: Item) -> tuple[int, ...]:
     return ()
 
 
-def _among_shots(task: Task, asked: Sequence[str]) -> list[bool]:
-    """Per item: is it one of the shots? Where shots are drawn from the asked items themselves, none is its own shot."""
+def _among_shots(task: Task, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[bool]:
+    """Per item: is it one of its own shots? Not where shots are drawn from the asked items, which leaves it out."""
     definition = task.definition
     if not task.shots or definition.excludes_asked:
         return [False] * len(asked)
-    pool = used_shots(task)
-    if definition.fewshot_config.doc_to_text is not None:  # worded otherwise: equal fields are equal items
-        rows = {row_text(row) for row in pool}
-        return [row_text(document.fields) in rows for document in task.documents]
-    shown = set(questions(task, pool))
-    return [question in shown and bool(question.strip()) for question in asked]
+    pool, rows = used_shots(task), [document.fields for document in task.documents]
+    shown: Sequence[Any] = list(map(row_text, pool))
+    items: Sequence[Any] = list(map(row_text, rows))
+    own = definition.fewshot_config
+    if own.doc_to_text is None and own.doc_to_choice is None:  # else worded otherwise: then equal fields are equal
+        shown, items = list(bare_items(task, pool)), asked
+    match = definition.shots_match  # a shot stands only before items of its own kind
+    before = {(row[match] if match else None, one) for row, one in zip(pool, shown, strict=True)}
+    return [(row[match] if match else None, one) in before for row, one in zip(rows, items, strict=True)]
 
 
 def used_shots(task: Task) -> Sequence[Mapping[str, Any]]:

@@ -51,19 +51,24 @@ def render(
             raise inside(f"task {task.name}, document {document.position}: ", error) from error
 
 
-def questions(task: Task, rows: Iterable[Fields]) -> Iterator[str]:
-    """What each of the rows asks by itself: without description, shots and the beginning of the answer.
+def bare_items(task: Task, rows: Iterable[Fields]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(question, choices) of each of the rows by itself: without description, shots and the answer's beginning.
 
-    Of a whole text that is the text, of a choice among questions all of them.
+    Of a whole text the question is that text; where the choices are contexts, it is what follows each of them.
     """
     writer = _Writer(task)
+    kind = task.definition.output_type
     for fields in rows:
-        if task.definition.output_type == "loglikelihood_rolling":
-            yield writer.reference(fields)
+        if kind == "loglikelihood_rolling":
+            yield writer.reference(fields), ()
         elif writer.choices_are_contexts:
-            yield "\n".join(writer.choices(fields))
+            yield writer.reference(fields), tuple(writer.choices(fields))
+        elif kind == "multiple_choice":
+            yield writer.question_text(fields), tuple(writer.choices(fields))
+        elif kind == "loglikelihood":
+            yield writer.question_text(fields), (writer.reference(fields),)
         else:
-            yield writer.question_text(fields)
+            yield writer.question_text(fields), ()
 
 
 def prompts_id(items: Iterable[Item]) -> str:
