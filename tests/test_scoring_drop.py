@@ -11,32 +11,8 @@ from eval_platform.scoring.drop import drop_em, drop_f1, score_spans
 
 # Words that the rules treat differently: numbers in several forms, articles, hyphens, punctuation, blanks.
 _word = st.sampled_from(
-    [
-        "5",
-        "5.0",
-        "1,000",
-        "1000",
-        "$5",
-        "5%",
-        "-3",
-        "7th",
-        "nan",
-        "the",
-        "The",
-        "a",
-        "an",
-        "Smith",
-        "smith's",
-        "O'Neil",
-        "twenty-one",
-        "U.S.",
-        "(b)",
-        "é",
-        "1e3",
-        ".",
-        "\n",
-        "x\tthe",
-    ]
+    ["5", "5.0", "1,000", "1000", "$5", "5%", "-3", "7th", "nan", "1e3", "the", "The", "a", "an", "Smith", "smith's"]
+    + ["O'Neil", "twenty-one", "U.S.", "(b)", "é", ".", "\n", "x\tthe"]
 )
 _span = st.lists(_word, min_size=0, max_size=4).map(" ".join)
 _spans = st.lists(_span, min_size=1, max_size=4)

@@ -2,6 +2,7 @@
 
 A row is `subtask`, `input` and `target`. For chain of thought it also has the subtask's `description`; a shot then has
 `answer`, all that follows "Let's think step by step." in the authors' prompt, white space at its beginning included.
+One item of the published file is cut short (snarks, position 88, at "The NBA:"); it is asked as it is there.
 """
 
 from typing import Any
