@@ -1,0 +1,157 @@
+"""Do the sandbox's verdicts agree with what is known to be right, and does it leave nothing behind?
+
+    EVAL_PLATFORM_DATA=... python benchmarks/verify_code.py
+
+All 164 canonical solutions of HumanEval and all 974 reference solutions of MBPP must pass, through the programs of the
+tasks that are shipped, and none may pass with the bodies of its functions removed. 1,000 programs that fork, write and
+allocate must leave no process, file, mount or memory behind. Then milliseconds a program, cold and warm. Exits with 1
+when something is not as it must be.
+"""
+
+import ast
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval_platform.sandbox import MODES, Mode, Program, Verdict, describe, run_programs
+from eval_platform.tasks import build_task, catalogue
+from eval_platform.tasks.documents import as_documents
+from eval_platform.tasks.programs import program_text
+from eval_platform.tasks.sync import LIBRARY
+
+UNTIDY = """
+import os, threading, time
+held = bytearray({n} % 7 << 20)
+for name in range({n} % 5):
+    with open(f"/tmp/{{name}}", "wb") as file:
+        file.write(bytes(1 << 20))
+if {n} % 3 == 0 and os.fork() == 0:
+    os.setsid()
+    time.sleep(600)
+if {n} % 4 == 0:
+    threading.Thread(target=time.sleep, args=(600,)).start()
+assert sum(range({n})) == {n} * ({n} - 1) // 2
+"""
+
+
+def without_bodies(source: str) -> str:
+    """The program with `pass` for what every function does."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.body = [ast.Pass()]
+        elif isinstance(node, ast.Lambda):
+            node.body = ast.Constant(None)
+    return ast.unparse(tree)
+
+
+def programs(
+    name: str, rows: Sequence[Mapping[str, Any]], completion: Callable[[Mapping[str, Any]], str]
+) -> list[Program]:
+    """The shipped task's programs for these rows."""
+    task = build_task(LIBRARY / f"{name}.yaml")
+    return [
+        Program(program_text(task, document, completion(document.fields)), timeout=10.0)
+        for document in as_documents(rows)
+    ]
+
+
+def count(what: str, verdicts: Sequence[Verdict], wanted: int) -> bool:
+    """Say how many passed and why the others did not; whether it is as many as wanted."""
+    passed = sum(verdict.passed for verdict in verdicts)
+    others = dict(Counter(verdict.reason for verdict in verdicts if not verdict.passed))
+    print(f"{what}: {passed} of {len(verdicts)} pass (wanted: {wanted}) {others or ''}", flush=True)
+    if passed != wanted:
+        for n, verdict in enumerate(verdicts):
+            if verdict.passed != (wanted > 0):
+                print(f"  item {n}: {verdict}")
+    return passed == wanted
+
+
+def left_behind() -> dict[str, Any]:
+    """What there is on this machine that a program could have left."""
+    folders = ("/tmp", "/var/tmp", "/dev/shm")
+    users = {line for line in _statuses() if int(line.split()[1]) >= 1_000_000_000}
+    return {
+        "processes of slots": len(users),
+        "files": sum(len(os.listdir(folder)) for folder in folders),
+        "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "shared memory": len(Path("/proc/sysvipc/shm").read_text().splitlines()),
+    }
+
+
+def _statuses() -> list[str]:
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found += [f"{process} {line.split()[1]}" for line in status.splitlines() if line.startswith("Uid:")]
+    return found
+
+
+def available_mb() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
+
+
+def leaves_nothing(mode: Mode) -> bool:
+    """1,000 untidy programs: as much of everything afterwards as before."""
+    before, memory = left_behind(), available_mb()
+    verdicts = run_programs([Program(UNTIDY.format(n=n)) for n in range(1000)], mode)
+    passed = sum(verdict.passed for verdict in verdicts)
+    time.sleep(1)  # the kernel frees mounts and namespaces a little after their last process
+    after, lost = left_behind(), memory - available_mb()
+    fine = passed == 1000 and before == after
+    print(
+        f"1,000 untidy programs, {mode}: {passed} pass; before {before}, after {after}; {lost:+.0f} MB of memory gone"
+    )
+    return fine
+
+
+def speed(mode: Mode, n: int = 200) -> None:
+    """Milliseconds a program: one that fails its test, so runs once, and one that passes, so runs twice."""
+    for what, text in (("fails", "assert {n} < 0"), ("passes", "assert {n} >= 0")):
+        alone = [Program(text.format(n=i)) for i in range(n)]
+        run_programs(alone[:4], mode, slots=1)
+        started = time.perf_counter()
+        run_programs(alone[: n // 10], mode, slots=1)
+        middle = time.perf_counter()
+        run_programs(alone, mode, slots=1)
+        ended = time.perf_counter()
+        each = ((ended - middle) - (middle - started)) / (n - n // 10)  # less what it takes to start the supervisor
+        print(f"{mode}: {1000 * each:.1f} ms a program that {what}, one at a time", flush=True)
+
+
+def main() -> int:
+    humaneval = catalogue.read("humaneval", "test")
+    mbpp = [row for split in ("prompt", "test", "validation", "train") for row in catalogue.read("mbpp", split)]
+    fine = True
+    for mode in MODES:
+        print(describe(mode))
+    for mode in ("cold", "warm"):
+        started = time.perf_counter()
+        right = run_programs(programs("humaneval", humaneval, lambda row: row["canonical_solution"]), mode)
+        fine &= count(f"HumanEval, canonical solutions, {mode}", right, len(humaneval))
+        fine &= count(
+            f"HumanEval, without bodies, {mode}", run_programs(programs("humaneval", humaneval, lambda _: ""), mode), 0
+        )
+        right = run_programs(programs("mbpp", mbpp, lambda row: row["code"]), mode)
+        fine &= count(f"MBPP, reference solutions, {mode}", right, len(mbpp))
+        wrong = run_programs(programs("mbpp", mbpp, lambda row: without_bodies(row["code"])), mode)
+        fine &= count(f"MBPP, without bodies, {mode}", wrong, 0)
+        print(f"{mode}: {time.perf_counter() - started:.0f} s")
+        fine &= leaves_nothing(mode)
+    for mode in MODES:
+        speed(mode)
+    print("as it must be" if fine else "NOT as it must be")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
