@@ -119,7 +119,7 @@ WRONG_FILES = {
     "a.csv": [(b"", "holds no documents"), (b"q,n\n", "holds no documents"), (b'q\n"a\n', "is not csv")],
     "a.parquet": [(b"PAR1", "is not parquet")],
     "a.jsonl.gz": [(b"{}", "cannot be read"), (gzip.compress(b"{}" * 99, mtime=0)[:20], "is not json")],
-    "a.txt": [(b"text", "unknown kind of file")],
+    "a.xml": [(b"text", "unknown kind of file")],
 }
 
 

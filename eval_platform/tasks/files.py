@@ -1,4 +1,4 @@
-"""From the bytes of a file to rows: JSON, JSON Lines, CSV or Parquet, each also gzipped."""
+"""From the bytes of a file to rows: JSON, JSON Lines, CSV, Parquet or plain text, each also gzipped."""
 
 import gzip
 import io
@@ -13,6 +13,8 @@ from eval_platform.errors import TaskError
 
 def read_rows(name: str, body: bytes, format_: str | None) -> list[Any]:
     """The rows in `body`, the bytes of a file called `name`; `format_` json, csv or parquet, or by the name when None.
+
+    A text is one row: its field `text` is the whole of it.
 
     Raises TaskError for an unknown kind, or a body that is not of its kind.
     """
@@ -65,5 +67,16 @@ def _read_parquet(body: bytes) -> list[Any]:
     return read_parquet(body).to_pylist()
 
 
-_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_READERS: Mapping[str, Callable[[bytes], list[Any]]] = {"json": read_json, "csv": _read_csv, "parquet": _read_parquet}
+def _read_text(body: bytes) -> list[Any]:
+    # Not one row a line, as lm-evaluation-harness's `text`: a line without those before it is another question.
+    text = body.decode("utf-8-sig")
+    return [{"text": text}] if text.strip() else []
+
+
+_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_READERS: Mapping[str, Callable[[bytes], list[Any]]] = {
+    "json": read_json,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "text": _read_text,
+}
