@@ -56,6 +56,16 @@ class Task:
 
 def ask_id(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None) -> str:
     """The id of what is asked (contract section 1): everything that can change a request, and nothing else."""
+    return content_id(what_is_asked(definition, dataset_id, fewshot_dataset_id))
+
+
+def task_id(definition: TaskFile, ask_id: str, chance: float | None) -> str:
+    """The id of a task: what is asked, how often, and what is made of the answers."""
+    return content_id(how_it_is_scored(definition, ask_id, chance))
+
+
+def what_is_asked(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None) -> dict[str, Any]:
+    """What an ask_id is the hash of."""
     said = definition.model_dump(mode="json")
     asked: dict[str, Any] = {
         key: said[key]
@@ -91,30 +101,28 @@ def ask_id(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str | None
         if definition.shots_match is not None:
             asked["shots"]["match"] = definition.shots_match
     asked["renderer"] = RENDERER_VERSION
-    return content_id(asked)
+    return asked
 
 
-def task_id(definition: TaskFile, ask_id: str, chance: float | None) -> str:
-    """The id of a task: what is asked, how often, and what is made of the answers."""
+def how_it_is_scored(definition: TaskFile, ask_id: str, chance: float | None) -> dict[str, Any]:
+    """What a task_id is the hash of."""
     documents = definition.documents
     said = definition.model_dump(mode="json", by_alias=True)
     code = {} if definition.code is None else {"code": said["code"]}
-    return content_id(
-        {
-            **code,
-            "ask_id": ask_id,
-            "repeats": definition.repeats,
-            "scorer": SCORER_VERSION,
-            # aggregation and higher_is_better follow from the metric, said or not.
-            "metrics": [
-                [entry.metric, {**entry.arguments, **({"aggregation": MACRO_MEAN} if entry.is_macro else {})}]
-                for entry in definition.metric_list
-            ],
-            "filters": [[p.name, [[s.function, s.arguments] for s in p.filter]] for p in definition.filter_list],
-            "primary_metric": definition.primary_metric,
-            "chance": chance,
-            "quality": said["quality"],
-            "subset": documents.subset if documents else None,
-            "cluster": documents.cluster if documents else None,
-        }
-    )
+    return {
+        **code,
+        "ask_id": ask_id,
+        "repeats": definition.repeats,
+        "scorer": SCORER_VERSION,
+        # aggregation and higher_is_better follow from the metric, said or not.
+        "metrics": [
+            [entry.metric, {**entry.arguments, **({"aggregation": MACRO_MEAN} if entry.is_macro else {})}]
+            for entry in definition.metric_list
+        ],
+        "filters": [[p.name, [[s.function, s.arguments] for s in p.filter]] for p in definition.filter_list],
+        "primary_metric": definition.primary_metric,
+        "chance": chance,
+        "quality": said["quality"],
+        "subset": documents.subset if documents else None,
+        "cluster": documents.cluster if documents else None,
+    }
