@@ -127,7 +127,7 @@ def _read_source(source: Source, folder: Path) -> list[Row]:
         rows = catalogue.read(named.name, named.split, named.config)
         return [_plain(row, f"dataset {named.name}, {named.split}, row {n}") for n, row in enumerate(rows)]
     names = [source.file] if source.file is not None else source.files or []
-    return [row for name in names for row in _read_file(name, folder, None)]
+    return [row for name in names for row in read_file_rows(name, folder, None)]
 
 
 def _read_split(definition: TaskFile, folder: Path, split: str) -> list[Row]:
@@ -146,10 +146,10 @@ def _read_split(definition: TaskFile, folder: Path, split: str) -> list[Row]:
         )
     named = by_split[split]
     names = [named] if isinstance(named, str) else named
-    return [row for name in names for row in _read_file(name, folder, definition.dataset_path)]
+    return [row for name in names for row in read_file_rows(name, folder, definition.dataset_path)]
 
 
-def _read_file(name: str, folder: Path, format_: str | None) -> list[Row]:
+def read_file_rows(name: str, folder: Path, format_: str | None) -> list[Row]:
     """The rows of one file in `folder` or on S3; `format_` json, csv or parquet, or by its name when None."""
     if name.startswith(s3.SCHEME):
         rows = read_rows(name, s3.read_object(name), format_)

@@ -71,6 +71,12 @@ def bare_items(task: Task, rows: Iterable[Fields]) -> Iterator[tuple[str, tuple[
             yield writer.question_text(fields), ()
 
 
+def shot_texts(task: Task, rows: Iterable[Fields]) -> Iterator[tuple[str, str]]:
+    """(question, answer) of each of the rows as a shot."""
+    writer = _Writer(task)
+    return (writer.example_parts(fields) for fields in rows)
+
+
 def prompts_id(items: Iterable[Item]) -> str:
     """The id of what was asked and what is right, in order (contract section 1)."""
     return ordered_id([[request.request_id for request in item.requests], item.target] for item in items)
@@ -183,8 +189,8 @@ class _Writer:
             known = self.examples[id(fields)] = self.example(fields)
         return known
 
-    def example(self, fields: Fields) -> str:
-        """One shot: question, delimiter, answer, delimiter."""
+    def example_parts(self, fields: Fields) -> tuple[str, str]:
+        """Question and answer of one shot."""
         definition, own = self.definition, self.definition.fewshot_config
         choices = None
         if definition.doc_to_choice is not None or own.doc_to_choice is not None:
@@ -195,7 +201,12 @@ class _Writer:
             choices = None
         else:
             question = self.question_text(fields, own)
-        answer = self.shot_answer(fields, choices)
+        return question, self.shot_answer(fields, choices)
+
+    def example(self, fields: Fields) -> str:
+        """One shot: question, delimiter, answer, delimiter."""
+        definition, own = self.definition, self.definition.fewshot_config
+        question, answer = self.example_parts(fields)
         prefix = self.prefix(own.gen_prefix if own.gen_prefix is not None else definition.gen_prefix, fields)
         between = definition.target_delimiter if own.target_delimiter is None else own.target_delimiter
         after = definition.fewshot_delimiter if own.fewshot_delimiter is None else own.fewshot_delimiter

@@ -3,6 +3,7 @@
 from eval_platform.errors import TaskError
 from eval_platform.tasks.render import render
 from eval_platform.tasks.task import Task
+from eval_platform.values import Item
 
 
 def show_prompt(task: Task, k: int) -> str:
@@ -15,8 +16,13 @@ def show_prompt(task: Task, k: int) -> str:
             f"task {task.name} has no sample {k}", remedy=f"give a number from 0 to {len(task.documents) - 1}"
         )
     item = next(render(task, [task.documents[k]]))
+    return f"--- {task.name}, sample {k}, {item.document.sample_id}, {item.shots_used} shots: prompt\n{show_item(item)}"
+
+
+def show_item(item: Item) -> str:
+    """The prompt, then each request and the right answer."""
     right = set(item.target) if isinstance(item.target, tuple) else {item.target}
-    lines = [f"--- {task.name}, sample {k}, {item.document.sample_id}, {item.shots_used} shots: prompt", item.prompt]
+    lines = [item.prompt]
     contexts = {request.context for request in item.requests}
     for index, request in enumerate(item.requests):
         if request.kind == "generate":
