@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from eval_platform.errors import SandboxError
 from eval_platform.sandbox.root import Python, this_python
-from eval_platform.sandbox.verdict import DEFAULT_LIMITS, Limits, Mode, Program, Verdict
+from eval_platform.sandbox.verdict import DEFAULT_LIMITS, MOST_SLOTS, Limits, Mode, Program, Verdict
 
 _AHEAD = 4  # programs in the supervisor's hands, a slot: enough to keep it busy, few enough to fill no pipe
 
@@ -29,7 +29,7 @@ def run_programs(
     distinct = list(dict.fromkeys(programs))
     if not distinct:
         return []
-    n_slots = slots or min(len(os.sched_getaffinity(0)), len(distinct))
+    n_slots = min(slots or len(os.sched_getaffinity(0)), len(distinct), MOST_SLOTS)
     verdicts: dict[Program, Verdict] = {}
     with _supervisor(mode, n_slots, limits) as (into, out, _):
         todo = iter(enumerate(distinct))

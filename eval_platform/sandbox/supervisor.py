@@ -36,12 +36,11 @@ from eval_platform.sandbox import memory
 from eval_platform.sandbox.root import SCRIPTS, Python, assemble, enter_own_mounts, mount_tmp, unmount_tmp
 from eval_platform.sandbox.runner import REPORT, STARTED
 from eval_platform.sandbox.seccomp import seccomp_filter
-from eval_platform.sandbox.verdict import Limits, Mode, Program, Reason, Verdict
+from eval_platform.sandbox.verdict import Limits, Mode, Program, Reason, Verdict, first_user
 
 START_SECONDS = 30.0  # for bubblewrap and Python, on a machine that is busy
 LONGEST_REPORT = 1 << 14
 SERVER_PROCESSES = 8  # what bubblewrap and the server of a warm slot need beside the program
-_FIRST_USER, _USERS = 1_000_000_000, 1_000_000_000
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # sets in the same order every time: the same program has the same verdict
 _PR_SET_CHILD_SUBREAPER, _PR_SET_PDEATHSIG = 36, 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -484,8 +483,8 @@ def _users(n: int) -> list[int | None]:
         highest = max(int(first) + int(count) for first, _, count in map(str.split, file))
     if highest <= n + 2:
         return [None] * n
-    own = _FIRST_USER + (os.getpid() * 64) % _USERS  # another supervisor has others
-    first = own if highest >= _FIRST_USER + _USERS else min(60000, highest - n - 2)
+    own = first_user(os.getpid())
+    first = own if highest >= own + n else min(60000, highest - n - 2)
     return [first + slot for slot in range(n)]
 
 
@@ -510,7 +509,10 @@ def _done(result: int) -> None:
 def main() -> None:
     """Settings in, then programs; a line out for each, in the order in which they end."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    settings = json.loads(source.readline())
+    line = source.readline()
+    if not line:  # whoever started this has ended already
+        return
+    settings = json.loads(line)
 
     def say(message: dict[str, Any]) -> None:
         sink.write(json.dumps(message).encode() + b"\n")

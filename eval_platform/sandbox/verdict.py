@@ -56,3 +56,12 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+# The users of slots, where root starts them: above every account's, for every supervisor others.
+FIRST_USER = 1_000_000_000
+MOST_SLOTS = 256
+
+
+def first_user(supervisor: int) -> int:
+    """The user of the first slot of the supervisor with this process id; the next slot has the next."""
+    return FIRST_USER + (supervisor * MOST_SLOTS) % FIRST_USER
