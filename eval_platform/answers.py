@@ -10,15 +10,20 @@ from eval_platform import warehouse
 from eval_platform.errors import QueryError
 from eval_platform.scoring import is_term
 from eval_platform.store import Store
+from eval_platform.tasks.metrics import METRICS
 from eval_platform.warehouse.connection import literal
 
-# `score` is the sample's value of its task's primary metric where that tells right (1) from wrong; null for a
-# perplexity, of which nothing is right or wrong.
-_SHOWN = """
+# Metrics of which a sample's value tells right (1) from wrong (0).
+_TELLS_RIGHT = [m.name for m in METRICS.values() if (m.low, m.high) == (0, 1) and m.higher_is_better]
+
+# `score` is the sample's value of its task's primary metric where that tells right from wrong; null for a perplexity
+# and the like, of which nothing is right or wrong.
+_SHOWN = f"""
     select s.checkpoint_id, s.task_id, s.settings_id, s.item_limit, e.stale, e.shown, s.sample_id, s.repeat, s.key,
         s.task, s.position, s.subset, s.prompt, s.target, s.choices, s.chosen, s.response, s.extracted, s.metrics,
         s.finish_reason, s.evaluation_id, s.attempt,
-        if(regexp_matches(e.primary_metric, '^(acc|exact_match|f1)'), s.metrics[e.primary_metric], null) as score,
+        if(split_part(e.primary_metric, ',', 1) in ({", ".join(map(literal, _TELLS_RIGHT))}),
+            s.metrics[e.primary_metric], null) as score,
         s.attempt = max(s.attempt) over (partition by s.evaluation_id) as newest
     from samples s join evaluations e using (evaluation_id, attempt)
 """

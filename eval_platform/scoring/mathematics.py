@@ -1,5 +1,6 @@
 """Is it the same number, set or expression? By math-verify (extra `metrics`)."""
 
+import logging
 import threading
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ def math_equal(answer: str | None, references: Sequence[str]) -> float:
     """
     from math_verify import parse, verify
 
+    # It prints every answer that takes too long, whole; here that is an answer like another, and not equal.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("math_verify is stopped by a signal, which only the main thread gets: score there")
     if answer is None:
