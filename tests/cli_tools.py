@@ -29,6 +29,9 @@ quiet_seconds = 0
 [tasks]
 folders = ["my_tasks"]
 
+[suites]
+first = ["colours"]
+
 [engine]
 device = "cpu"
 dtype = "float32"
@@ -164,7 +167,7 @@ def lived_in(folder: Path) -> Lived:
         json.dumps({**json.loads(config.read_text()), "architectures": ["Nobody"], "model_type": "nobody"})
     )
     answers = {"empty": place("status"), "sync": place("tasks", "sync")}
-    answers["100"] = place("run", "--checkpoint", str(place.arriving(100)), "--tasks", "colours")
+    answers["100"] = place("run", "--checkpoint", str(place.arriving(100)), "--suite", "first")
     for step in (200, 300, 500):
         answers[str(step)] = place("run", "--checkpoint", str(place.arriving(step)), "--json")
     answers["status"] = place("status")

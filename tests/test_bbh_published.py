@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-from data import originals, use_originals
 
 from eval_platform.scoring.filters import extract
 from eval_platform.scoring.text import exact_match, prefix_match
@@ -21,6 +20,7 @@ from eval_platform.tasks.catalogue.bbh import SUBTASKS
 from eval_platform.tasks.reading import read_task_file
 from eval_platform.tasks.render import render
 from eval_platform.tasks.selection import LIBRARY
+from tests.data import originals, use_originals
 
 # (subtask, strict, prefix) in per cent where the two differ: ../shared/facts of INSTRUCTEVAL, section 6.
 INFLATED = {

@@ -114,6 +114,19 @@ def test_run_elsewhere_leaves_the_configured_results_alone(place: Place, lived: 
     assert rows(place, "select count(*) as n from arrivals where key like 'adhoc/%'") == [{"n": 0}]
 
 
+def test_a_suites_report(place: Place) -> None:
+    told = place("report", "--suite", "first", "--format", "json").json
+    lines = {line["key"]: line["scores"].get("colours", {}) for line in told["checkpoints"]}
+    assert sorted(lines["run/a/step_100"]) == sorted(lines["run/a/step_200"]) == ["acc", "acc_norm"]
+    (value,) = rows(place, "select value from leaderboard where key = 'run/a/step_100' and task = 'colours'")
+    assert lines["run/a/step_100"]["acc"]["value"] == value["value"]
+    assert told["checkpoints"][0]["n_parameters"] > 1000
+    shown = place("report", "--suite", "first").out
+    assert "| checkpoint | size | colours (acc) |" in shown
+    assert ",colours,acc,true," in place("report", "--suite", "first", "--format", "csv").out
+    assert "Nothing is evaluated yet" in place("report", "--suite", "first", "--limit", "3").out
+
+
 # --- status, leaderboard, sql, samples
 
 

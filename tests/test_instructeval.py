@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from data import originals, use_originals
 
 from eval_platform.errors import TaskError
 from eval_platform.scoring.drop import drop_em, drop_f1
@@ -23,6 +22,7 @@ from eval_platform.tasks.catalogue import mmlu, read
 from eval_platform.tasks.catalogue.bbh import SUBTASKS
 from eval_platform.tasks.reading import read_task_file
 from eval_platform.tasks.selection import LIBRARY
+from tests.data import originals, use_originals
 
 
 def _part(name: str, rows: list[dict[str, Any]], shots: list[dict[str, Any]]) -> Task:
