@@ -133,3 +133,10 @@ def test_padding_changes_no_completion(name: str, tmp_path: Path) -> None:
 
 def test_every_family_that_is_expected_on_the_plain_path_is_asked() -> None:
     assert set(PLAIN) <= {family.name for family in FAMILIES}
+
+
+def test_a_deep_model_in_half_precision_is_measured_by_its_own_noise(tmp_path: Path) -> None:
+    """Two right computations of it differ by more than a fixed bound allows; it takes the tree all the same."""
+    deep = Family("llama, deep", "llama", {"num_hidden_layers": 40, "initializer_range": 0.4})
+    model = subject(make_family(tmp_path, deep, dtype="bfloat16"), "auto")
+    assert model.engine.info.engine_path == "tree"

@@ -1,6 +1,9 @@
 """Can this model run packed, and are its numbers then the same? Found out by running it both ways at load."""
 
 import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,17 +20,30 @@ from eval_platform.engine.stream import Kept, forwards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Expected = list[tuple[list[int], Tensor, Tensor]]
-
 # Largest error allowed in the check: of a hidden state relative to its length, and of a log-probability in nats. Two
 # right computations differ by some 1e-6 in float32 and 1e-2 in half precision; a wrong mask or position by 1e-1.
 _HIDDEN = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
 _NATS = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.2}
+# In half precision a deep model is further from itself than that: then so many times the difference between two of
+# transformers' own attentions is allowed, up to a hidden state that is a quarter off.
+_TIMES_ITS_OWN = 2.0
+_HIDDEN_AT_MOST = 0.25
 
 
 # In the name of a module by which attention looks at keys that it picks, or sums up, once there are many (DeepSeek
 # sparse attention and its like): the check's short sequences never get there.
 _LENGTH_DEPENDENT = ("Indexer", "Compressor")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the model itself makes of the check's sequences: (tokens, hidden states, logits) of each; and how far off
+    others may be, hidden states relative to their length and log-probabilities in nats.
+    """
+
+    sequences: Sequence[tuple[list[int], Tensor, Tensor]]
+    hidden: float
+    nats: float
 
 
 class WrongProducts(Unsupported):
@@ -36,11 +52,32 @@ class WrongProducts(Unsupported):
 
 @torch.inference_mode()
 def reference(model: "PreTrainedModel") -> Expected:
-    """(tokens, hidden states, logits) of the check's sequences, by the model as transformers runs it, one at a time.
+    """The check's sequences by the model as transformers runs it, one at a time.
 
     Asked before anything is changed about the model. Raises Unsupported for what is known not to run packed.
     """
     _refuse_known(model)
+    found = _by_itself(model)
+    hidden, nats = _HIDDEN[model.dtype], _NATS[model.dtype]
+    original = model.config._attn_implementation
+    assert original is not None  # set when the model was made
+    if model.dtype == torch.float32 or original == "eager":
+        return Expected(found, hidden, nats)
+    model.set_attn_implementation("eager")  # the fused kernel's counterpart, written out step by step
+    try:
+        others = _by_itself(model)
+    finally:
+        model.set_attn_implementation(original)
+    for (tokens, states, logits), (_, other_states, other_logits) in zip(found, others, strict=True):
+        relative = float(_relative(other_states, states).max())
+        if math.isfinite(relative):
+            hidden = max(hidden, min(_HIDDEN_AT_MOST, _TIMES_ITS_OWN * relative))
+            off = (_log_probability(other_logits, tokens) - _log_probability(logits, tokens)).abs().max()
+            nats = max(nats, _TIMES_ITS_OWN * float(off))
+    return Expected(found, hidden, nats)
+
+
+def _by_itself(model: "PreTrainedModel") -> list[tuple[list[int], Tensor, Tensor]]:
     found = []
     for tokens in _sequences(model):
         ids = torch.tensor([tokens], device=model.device)
@@ -48,6 +85,17 @@ def reference(model: "PreTrainedModel") -> Expected:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found.append((tokens, hidden[0].float(), output.logits[0].float()))
     return found
+
+
+def _relative(states: Tensor, expected: Tensor) -> Tensor:
+    """[rows]"""
+    return (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+
+
+def _log_probability(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Of each token but the first, after those before it: float64 [tokens - 1] on the CPU."""
+    index = torch.tensor(tokens[1:], device=logits.device)[:, None]
+    return torch.log_softmax(logits[: len(tokens) - 1], -1).gather(1, index)[:, 0].double().cpu()
 
 
 def packed_model(model: "PreTrainedModel", expected: Expected) -> PackedModel:
@@ -60,7 +108,7 @@ def packed_model(model: "PreTrainedModel", expected: Expected) -> PackedModel:
     assert original is not None  # set when the model was made
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        packed = _packed(model, expected[0][0], original)
+        packed = _packed(model, expected.sequences[0][0], original)
         check(packed, Head(model, "torch"), expected)
     except Exception as error:
         model.set_attn_implementation(original)
@@ -114,7 +162,7 @@ def _packed(model: "PreTrainedModel", tokens: list[int], original: str) -> Packe
 def check(packed: PackedModel, head: Head, expected: Expected) -> None:
     """Raises Unsupported when packed hidden states or log-probabilities are not the `expected` ones."""
     # As few tokens a forward as makes nodes wait for their descendants in memory.
-    sequences = [np.asarray(tokens, dtype=np.int64) for tokens, _, _ in expected]
+    sequences = [np.asarray(tokens, dtype=np.int64) for tokens, _, _ in expected.sequences]
     roots, ends = trie.build(sequences)
     kept = Kept()
     order = list(trie.depth_first(roots))
@@ -126,10 +174,10 @@ def check(packed: PackedModel, head: Head, expected: Expected) -> None:
             raise Unsupported(f"{broken.where} is not finite")
         for piece in forward.pieces:
             hidden_of.setdefault(piece.node, []).append(hidden[piece.row : piece.stop])
-    for (tokens, hidden, logits), end in zip(expected, ends, strict=True):
+    for (tokens, hidden, logits), end in zip(expected.sequences, ends, strict=True):
         path = list(end.path())[::-1]
         ours = torch.cat([part for node in path for part in hidden_of[node]])
-        _must_agree(packed, head, tokens, ours, hidden, logits, "packed")
+        _must_agree(packed, head, tokens, ours, hidden, logits, expected, "packed")
     _compare_decoding(packed, head, expected, ends, kept)
     packed.forwards = packed.tokens = 0
 
@@ -142,7 +190,7 @@ def _compare_decoding(
     kept: Kept,
 ) -> None:
     """Some tokens of the first sequence again, one at a time, after the third, which is its beginning."""
-    (tokens, hidden, logits), (beginning, _, _) = expected[0], expected[2]
+    (tokens, hidden, logits), (beginning, _, _) = expected.sequences[0], expected.sequences[2]
     # Each step reads every weight; what goes wrong in decoding does so from the second step on.
     last = min(len(tokens), len(beginning) + 5)
     path = list(ends[2].path())
@@ -163,27 +211,30 @@ def _compare_decoding(
         hidden_states, _ = packed.decode([tokens[position]], [position], slots, [position - shared], groups)
         ours.append(hidden_states.clone())  # a recorded step writes to one place
     rest = slice(len(beginning), last)
-    _must_agree(packed, head, tokens[rest], torch.cat(ours), hidden[rest], logits[rest], "decoding")
+    _must_agree(packed, head, tokens[rest], torch.cat(ours), hidden[rest], logits[rest], expected, "decoding")
 
 
 def _must_agree(
-    packed: PackedModel, head: Head, tokens: list[int], ours: Tensor, hidden: Tensor, logits: Tensor, what: str
+    packed: PackedModel,
+    head: Head,
+    tokens: list[int],
+    ours: Tensor,
+    hidden: Tensor,
+    logits: Tensor,
+    expected: Expected,
+    what: str,
 ) -> None:
-    dtype = ours.dtype
-
     def over_rows(errors: Tensor) -> float:
         # In half precision two right computations send a token to other experts where two are nearly level, and what
         # comes out for it is another vector (by up to 1.4 of its length). Most tokens go the same way; a wrong mask or
         # position moves most. The median is NaN if any error is.
-        turned = packed.chooses_experts and dtype != torch.float32
+        turned = packed.chooses_experts and ours.dtype != torch.float32
         return float(errors.median() if turned else errors.max())
 
-    error = over_rows((ours.float() - hidden).norm(dim=-1) / hidden.norm(dim=-1).clamp_min(1e-30))
-    if not error <= _HIDDEN[dtype]:
+    error = over_rows(_relative(ours, hidden))
+    if not error <= expected.hidden:
         raise Unsupported(f"its hidden states come out otherwise ({what}: relative error {error:.1e})")
-    rows = list(range(len(tokens) - 1))
-    value, _ = head.score(ours, rows, tokens[1:])
-    right = torch.log_softmax(logits, -1).gather(1, torch.tensor([*tokens[1:], 0], device=logits.device)[:, None])
-    nats = over_rows((value - right[:-1, 0].double().cpu()).abs())
-    if not nats <= _NATS[dtype]:
+    value, _ = head.score(ours, list(range(len(tokens) - 1)), tokens[1:])
+    nats = over_rows((value - _log_probability(logits, tokens)).abs())
+    if not nats <= expected.nats:
         raise Unsupported(f"its log-probabilities come out otherwise ({what}: {nats:.1e} nats off)")
