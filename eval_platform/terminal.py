@@ -22,11 +22,15 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
 from eval_platform.status import CheckpointStatus, TaskStatus
-from eval_platform.tasks import SkippedTask, TaskLock
+from eval_platform.tasks import Finding as LintFinding
+from eval_platform.tasks import LockDifference, SkippedTask, TaskDifference, TaskLock
+from eval_platform.tasks.compare import MISSING, Change
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -221,6 +225,78 @@ def print_skipped(skipped: Mapping[str, SkippedTask]) -> None:
         out.print(f"[yellow]skipped: no data[/]  {escape(', '.join(names))}", soft_wrap=True)
         for told in (task.reason, f"-> {task.remedy}"):
             _told(told, "skipped")
+
+
+def print_lint(found: Mapping[str, Sequence[LintFinding]]) -> None:
+    """What `tasks lint` found, task by task."""
+    for name, findings in found.items():
+        out.print(f"[bold]{escape(name)}[/]", soft_wrap=True)
+        for finding in findings:
+            mark = "[yellow]look[/]" if finding.wrong else "[green]ok  [/]"
+            out.print(f"  {mark} {escape(f'{finding.rule}: {finding.told}')}", soft_wrap=True)
+            if finding.examples:
+                out.print(escape(f"       such as {', '.join(finding.examples)}"), soft_wrap=True)
+        if not findings:
+            say("  nothing found")
+
+
+def print_task_difference(found: TaskDifference) -> None:
+    """What `tasks diff` found between two tasks."""
+    if found.same:
+        say(f"{found.a} and {found.b} ask and score the same")
+        return
+    _print_changes("asked otherwise (the model runs again)", found.asking)
+    _print_changes("scored otherwise (from stored answers)", found.scoring)
+    for what, change in (("documents", found.documents), ("shots", found.shots)):
+        if change is not None:
+            say(f"{what}: {change}")
+    if found.prompt is not None:
+        prompt = found.prompt
+        say(f"{prompt.asked_otherwise} of {prompt.common} common documents are asked otherwise; the first of them:")
+        _side_by_side((found.a, prompt.a), (found.b, prompt.b))
+        at = next(
+            (n for n, (a, b) in enumerate(zip(prompt.a, prompt.b, strict=False)) if a != b),
+            min(len(prompt.a), len(prompt.b)),
+        )
+        begin = max(0, at - 20)
+        say(f"from character {at}: {prompt.a[begin : at + 30]!r} and {prompt.b[begin : at + 30]!r}")
+
+
+def _print_changes(what: str, changes: Sequence[Change]) -> None:
+    if changes:
+        out.print(f"[bold]{escape(what)}[/]", soft_wrap=True)
+        for change in changes:
+            say(f"  {change.key}: {_short(change.a)} -> {_short(change.b)}")
+
+
+def _short(value: Any) -> str:
+    text = value if value == MISSING else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _side_by_side(left: tuple[str, str], right: tuple[str, str]) -> None:
+    """Two named texts in two columns of the terminal."""
+    table = Table(box=None, expand=True, padding=(0, 2, 0, 0))
+    for name, _ in (left, right):
+        table.add_column(escape(name), ratio=1, overflow="fold")
+    table.add_row(Text(left[1]), Text(right[1]))
+    out.print(table)
+
+
+def print_lock_difference(found: LockDifference) -> None:
+    """What `tasks diff` found between two locks."""
+    if found.same:
+        say("both locks stand for the same tasks")
+        return
+    for what, names in (("added", found.added), ("removed", found.removed), ("newly skipped", found.newly_skipped)):
+        if names:
+            say(f"{what}: {', '.join(names)}")
+    for name, difference in found.changed.items():
+        out.print(f"[bold cyan]── {escape(name)}[/]", soft_wrap=True)
+        if difference is None:
+            say("another task; the results root has not both of them to compare")
+        else:
+            print_task_difference(difference)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
