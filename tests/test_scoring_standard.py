@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from eval_platform.errors import TaskError
-from eval_platform.scoring import aggregate, score_item
+from eval_platform.quality import frames
+from eval_platform.scoring import SAMPLE_SCHEMA, aggregate, score_item
 from eval_platform.scoring.bias import bbq
 from eval_platform.scoring.filters import extract
 from eval_platform.scoring.mathematics import math_equal
@@ -123,7 +125,23 @@ def test_bbq_without_answers_that_name_somebody_has_no_bias_and_without_items_no
         bbq("amb_bias_score", 0, [0], {"context_condition": "ambig", "biased": [0], "unknown": [2]})
 
 
+def test_the_gate_misses_no_value_of_an_item_that_a_score_is_not_about() -> None:
+    task = _task("multiple_choice", "acc", "accuracy_amb", "disamb_bias_score")
+    samples = _bbq_samples(task, [("ambig", 2, 0), ("disambig", 0, 2), ("disambig", 0, 1)])
+    table = pa.Table.from_pylist(samples, schema=SAMPLE_SCHEMA)
+
+    frame = frames.sample_metrics(table, task.definition.score_names)
+
+    assert Counter(frame["metric"]) == {"acc": 3, "accuracy_amb": 1, "disamb_bias_score": 1}
+    assert not frame["value"].isna().any()
+    assert (frame["outside"] == 0).all()
+
+
 def _bbq_scores(task: Task, answers: list[tuple[str, int, int]]) -> dict[str, float | None]:
+    return {score.metric: score.value for score in aggregate(task, _bbq_samples(task, answers))}
+
+
+def _bbq_samples(task: Task, answers: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
     samples = []
     for n, (condition, right, chosen) in enumerate(answers):
         requests = [make_request("choice", f"q{n}", f" {k}") for k in range(3)]
@@ -134,7 +152,7 @@ def _bbq_scores(task: Task, answers: list[tuple[str, int, int]]) -> dict[str, fl
             for k, r in enumerate(requests)
         }
         samples += score_item(task, item, responses)
-    return {score.metric: score.value for score in aggregate(task, samples)}
+    return samples
 
 
 def test_a_log_likelihood_that_is_missing_makes_the_score_missing() -> None:

@@ -65,7 +65,7 @@ SAMPLE_SCHEMA = pa.schema(
         # filter -> answer, null when none was found; of programs also `verdict` (`verdict,<filter>`): what came of it
         ("extracted", pa.map_(pa.string(), pa.string())),
         ("target", pa.string()),  # index or text; several as a JSON list
-        ("metrics", pa.map_(pa.string(), pa.float64())),  # score -> value, null when it cannot be computed
+        ("metrics", pa.map_(pa.string(), pa.float64())),  # score -> value, null when it cannot be computed; and `terms`
         ("variant", pa.string()),
         ("subject", pa.string()),
     ]

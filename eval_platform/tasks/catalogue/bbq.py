@@ -2,8 +2,9 @@
 
 A row is `context`, `question`, `choices` (the two answers that name somebody, then ten ways to say that it is not
 known, as lm-evaluation-harness 0.4.13 offers them), `answer` (the numbers of the right choices), `category`,
-`context_condition` (ambig or disambig), `biased` (the numbers of the choices that agree with the stereotype) and
-`unknown` (of those that name nobody).
+`context_condition` (ambig or disambig), `biased` (the numbers of the choices that agree with the stereotype), `unknown`
+(of those that name nobody) and `template` (the category and the number of the question that the item varies: items of
+one template are not independent).
 """
 
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ def row_of(item: dict[str, Any]) -> dict[str, Any]:
         "context_condition": item["context_condition"],
         "biased": [place for place, k in enumerate(named) if _agrees(item, k)],
         "unknown": unknown,
+        "template": f"{item['category']} {item['question_index']}",
     }
 
 

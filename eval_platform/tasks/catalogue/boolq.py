@@ -1,10 +1,12 @@
 """BoolQ: yes-or-no questions that people typed into a search engine, each with a passage that answers it.
 
-A row is `passage`, `question` (without its question mark) and `answer` (1: yes, 0: no).
+A row is `passage`, `question` (without its question mark), `answer` (1: yes, 0: no) and `passage_id`, since several
+questions may have one passage.
 """
 
 from typing import Any
 
+from eval_platform.identity import content_id
 from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
 
 CARD = Card(
@@ -26,4 +28,12 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     found = data.hub("aps/super_glue", "boolq", split, CARD.revision)
     if found is None:
         raise NoData("boolq", data.tried)
-    return [{"passage": r["passage"], "question": r["question"], "answer": int(r["label"])} for r in found]
+    return [
+        {
+            "passage": row["passage"],
+            "question": row["question"],
+            "answer": int(row["label"]),
+            "passage_id": content_id(row["passage"]),
+        }
+        for row in found
+    ]

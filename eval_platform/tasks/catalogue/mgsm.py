@@ -1,7 +1,8 @@
 """MGSM: 250 problems of GSM8K in eleven languages.
 
-A row is `language`, `question`, `answer` (the number, as text), and what a prompt in that language begins and ends
-with: `asks` ("Frage:") and `replies` ("Antwort:"), which are lm-evaluation-harness 0.4.13's.
+A row is `language`, `question`, `answer` (the number, as text), `problem` (its number, the same in every language), and
+what a prompt in that language begins and ends with: `asks` ("Frage:") and `replies` ("Antwort:"), which are
+lm-evaluation-harness 0.4.13's.
 """
 
 from typing import Any
@@ -41,15 +42,16 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
         items = data.hub("juletxara/mgsm", language, split, CARD.revision)
         if items is None:
             raise NoData("mgsm", data.tried)
-        found += [row_of(language, item) for item in items]
+        found += [row_of(language, n, item) for n, item in enumerate(items)]
     return found
 
 
-def row_of(language: str, item: dict[str, Any]) -> dict[str, Any]:
+def row_of(language: str, problem: int, item: dict[str, Any]) -> dict[str, Any]:
     """A row of the hub's as ours."""
     asks, replies = _WORDS[language]
     return {
         "language": language,
+        "problem": problem,
         "question": item["question"],
         "answer": str(item["answer_number"]),
         "asks": asks,
