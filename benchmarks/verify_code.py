@@ -128,8 +128,8 @@ def speed(mode: Mode, few: int = 5, many: int = 55, rounds: int = 5) -> None:
             walls.append(1000 * (wall_many - wall_few) / (many - few))
             cpus.append(1000 * (cpu_many - cpu_few) / (many - few))
         print(
-            f"{mode}, one at a time, a program that {what}: {min(walls):.1f} ms at best, {statistics.median(walls):.1f} "
-            f"in the middle of {rounds} rounds; {statistics.median(cpus):.1f} ms of CPU",
+            f"{mode}, one at a time, a program that {what}: {min(walls):.1f} ms at best, "
+            f"{statistics.median(walls):.1f} in the middle of {rounds} rounds; {statistics.median(cpus):.1f} ms of CPU",
             flush=True,
         )
 

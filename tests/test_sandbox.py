@@ -49,7 +49,7 @@ ENDS = {
 
 @pytest.mark.parametrize("mode", ["cold", "warm"])
 def test_every_program_ends_for_its_reason(mode):
-    programs = [Program(source, timeout=0.7) for source in ENDS]
+    programs = [Program(source, 0.4 if ends[0] == "timeout" else 10.0) for source, ends in ENDS.items()]
 
     verdicts = run_programs([*programs, programs[1]], mode)
 
@@ -61,7 +61,7 @@ def test_every_program_ends_for_its_reason(mode):
     }
     assert not wrong
     assert verdicts[-1] == verdicts[1]
-    assert all(0.7 <= v.seconds < 5 for v in verdicts if v.reason == "timeout")
+    assert all(0.4 <= v.seconds < 5 for v in verdicts if v.reason == "timeout")
     assert [v.passed for v in verdicts] == [v.reason == "passed" for v in verdicts]
 
 
@@ -184,7 +184,6 @@ def _wait(until, otherwise: str) -> None:
 
 
 def test_without_bubblewrap_it_refuses_and_says_how_to_get_it(monkeypatch, tmp_path):
-    (tmp_path / "ldd").symlink_to(shutil.which("ldd"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SandboxError, match="apt-get install bubblewrap"):
         run_programs([Program("pass")])

@@ -42,30 +42,36 @@ class Python:
 
 
 def this_python() -> Python:
-    """The interpreter under this process, without its virtual environment. Raises SandboxError when ldd fails."""
+    """The interpreter under this process, without its virtual environment. Raises SandboxError."""
     executable = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     standard_library = os.path.realpath(sysconfig.get_paths(vars={"installed_base": sys.base_prefix})["stdlib"])
     modules = sorted(
         str(path) for path in Path(standard_library, "lib-dynload").glob("*.so") if not path.name.startswith(_LEFT_OUT)
     )
-    return Python(executable, standard_library, _libraries([executable, *modules]))
+    return Python(executable, standard_library, _libraries(executable, modules))
 
 
-def _libraries(files: Sequence[str]) -> tuple[str, ...]:
-    """The shared libraries that the dynamic linker loads for `files`, by the paths under which it finds them."""
+def _libraries(executable: str, modules: Sequence[str]) -> tuple[str, ...]:
+    """The shared libraries that the dynamic linker loads for all of them, by the paths under which it finds them.
+
+    What ldd does for one file after another, in one go: the linker lists what it would load, and starts nothing.
+    """
+    asked = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": ":".join(modules)}
     try:
-        said = subprocess.run(["ldd", *files], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [executable, "-c", ""], env={**os.environ, **asked}, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise SandboxError(
-            f"the shared libraries of {files[0]} cannot be listed: {error}", remedy="install ldd (part of glibc)"
+            f"the shared libraries of {executable} cannot be listed: {error}", remedy="use a Python linked with glibc"
         ) from error
-    found = set()
+    found: set[str] = set()
     for line in said.splitlines():
         words = line.split()  # "libm.so.6 => /lib/libm.so.6 (0x7f...)", or "/lib64/ld-linux.so.2 (0x7f...)"
         path = words[2] if "=>" in words and len(words) > 2 else words[0] if words else ""
-        if path.startswith("/") and not path.endswith(":"):
+        if path.startswith("/"):
             found.add(path)
-    return tuple(sorted(found))
+    return tuple(sorted(found - set(modules)))
 
 
 def enter_own_mounts() -> None:
