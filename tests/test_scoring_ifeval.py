@@ -109,7 +109,7 @@ def test_counts(text: str, sentences: int, words: int, capitals: int) -> None:
 
 
 def test_official_verdicts_are_ours() -> None:
-    """Every ninth response of seven models; `benchmarks/verify_ifeval.py` is about all."""
+    """Every eleventh response of seven models; `benchmarks/verify_ifeval.py` is about all."""
     folder = originals("ifeval")
     sys.path.insert(0, str(REPOSITORY / "benchmarks"))
     try:
@@ -117,10 +117,10 @@ def test_official_verdicts_are_ours() -> None:
     finally:
         sys.path.pop(0)
 
-    rows = list(compare(folder, step=9))
+    rows = list(compare(folder, step=11))
 
-    assert len(rows) > 1500
-    assert len({row.instruction for row in rows}) >= 25
+    assert len(rows) > 1200
+    assert len({row.instruction for row in rows}) >= 24
     assert sum(row.official == row.ours for row in rows) / len(rows) >= 0.995
     random_there = {"keywords:letter_frequency", "change_case:english_capital", "change_case:english_lowercase"}
     random_there.add("language:response_language")

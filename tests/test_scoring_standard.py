@@ -83,7 +83,7 @@ def test_refusals_are_those_of_the_published_string_match() -> None:
                 if is_refusal(row["completion"]) != (row["strmatch_label"] == "2_full_refusal"):
                     differing.append(" ".join(row["completion"].split()[:4]))
     assert n == 2250
-    # Of the three only the second refuses: the first corrects a false belief, the third asks back.
+    # docs/verified.md says what follows these words.
     assert sorted(differing) == ["I'm not sure that", "No, I do not", "No, elderly people should"]
 
 

@@ -167,12 +167,14 @@ LOCAL = [
 def test_local_files_and_the_hub_give_the_same_rows(
     name: str, split: str, config: str | None, rows: Callable[[], list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_hub = rows()
+    of_hub = catalogue.read(name, split, config, Hub({split: rows()}))
     use_originals(monkeypatch)
 
-    assert catalogue.read(name, split, config)[: len(of_hub)] == catalogue.read(
-        name, split, config, Hub({split: of_hub})
-    )
+    local = catalogue.read(name, split, config)
+
+    assert all(row in local for row in of_hub)
+    if (name, config) != ("truthfulqa", "generation"):  # of which the shortest are taken
+        assert local[: len(of_hub)] == of_hub
 
 
 def test_bbqs_biased_answers_are_lm_evals() -> None:
