@@ -1,4 +1,4 @@
-"""Plain text files as documents: one file, one text, as the how-to in docs/tasks.md has it."""
+"""Plain text files as documents: one file, one text, as the how-to in docs/task_files.md has it."""
 
 import gzip
 import textwrap
@@ -14,7 +14,7 @@ from tests.data import REPOSITORY
 
 
 def _how_to() -> str:
-    text = (REPOSITORY / "docs" / "tasks.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "task_files.md").read_text(encoding="utf-8")
     start = text.index("    task: my_text_bits")
     return textwrap.dedent(text[start : text.index("\n\n", start)])
 

@@ -134,16 +134,16 @@ def test_lint_finds_what_is_planted(
 def test_lint_tests_the_places_of_the_gold_with_the_exact_or_the_chi_square_test(tmp_path: Path) -> None:
     two = [{**row, "r": int(n < 8)} for n, row in enumerate(QUESTIONS)]
     four = [{**row, "c": ["a", "b", "c", "d"], "r": [0, 0, 0, 1, 2, 3][n % 6]} for n, row in enumerate(QUESTIONS)]
-    mixed = [{**row, "c": ["a", "b", "c", "d"][: 3 + n % 2], "r": n % 3} for n, row in enumerate(QUESTIONS)]
+    mixed = [{**row, "c": ["a", "b", "c", "d"][: 4 if n % 3 == 1 else 3], "r": n % 2 * 2 if n % 3 else 0} for n, row in enumerate(QUESTIONS)]
     rows = {"two": two, "four": four, "mixed": mixed}
     told = {name: found_all(task_of(tmp_path, its, name, **CHOICES)) for name, its in rows.items()}
 
     assert told["two"] == (True, stats.binomtest(32, 40).pvalue)
     assert told["four"] == (False, stats.chisquare([21, 7, 6, 6]).pvalue)
-    # 20 items of three choices and 20 of four: the first three places expect 20/3 + 5, the last one 5.
-    assert told["mixed"] == (False, stats.chisquare([14, 13, 13, 0], [20 / 3 + 5] * 3 + [5]).pvalue)
+    # Every third item has four choices: the 27 with three are looked at, 21 of them right at the first place.
+    assert told["mixed"] == (True, stats.chisquare([21, 0, 6]).pvalue)
     few = task_of(tmp_path, QUESTIONS[:6], "few", **CHOICES)
-    assert "too few items" in next(one.told for one in lint(few) if one.rule == "gold_position")
+    assert "too few to test" in next(one.told for one in lint(few) if one.rule == "gold_position")
 
 
 def found_all(task: Any) -> tuple[bool, Any]:

@@ -53,6 +53,11 @@ def validate_file(path: Path) -> None:
     build_task(path)
 
 
+def task_of_rows(definition: TaskFile, rows: Sequence[Mapping[str, Any]]) -> Task:
+    """The task as it would be with these documents and no shots; for looking at, it has no task_id."""
+    return _assemble(definition, rows, [], chance=None, identity="")
+
+
 def definition_record(task: Task) -> dict[str, Any]:
     """What tasks/<task_id>.json says: the whole definition, and the snapshots of its documents."""
     return {

@@ -114,26 +114,27 @@ def _golds(item: Item) -> Sequence[str]:
 def gold_positions(items: Sequence[Item]) -> list[Finding]:
     """Whether the right choice leans to one place: chi-square over the places, the exact binomial test for two.
 
-    Items may have different numbers of choices: of one with n, each of its places expects 1/n.
+    Of items with several numbers of choices, those with the most common number are looked at.
     """
-    chosen = [item for item in items if isinstance(item.target, int) and len(item.choices) > 1]
-    placed = [(item.target, len(item.choices)) for item in chosen]
+    placed = [
+        (item.target, len(item.choices)) for item in items if isinstance(item.target, int) and len(item.choices) > 1
+    ]
     if not placed:
         return []
-    last = max(n for _, n in placed)
-    counts = Counter(place for place, _ in placed)
-    observed = [counts[place] for place in range(last)]
-    expected = [sum(1 / n for _, n in placed if n > place) for place in range(last)]
-    shares = ", ".join(f"{count / len(placed):.1%}" for count in observed)
-    told = f"the right choice stands at place 0, 1, … in {shares} of {len(placed)} items"
-    if min(expected) < LEAST_EXPECTED:
-        return [Finding("gold_position", False, f"{told}; too few items at the last places to test")]
+    places, n = Counter(number for _, number in placed).most_common(1)[0]
+    counts = Counter(place for place, number in placed if number == places)
+    observed = [counts[place] for place in range(places)]
+    shares = ", ".join(f"{count / n:.1%}" for count in observed)
+    whose = f"{n} items" if n == len(placed) else f"those {n} items that have {places} choices"
+    told = f"the right choice stands at place 0, 1, … in {shares} of {whose}"
+    if n / places < LEAST_EXPECTED:
+        return [Finding("gold_position", False, f"{told}; too few to test")]
     from scipy import stats
 
-    if last == 2:
-        p, test = float(stats.binomtest(observed[0], len(placed), 0.5).pvalue), "binomial"
+    if places == 2:
+        p, test = float(stats.binomtest(observed[0], n, 0.5).pvalue), "binomial"
     else:
-        p, test = float(stats.chisquare(observed, expected).pvalue), "chi-square"
+        p, test = float(stats.chisquare(observed).pvalue), "chi-square"
     return [Finding("gold_position", p < UNEVEN, f"{told}; {test} p = {p:.2g}")]
 
 

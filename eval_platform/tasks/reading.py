@@ -14,7 +14,7 @@ from eval_platform.tasks.schema import REFUSED_KEYS, TaskFile, did_you_mean
 # A file of a few kilobytes can stand for gigabytes through aliases of aliases.
 MAX_NODES = 100_000
 
-_REMEDY = "docs/tasks.md shows every key"
+_REMEDY = "docs/task_files.md shows every key"
 _NAME_LINE = re.compile(r"""^task:[ \t]*["']?([A-Za-z0-9_][A-Za-z0-9_.-]*)""", re.MULTILINE)
 
 

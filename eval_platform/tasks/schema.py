@@ -293,7 +293,7 @@ class Quality(_Section):
 
 
 class TaskFile(_Section):
-    """One task. See `docs/tasks.md` for each key with an example.
+    """One task. See `docs/task_files.md` for each key with an example.
 
     After validation metric_list, filter_list, primary_metric and higher_is_better are always filled in.
     """
