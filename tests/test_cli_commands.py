@@ -120,9 +120,14 @@ def test_a_suites_report(place: Place) -> None:
     assert sorted(lines["run/a/step_100"]) == sorted(lines["run/a/step_200"]) == ["acc", "acc_norm"]
     (value,) = rows(place, "select value from leaderboard where key = 'run/a/step_100' and task = 'colours'")
     assert lines["run/a/step_100"]["acc"]["value"] == value["value"]
-    assert told["checkpoints"][0]["n_parameters"] > 1000
+    sizes = {line["key"][-3:]: line["n_parameters"] for line in told["checkpoints"]}
+    assert list(sizes) == ["500", "300", "200", "100"]
+    assert sizes.pop("500") is None  # its weights were never loaded
+    assert all(size > 1000 for size in sizes.values())
     shown = place("report", "--suite", "first").out
     assert "| checkpoint | size | colours (acc) |" in shown
+    assert "- colours (`colours`) of run/a/step_300: held: log_likelihood_present:" in shown
+    assert "of run/a/step_500: failed: " in shown
     assert ",colours,acc,true," in place("report", "--suite", "first", "--format", "csv").out
     assert "Nothing is evaluated yet" in place("report", "--suite", "first", "--limit", "3").out
 

@@ -108,7 +108,8 @@ def _line(suite: Suite, primary: Mapping[str, str], asked: Sequence[str], rows: 
             missing.pop(task, None)
             scores[task] = {row["metric"]: _cell(row) for row in newest if row["metric"] is not None}
         else:
-            missing[task] = ": ".join([newest[0]["status"], "; ".join(newest[0]["reasons"] or ())]).rstrip(": ")
+            told = " ".join("; ".join(newest[0]["reasons"] or ()).split())  # a remedy has a line of its own
+            missing[task] = f"{newest[0]['status']}: {told}" if told else newest[0]["status"]
     sizes = [row["n_parameters"] for row in rows if row["n_parameters"] is not None]
     counted = [column.task for column in suite.columns if column.average]
     first = rows[0]
