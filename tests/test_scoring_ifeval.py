@@ -24,6 +24,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("keywords:frequency", {"keyword": "war", "frequency": 2, "relation": "at least"}, "War is warm.", "A war."),
     ("keywords:frequency", {"keyword": "war", "frequency": 2, "relation": "less than"}, "A war.", "War, war."),
     ("keywords:forbidden_words", {"forbidden_words": ["rock"]}, "A rocket.", "Rock it!"),
+    ("keywords:forbidden_words", {"forbidden_words": ["C++"]}, "xC++ and C", "in C++, or"),
     ("keywords:letter_frequency", {"letter": "Q", "let_frequency": 2, "let_relation": "at least"}, "q Q", "q"),
     ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "at least"}, "# #", "#"),
     ("language:response_language", {"language": "de"}, "Das ist ein deutscher Satz über das Wetter.", ENGLISH),
@@ -106,6 +107,16 @@ def test_loosely_the_first_line_the_last_line_and_stars_do_not_count() -> None:
 )
 def test_counts(text: str, sentences: int, words: int, capitals: int) -> None:
     assert (count_sentences(text), count_words(text), count_capital_words(text)) == (sentences, words, capitals)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("piece", ["a", "<", "[", "*", "\n", "- ", "a.", "'", '"', "******", "((", "SECTION 1"])
+def test_no_response_takes_for_ever(piece: str) -> None:
+    """Every check on 10,000 characters of what makes patterns go back and forth."""
+    response = piece * (10_000 // len(piece))
+    for name, arguments, *_ in CASES:
+        if name != "language:response_language":
+            CHECKS[name](response, **arguments)
 
 
 def test_official_verdicts_are_ours() -> None:

@@ -15,8 +15,8 @@ from eval_platform.scoring.ifeval.language import is_in_language
 _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _PARAGRAPH_MARK = re.compile(r"\s?\*\*\*\s?")
 _PLACEHOLDER = re.compile(r"\[.*?\]")
-_STAR_BULLET = re.compile(r"^\s*\*[^\*].*$", re.MULTILINE)
-_DASH_BULLET = re.compile(r"^\s*-.*$", re.MULTILINE)
+_STAR_BULLET = re.compile(r"^[^\S\n]*\*[^\*].*$", re.MULTILINE)
+_DASH_BULLET = re.compile(r"^[^\S\n]*-.*$", re.MULTILINE)
 _SINGLE_STARS = re.compile(r"\*([^\n\*]*)\*")
 _DOUBLE_STARS = re.compile(r"\*\*([^\n\*]*)\*\*")
 _TITLE = re.compile(r"<<[^\n]+>>")
@@ -36,16 +36,17 @@ def _holds(count: int, relation: str, bound: int) -> bool:
 
 
 def _has_keywords(response: str, *, keywords: Sequence[str]) -> bool:
-    # A keyword is a pattern there, so "war" is found in "warm".
-    return all(re.search(keyword, response, re.IGNORECASE) for keyword in keywords)
+    # Also within a word: "war" is found in "warm".
+    return all(re.search(re.escape(keyword), response, re.IGNORECASE) for keyword in keywords)
 
 
 def _keyword_frequency(response: str, *, keyword: str, frequency: int, relation: str) -> bool:
-    return _holds(len(re.findall(keyword, response, re.IGNORECASE)), relation, frequency)
+    return _holds(len(re.findall(re.escape(keyword), response, re.IGNORECASE)), relation, frequency)
 
 
 def _lacks_words(response: str, *, forbidden_words: Sequence[str]) -> bool:
-    return not any(re.search(rf"\b{word}\b", response, re.IGNORECASE) for word in forbidden_words)
+    whole_words = (rf"(?<!\w){re.escape(word)}(?!\w)" for word in forbidden_words)
+    return not any(re.search(word, response, re.IGNORECASE) for word in whole_words)
 
 
 def _letter_frequency(response: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
@@ -89,7 +90,7 @@ def _placeholders(response: str, *, num_placeholders: int) -> bool:
 def _postscript(response: str, *, postscript_marker: str) -> bool:
     """The marker stands somewhere, in any case; the two usual ones may have a space after each full stop."""
     usual = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-    return re.search(usual.get(postscript_marker, postscript_marker.lower()), response.lower()) is not None
+    return re.search(usual.get(postscript_marker, re.escape(postscript_marker.lower())), response.lower()) is not None
 
 
 def _bullets(response: str, *, num_bullets: int) -> bool:
@@ -109,7 +110,7 @@ def _highlights(response: str, *, num_highlights: int) -> bool:
 
 def _sections(response: str, *, section_spliter: str, num_sections: int) -> bool:
     """Each begins with the word and a number: "SECTION 2"."""
-    return len(re.findall(rf"\s?{section_spliter}\s?\d+\s?", response)) >= num_sections
+    return len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", response)) >= num_sections
 
 
 def _json(response: str) -> bool:
@@ -118,7 +119,7 @@ def _json(response: str) -> bool:
         text = text.removeprefix(fence)
     try:
         json.loads(text.removesuffix("```").strip())
-    except ValueError:
+    except (ValueError, RecursionError):  # a thousand brackets in a row are no JSON that anybody wants
         return False
     return True
 

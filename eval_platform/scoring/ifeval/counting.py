@@ -24,12 +24,11 @@ _NEVER_LAST, _SELDOM_LAST, _OFTEN_FIRST = (
 )
 
 _WORD = re.compile(r"\w+")
-# The word before, closing marks, the quotes and brackets that belong to the sentence if white space follows, and what
-# the next begins with. A star or a quote right after the marks begins the next.
-_END = re.compile(
-    r"(?P<word>[^\s.!?]*(?:\.[^\s.!?]+)*)(?P<marks>[.!?]+)"
-    r"(?:[\"')\]}]*\s+(?=\S)|(?=[*\"')\]};:@({\[]))(?=(?P<next>\w*))",
-)
+# Closing marks, the quotes and brackets that belong to the sentence if white space follows, and what the next begins
+# with. A star or a quote right after the marks begins the next.
+_END = re.compile(r"(?P<marks>[.!?]+)(?:[\"')\]}]*\s+(?=\S)|(?=[*\"')\]};:@({\[]))(?=(?P<next>\w*))")
+_WORD_BEFORE = re.compile(r"[^\s!?]*\Z")
+_LONGEST = 30  # characters looked back on: more than any word that matters
 # A closing quote at the very end begins nothing.
 _LAST = re.compile(r"[\"')\]}]*\s*\Z")
 
@@ -64,7 +63,8 @@ def _ends_sentence(match: re.Match[str]) -> bool:
     if match["marks"] != ".":
         # Three full stops trail off: the sentence ends where the next word looks like a beginning.
         return match["marks"].strip(".") != "" or not following[:1].islower()
-    word = match["word"].lower().lstrip("\"'“‘([{*_")
+    before = match.string[max(0, match.start() - _LONGEST) : match.start()]
+    word = _WORD_BEFORE.findall(before)[0].lower().lstrip("\"'“‘([{*_")
     if word in _NEVER_LAST or (len(word) == 1 and word.isalpha()):
         return False
     if word in _SELDOM_LAST:
