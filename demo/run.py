@@ -106,7 +106,8 @@ def _watch(
             running.revive()
             planted = planted or next(plants, True)
             found = status.status(config, store, lock)
-            live.update(_screen(config, found, trainer))
+            if console.is_terminal:
+                live.update(_screen(config, found, trainer))
             told = _tell(found, told)
             if trainer.poll() not in (None, 0):
                 return [f"the trainer ended with code {trainer.poll()}: see {config.state_dir}/logs/train.log"]

@@ -31,7 +31,7 @@ def alert_sensor() -> dg.SensorDefinition:
     @dg.sensor(
         name="alerts",
         default_status=dg.DefaultSensorStatus.RUNNING,
-        minimum_interval_seconds=5,
+        minimum_interval_seconds=15,
         description="Sends a JSON message to the configured webhook when a run ends red: something is held or failed.",
     )
     def alerts(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult:
