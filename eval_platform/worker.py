@@ -7,6 +7,7 @@ commits every task as it finishes. What was answered before a crash is read from
 another worker holds is done last. The exit codes are EXIT_*.
 """
 
+import gc
 import json
 import logging
 import os
@@ -515,6 +516,16 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
     raise Stopped
 
 
+def _load_for_good(path: Path, settings: RunSettings) -> Engine:
+    """The engine, taken out of the garbage collector's sight together with all that was imported.
+
+    A process that loads one model keeps it to its end; each full collection would walk a million objects.
+    """
+    engine = load_engine(path, settings)
+    gc.freeze()
+    return engine
+
+
 def main(folder: Path) -> int:
     """The program: plan.json in, messages.jsonl out."""
     signal.signal(signal.SIGTERM, _stop)
@@ -528,7 +539,7 @@ def main(folder: Path) -> int:
 
         try:
             plan = read_plan(folder / "plan.json")
-            code = work(plan, open_store(plan.store), emit)
+            code = work(plan, open_store(plan.store), emit, load=_load_for_good)
         except Stopped:
             log.warning("stopped; what was answered is in the journal")
             code = EXIT_TRY_AGAIN
