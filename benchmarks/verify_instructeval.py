@@ -36,8 +36,8 @@ Pair = tuple[Any, Any]  # what is asked and what is right, here and there
 KNOWN = {"bbh_cot": 1}
 
 
-def theirs(checkout: Path, file: str, *names: str) -> dict[str, Any]:
-    """The functions and classes `names` of a file, and nothing else of it."""
+def theirs(checkout: Path, file: str, *names: str, **others: Any) -> dict[str, Any]:
+    """The functions and classes `names` of a file, and nothing else of it. others: what else they name."""
     tree = ast.parse((checkout / file).read_text(encoding="utf-8"))
     wanted: list[ast.stmt] = [
         node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names
@@ -50,6 +50,7 @@ def theirs(checkout: Path, file: str, *names: str) -> dict[str, Any]:
         "json": json,
         "random": random,
         "tqdm": lambda rows, **_: rows,
+        **others,
     }
     exec(compile(ast.Module(wanted, []), file, "exec"), known)
     return known

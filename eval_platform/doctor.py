@@ -11,7 +11,8 @@ from pathlib import Path
 from eval_platform import __version__
 from eval_platform.config import Config, load_config
 from eval_platform.errors import EvalPlatformError
-from eval_platform.store import open_store
+from eval_platform.sandbox import describe as describe_sandbox
+from eval_platform.store import Store, layout, open_store, read_record
 from eval_platform.tasks import check_tasks, read_lock
 
 PACKAGES = ("dagster", "dagster-webserver", "torch", "transformers", "duckdb", "great-expectations", "pyarrow")
@@ -49,7 +50,7 @@ def examine(config_file: Path | None) -> list[Finding]:
     findings += [_writable("results", config.results), state := _writable("state", config.state)]
     if state.ok:
         findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config)]
-    return [*findings, *_tasks(config)]
+    return [*findings, *_tasks(config), _sandbox(config)]
 
 
 def _python() -> Finding:
@@ -115,6 +116,33 @@ def _tasks(config: Config) -> list[Finding]:
     # Nothing is out of order for want of data: what is skipped is told, and how to get it.
     skipped = [Finding("task skipped", True, f"{name}: no data: {one.reason}") for name, one in lock.skipped.items()]
     return [*findings, *skipped, Finding("tasks", bool(lock.tasks), found, sync)]
+
+
+def _sandbox(config: Config) -> Finding:
+    """Whether a program that a model wrote could be run, found out by running one. A fault only where one shall be."""
+    needed = [name for name, runs in _runs_programs(config).items() if runs]
+    try:
+        return Finding("sandbox", True, describe_sandbox(config.sandbox.mode))
+    except EvalPlatformError as error:
+        found = f"{error.args[0].splitlines()[0]} ({', '.join(needed) or 'no task here'} runs programs)"
+        return Finding("sandbox", not needed, found, error.remedy or "")
+
+
+def _runs_programs(config: Config) -> dict[str, bool]:
+    """Of every task in the lock, whether its answers are programs; nothing where lock or store cannot be read."""
+    try:
+        store = open_store(config.results)
+        locked = read_lock(config.lock_path).tasks
+        return {name: _has_code(store, task.task_id) for name, task in locked.items()}
+    except EvalPlatformError:  # which is a finding of its own
+        return {}
+
+
+def _has_code(store: Store, task_id: str) -> bool:
+    try:
+        return read_record(store, layout.task(task_id))["definition"].get("code") is not None
+    except KeyError:  # never synced to this store
+        return False
 
 
 def _dagster_home(config: Config) -> Finding:
