@@ -1,15 +1,17 @@
 """Do the sandbox's verdicts agree with what is known to be right, and does it leave nothing behind?
 
-    EVAL_PLATFORM_DATA=... python benchmarks/verify_code.py
+    EVAL_PLATFORM_DATA=... python -m benchmarks.verify_code [path/to/instruct-eval]
 
 All 164 canonical solutions of HumanEval and all 974 reference solutions of MBPP must pass, through the programs of the
 tasks that are shipped, and none may pass with the bodies of its functions removed. 1,000 programs that fork, write and
-allocate must leave no process, file, mount or memory behind. Then milliseconds a program, cold and warm. Exits with 1
-when something is not as it must be.
+allocate must leave no process, file, mount or memory behind. Then milliseconds a program, cold and warm. With a
+checkout of github.com/declare-lab/instruct-eval its functions that write HumanEval's prompts and cut completions are
+run beside ours. Exits with 1 when something is not as it must be.
 """
 
 import ast
 import os
+import random
 import resource
 import statistics
 import sys
@@ -17,11 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from eval_platform.sandbox import MODES, Mode, Program, Verdict, describe, run_programs
 from eval_platform.sandbox.verdict import FIRST_USER
-from eval_platform.tasks import build_task, catalogue
+from eval_platform.scoring.filters import extract
+from eval_platform.tasks import build_task, catalogue, render
 from eval_platform.tasks.documents import as_documents
 from eval_platform.tasks.programs import program_text
 from eval_platform.tasks.sync import LIBRARY
@@ -142,10 +146,35 @@ def _timed(alone: Sequence[Program], mode: Mode) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> int:
+def like_instructeval(checkout: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Its prompts, and what it makes of completions: of right ones, badly indented ones and made-up ones."""
+    from benchmarks.verify_instructeval import theirs  # reads pandas
+
+    names = ("gen_prompt", "count_indent", "fix_indents", "filter_code")
+    code = theirs(checkout, "human_eval/main.py", *names, EvalModel=SimpleNamespace)
+    model = SimpleNamespace(model_path="some/model")
+    task = build_task(LIBRARY / "humaneval_instructeval.yaml")
+    prompts = [item.requests[0].context for item in render(task)]
+    same = sum(ours == code["gen_prompt"](row["prompt"], model) for ours, row in zip(prompts, rows, strict=True))
+    print(f"INSTRUCTEVAL's prompts: {same} of {len(rows)} are ours")
+
+    random_ = random.Random(0)
+    texts = [row["canonical_solution"] for row in rows]
+    texts += [text[1:] for text in texts] + [f"\n\n{text}\n\ndef more(): pass" for text in texts]
+    texts += ["".join(random_.choices(" \n\tab", k=60)) for _ in range(1000)]
+    steps = task.definition.filter_list[0].filter
+    ours = [extract(steps, [text])[0].text for text in texts]
+    cut = sum(
+        mine == code["filter_code"](code["fix_indents"](text), model) for mine, text in zip(ours, texts, strict=True)
+    )
+    print(f"INSTRUCTEVAL's cuts: {cut} of {len(texts)} completions become what ours become")
+    return same == len(rows) and cut == len(texts)
+
+
+def main(checkout: Path | None) -> int:
     humaneval = catalogue.read("humaneval", "test")
     mbpp = [row for split in ("prompt", "test", "validation", "train") for row in catalogue.read("mbpp", split)]
-    fine = True
+    fine = checkout is None or like_instructeval(checkout, humaneval)
     for mode in MODES:
         print(describe(mode))
     for mode in ("cold", "warm"):
@@ -168,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

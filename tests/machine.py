@@ -8,9 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+
+from eval_platform.errors import SandboxError
+from eval_platform.sandbox import describe
 
 
 @contextmanager
@@ -40,3 +44,19 @@ def without_power_over_files(command: Sequence[str]) -> list[str]:
         pytest.skip("root ignores permissions, and there is no setpriv (Debian's util-linux) to give that up")
     powers = "-dac_override,-dac_read_search"
     return [setpriv, f"--bounding-set={powers}", f"--inh-caps={powers}", *command]
+
+
+def needs_sandbox() -> None:
+    """Skips the test where no program can be run in the sandbox, saying what is missing."""
+    missing = _sandbox_missing()
+    if missing:
+        pytest.skip(f"programs run in a sandbox only: {missing}")
+
+
+@lru_cache(maxsize=1)
+def _sandbox_missing() -> str:
+    try:
+        describe()
+    except SandboxError as error:
+        return " ".join(str(error).split())
+    return ""

@@ -20,9 +20,16 @@ from eval_platform.errors import SandboxError
 from eval_platform.sandbox import Limits, Program, describe, memory, run_programs
 from eval_platform.sandbox.seccomp import CLONE, CLONE3, FORBIDDEN, IOCTL, LAST_KNOWN
 from eval_platform.sandbox.verdict import MOST_SLOTS, first_user
+from tests.machine import needs_sandbox
 from tests.sandbox_attacks import ATTACKS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sandbox() -> None:
+    needs_sandbox()
+
 
 # program -> the reason it ends for, and the beginning of the detail.
 ENDS = {

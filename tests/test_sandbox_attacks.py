@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 
 from eval_platform.sandbox import Program, run_programs
+from tests.machine import needs_sandbox
 from tests.sandbox_attacks import ATTACKS, programs
 
 SECRET = "EVAL_PLATFORM_TEST_SECRET"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sandbox() -> None:
+    needs_sandbox()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from eval_platform.tasks import build_task, render
 from eval_platform.tasks.schema import FilterStep, TaskFile
 from eval_platform.tasks.task import Task, ask_id, task_id
 from eval_platform.values import Document, Item, Response, make_request
+from tests.machine import needs_sandbox
 
 ADD = {
     "task": "add",
@@ -82,6 +83,7 @@ def completed(item: Item, *texts: str | None, finish_reason: str = "stop") -> di
 
 
 def test_every_completion_has_its_verdict_and_the_item_its_estimate():
+    needs_sandbox()
     task, items = make_task(), [make_item(0), make_item(1), make_item(2)]
     answers = (
         completed(items[0], "    return a + b", "    return a - b", "    return undefined")
@@ -116,6 +118,7 @@ def test_every_completion_has_its_verdict_and_the_item_its_estimate():
 
 
 def test_filters_stand_between_completion_and_program():
+    needs_sandbox()
     item = make_item()
     fence = [
         {"name": "fence", "filter": [{"function": "code_fence"}]},

@@ -16,6 +16,7 @@ from eval_platform.sandbox import run_programs
 from eval_platform.tasks import Task, build_task, catalogue, render
 from eval_platform.tasks.sync import LIBRARY
 from tests.data import use_originals
+from tests.machine import needs_sandbox
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,7 @@ def _body(row: Mapping[str, Any]) -> str:
 
 def test_reference_solutions_pass_and_functions_without_bodies_do_not() -> None:
     """Every fortieth HumanEval and every hundredth MBPP, and the two of MBPP that need code before their assertions."""
+    needs_sandbox()
     humaneval = catalogue.read("humaneval", "test")[::40]
     mbpp = [row for split in ("prompt", "test", "validation", "train") for row in catalogue.read("mbpp", split)]
     few = [row for row in mbpp if row["task_id"] % 160 == 7 or row["test_setup_code"]]
