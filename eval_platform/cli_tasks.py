@@ -18,7 +18,7 @@ from eval_platform.cli_shared import (
     refuse_skipped,
     synced,
 )
-from eval_platform.errors import EvalPlatformError
+from eval_platform.errors import EvalPlatformError, NoData
 
 if TYPE_CHECKING:
     from eval_platform.tasks import LockedTask, Task, TaskLock
@@ -77,7 +77,7 @@ def tasks_list(
     suite: Annotated[str | None, typer.Option(help="Only the tasks of this suite.")] = None, as_json: AsJson = False
 ) -> None:
     """The tasks of the lock: what every new checkpoint is asked, and what is skipped because its data is not here."""
-    from eval_platform.tasks import TaskLock, find_suite, read_lock
+    from eval_platform.tasks import TaskLock, find_suite, library_tasks, read_lock
     from eval_platform.terminal import print_json, print_skipped, print_tasks, say
 
     config = configured()
@@ -96,6 +96,8 @@ def tasks_list(
     elif lock.tasks or lock.skipped:
         print_tasks(lock)
         print_skipped(lock.skipped)
+        if not (config.tasks.include or config.tasks.suites or config.tasks.folders):
+            say(f"of {len(library_tasks())} tasks shipped (docs/tasks.md); `include` under [tasks] asks others")
     elif not absent:
         say(f"No tasks in {config.lock_path}: run `eval-platform tasks sync`.")
     if absent and not as_json:
@@ -115,22 +117,34 @@ def tasks_show(
 
 @tasks_app.command("validate", epilog=example("eval-platform tasks validate my_tasks/capitals.yaml"))
 def tasks_validate(files: Annotated[list[Path], typer.Argument(help="Task files.")], as_json: AsJson = False) -> None:
-    """Check task files without syncing them; errors name file, field and remedy."""
+    """Check task files without syncing them; errors name file, field and remedy.
+
+    Where the data cannot be had only the keys are checked, and it says so: that is no fault of the file.
+    """
     from eval_platform.tasks import validate_file
     from eval_platform.terminal import print_json, say
 
     errors: dict[str, str | None] = {}
+    no_data: dict[str, str] = {}
     for file in files:
+        errors[str(file)] = None
         try:
             validate_file(file)
-            errors[str(file)] = None
+        except NoData as error:
+            no_data[str(file)] = "; ".join(error.tried)
         except EvalPlatformError as error:
             errors[str(file)] = str(error)
     if as_json:
-        print_json([{"file": file, "ok": error is None, "error": error} for file, error in errors.items()])
+        print_json(
+            [
+                {"file": file, "ok": error is None, "error": error, "no_data": no_data.get(file)}
+                for file, error in errors.items()
+            ]
+        )
     else:
         for file, error in errors.items():
-            say(f"ok   {file}" if error is None else f"bad  {error}")
+            keys_only = f" (its keys; no data: {no_data[file]})" if file in no_data else ""
+            say(f"ok   {file}{keys_only}" if error is None else f"bad  {error}")
     if any(errors.values()):
         raise typer.Exit(EXIT_USAGE)
 

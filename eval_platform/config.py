@@ -5,7 +5,8 @@ defaults apply: checkpoints arrive in `./checkpoints`, results go to `./results`
 folder of the file (without one: to the working directory). `docs/configuration.md` shows every field.
 
 Environment variables win over the file: EVAL_PLATFORM_RESULTS, EVAL_PLATFORM_STATE, EVAL_PLATFORM_DEVICE,
-EVAL_PLATFORM_DTYPE, EVAL_PLATFORM_WEBHOOK.
+EVAL_PLATFORM_DTYPE, EVAL_PLATFORM_WEBHOOK. In the environment alone stands EVAL_PLATFORM_DATA, the folder of public
+datasets that `tasks sync` looks in (`tasks/catalogue/`): no configuration should carry it to another machine.
 """
 
 import os

@@ -11,7 +11,7 @@ import pytest
 
 from eval_platform.config import Tasks
 from eval_platform.store import LocalStore
-from eval_platform.tasks import Task, build_task, bundled_tasks, catalogue, library_tasks, render, sync_tasks
+from eval_platform.tasks import Task, build_task, bundled_tasks, catalogue, library_tasks, read_lock, render, sync_tasks
 from eval_platform.tasks.reading import read_task_file
 from eval_platform.tasks.sync import LIBRARY
 from tests.data import REPOSITORY, originals
@@ -30,6 +30,15 @@ def test_every_bundled_task_is_synced_without_a_configuration(tmp_path: Path, ta
     assert report.lock.skipped == {}
     assert set(report.lock.tasks) == set(tasks)
     assert len(tasks) >= 8
+
+
+def test_bundled_tasks_are_what_they_were(tasks: dict[str, Task]) -> None:
+    """A new key or metric must not change what is known by an id: the demo's lock is committed."""
+    lock = read_lock(REPOSITORY / "demo" / "eval_platform.lock.json")
+
+    assert set(lock.tasks) <= set(tasks)
+    for name, locked in lock.tasks.items():
+        assert (tasks[name].ask_id, tasks[name].task_id) == (locked.ask_id, locked.task_id), name
 
 
 @pytest.mark.parametrize("name", library_tasks())

@@ -189,6 +189,8 @@ def test_commands_list_what_is_skipped_and_require_all_refuses_it(place: Place) 
     listed = place("tasks", "list", "--json").json
     assert (listed["sums"]["skipped"]["dataset"], listed["copies"]["n_documents"]) == ("gsm8k", 3)
     assert "sums is skipped: no data" in place("tasks", "show", "sums").err
+    validated = place("tasks", "validate", str(place.folder / "tasks" / "sums.yaml"))
+    assert (validated.code, "(its keys; no data: EVAL_PLATFORM_DATA has no" in validated.out) == (0, True)
     looked = {one["what"]: one for one in place("doctor", "--json").json}
     assert looked["task skipped"]["ok"]
     assert looked["task skipped"]["found"].startswith("sums: no data")

@@ -134,7 +134,10 @@ def test_lint_finds_what_is_planted(
 def test_lint_tests_the_places_of_the_gold_with_the_exact_or_the_chi_square_test(tmp_path: Path) -> None:
     two = [{**row, "r": int(n < 8)} for n, row in enumerate(QUESTIONS)]
     four = [{**row, "c": ["a", "b", "c", "d"], "r": [0, 0, 0, 1, 2, 3][n % 6]} for n, row in enumerate(QUESTIONS)]
-    mixed = [{**row, "c": ["a", "b", "c", "d"][: 4 if n % 3 == 1 else 3], "r": n % 2 * 2 if n % 3 else 0} for n, row in enumerate(QUESTIONS)]
+    mixed = [
+        {**row, "c": ["a", "b", "c", "d"][: 4 if n % 3 == 1 else 3], "r": n % 2 * 2 if n % 3 else 0}
+        for n, row in enumerate(QUESTIONS)
+    ]
     rows = {"two": two, "four": four, "mixed": mixed}
     told = {name: found_all(task_of(tmp_path, its, name, **CHOICES)) for name, its in rows.items()}
 
