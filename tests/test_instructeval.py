@@ -342,7 +342,7 @@ def test_hhh_asks_both_orders_of_every_pair(monkeypatch: pytest.MonkeyPatch) -> 
 def test_impact_texts_are_asked_for_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "impact").mkdir()
     row = {"Category": "creative", "Definition": "Write a poem.", "Prompt": "About rain.", "Answer": ""}
-    (tmp_path / "impact" / "InstructEvalImpact.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "impact" / "data.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.setenv("EVAL_PLATFORM_DATA", str(tmp_path))
     task = build_task(LIBRARY / "impact_writing.yaml")
     (item,) = render(task)

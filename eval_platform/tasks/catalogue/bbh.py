@@ -10,6 +10,8 @@ from typing import Any
 from eval_platform.errors import TaskError
 from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
 
+# INSTRUCTEVAL reads the hub's lukaemon/bbh, a loading script, which `datasets` no longer runs; lm-evaluation-harness
+# has gone over to this copy of it.
 CARD = Card(
     title="BIG-Bench Hard",
     homepage="https://github.com/suzgunmirac/BIG-Bench-Hard",
@@ -17,7 +19,7 @@ CARD = Card(
     citation=(
         "Suzgun et al., Challenging BIG-Bench Tasks and Whether Chain-of-Thought Can Solve Them, 2022, arXiv:2210.09261"
     ),
-    hub="lukaemon/bbh",
+    hub="SaylorTwift/bbh",
     files=("bbh/bbh/{config}.json", "bbh/cot-prompts/{config}.txt"),
 )
 
@@ -83,7 +85,7 @@ def _subtask(data: Data, split: str, subtask: str) -> list[dict[str, Any]]:
 
 def _items(data: Data, subtask: str) -> list[dict[str, Any]]:
     local = data.json(f"bbh/bbh/{subtask}.json")
-    found = data.hub("lukaemon/bbh", subtask, "test", CARD.revision) if local is None else local["examples"]
+    found = data.hub("SaylorTwift/bbh", subtask, "test", CARD.revision) if local is None else local["examples"]
     if found is None:
         raise NoData("bbh", data.tried)
     return [{"subtask": subtask, "input": item["input"], "target": item["target"]} for item in found]

@@ -9,17 +9,18 @@ from typing import Any
 from eval_platform.errors import TaskError
 from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
 
-_FILE = "impact/InstructEvalImpact.jsonl"
+_FILE = "impact/data.jsonl"
 
 CARD = Card(
     title="IMPACT",
     homepage="https://github.com/declare-lab/instruct-eval",
-    licence="see the data's page on the hub",
+    licence="Apache-2.0",
     citation=(
         "Chia et al., INSTRUCTEVAL: Towards Holistic Evaluation of Instruction-Tuned Large Language Models, 2023, "
         "arXiv:2306.04757"
     ),
     hub="declare-lab/InstructEvalImpact",
+    revision="6f3f81347598ee984893e238b62b5850386c7892",
     files=(_FILE,),
 )
 
