@@ -329,6 +329,13 @@ def test_a_task_sets_its_own_threshold():
     assert failed(run_checks(record, samples, lenient, History())) == set()
 
 
+def test_without_stop_strings_reaching_the_length_says_nothing():
+    record, samples, definition = generation_with(N_ITEMS, finish_reason="length")
+    assert failed(run_checks(record, samples, definition, History())) == {"responses_complete"}
+    free = evaluate("generate_until", generation_kwargs={"until": []})[2]
+    assert failed(run_checks(record, samples, free, History())) == set()
+
+
 def test_a_fall_from_the_checkpoint_before_warns_and_a_rise_does_not():
     case = evaluate(skill=0.6, seed=5, n=96)
     score = primary_score(case[0])
