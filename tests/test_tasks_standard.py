@@ -157,7 +157,6 @@ LOCAL = [
     ("winogrande", "validation", None, hub_rows.winogrande),
     ("ifeval", "train", None, hub_rows.ifeval),
     ("truthfulqa", "validation", "multiple_choice", hub_rows.truthfulqa_choices),
-    ("truthfulqa", "validation", "generation", hub_rows.truthfulqa_questions),
 ]
 
 
@@ -170,11 +169,19 @@ def test_local_files_and_the_hub_give_the_same_rows(
     of_hub = catalogue.read(name, split, config, Hub({split: rows()}))
     use_originals(monkeypatch)
 
-    local = catalogue.read(name, split, config)
+    assert catalogue.read(name, split, config)[: len(of_hub)] == of_hub
 
-    assert all(row in local for row in of_hub)
-    if (name, config) != ("truthfulqa", "generation"):  # of which the shortest are taken
-        assert local[: len(of_hub)] == of_hub
+
+def test_truthfulqas_revised_questions_have_the_form_of_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_hub = catalogue.read(
+        "truthfulqa", "validation", "generation", Hub({"validation": hub_rows.truthfulqa_questions()})
+    )
+    use_originals(monkeypatch)
+
+    revised = catalogue.read("truthfulqa", "validation", "generation_revised")
+
+    assert len(revised) == 817
+    assert all(row in revised for row in of_hub)
 
 
 def test_bbqs_biased_answers_are_lm_evals() -> None:

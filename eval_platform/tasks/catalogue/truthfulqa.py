@@ -1,9 +1,9 @@
 """TruthfulQA: 817 questions that many people answer wrongly, with true and false answers.
 
 A row of configuration multiple_choice is `question`, `mc1_choices` (the first is the true one), `mc2_choices` and
-`mc2_true` (the indices of the true ones); of configuration generation it is `question`, `category`,
-`correct_answers` and `incorrect_answers`, each answer ending with a full stop, "I have no comment." among the true
-ones (so lm-evaluation-harness 0.4.13 compares them).
+`mc2_true` (the indices of the true ones); of configurations generation and generation_revised it is `question`,
+`category`, `correct_answers` and `incorrect_answers`, each answer ending with a full stop, "I have no comment." among
+the true ones (so lm-evaluation-harness 0.4.13 compares them).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,28 +26,30 @@ CARD = Card(
 
 
 def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
-    """The one split is called validation; configurations are multiple_choice and generation.
+    """The one split is called validation; configurations are multiple_choice, generation and generation_revised.
 
-    The choices are those of the first release (`v0` in the repository), which the hub has.
+    multiple_choice is the first release (`v0` in the repository), which the hub has too. The repository's file of
+    questions was revised after the hub took its copy: so generation is the hub's, and generation_revised the file's.
     """
     one_of("truthfulqa", "split", split, ("validation",))
-    config = one_of("truthfulqa", "config", config, ("multiple_choice", "generation"))
-    local = _choices(data) if config == "multiple_choice" else _questions(data)
-    if local is not None:
-        return local
-    found = data.hub("truthfulqa/truthful_qa", config, split, CARD.revision)
-    if found is None:
+    config = one_of("truthfulqa", "config", config, ("multiple_choice", "generation", "generation_revised"))
+    local = {"multiple_choice": _choices, "generation_revised": _questions}.get(config)
+    found = None if local is None else local(data)
+    if found is not None:
+        return found
+    table = None if config == "generation_revised" else data.hub("truthfulqa/truthful_qa", config, split, CARD.revision)
+    if table is None:
         raise NoData("truthfulqa", data.tried)
     if config == "generation":
         return [
-            _with_answers(r["question"], r["category"], r["correct_answers"], r["incorrect_answers"]) for r in found
+            _with_answers(r["question"], r["category"], r["correct_answers"], r["incorrect_answers"]) for r in table
         ]
     return [
         _with_choices(
             row["question"],
             *(dict(zip(row[k]["choices"], row[k]["labels"], strict=True)) for k in ("mc1_targets", "mc2_targets")),
         )
-        for row in found
+        for row in table
     ]
 
 
