@@ -116,6 +116,13 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python in this one run; recorded.")
     ] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Through the checkpoint's chat template, or not; default: [chat] apply."),
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the chat begins with, in place of each task's own.")
+    ] = None,
     require_all: RequireAll = False,
     old_lock: Annotated[
         bool, typer.Option("--old-lock", help="Ask the lock's tasks although the results root has newer ones.")
@@ -157,6 +164,8 @@ def run(
             tasks=names,
             limit=limit,
             trust_remote_code=trust_remote_code or None,
+            chat=chat,
+            system_prompt=system_prompt,
             old_lock=old_lock,
             actor=_actor(),
             on_message=on_message,
@@ -367,7 +376,7 @@ def bench(
                     lock = synced(config, store).lock
                 names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks else None
                 requests = library.task_requests(store, lock, names, limit)
-            settings = config.run_settings()
+            settings = config.run_settings(chat=False)  # the tasks' requests as for a base model
             found = library.bench_checkpoint(checkpoint.resolve(), requests, settings, step=step, progress=done)
     if as_json:
         print_json(asdict(found))

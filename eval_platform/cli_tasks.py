@@ -21,7 +21,7 @@ from eval_platform.cli_shared import (
 from eval_platform.errors import EvalPlatformError, NoData
 
 if TYPE_CHECKING:
-    from eval_platform.tasks import LockedTask, Task, TaskLock
+    from eval_platform.tasks import Chat, LockedTask, Task, TaskLock
 
 tasks_app = typer.Typer(
     help="What is asked: make a task file, check it, sync it, look at its prompts, compare.", no_args_is_help=True
@@ -108,11 +108,22 @@ def tasks_list(
 def tasks_show(
     name: Annotated[str, typer.Argument(help="Name of a task, or a task file.")],
     k: Annotated[int, typer.Option("-k", min=0, help="Position of the sample.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="As a conversation, through the chat template of --tokenizer.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint whose chat template is used.")
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="As of `run --system-prompt`.")] = None,
 ) -> None:
     """The exact prompt of sample k, character for character, and what is asked of it."""
     from eval_platform.tasks import show_prompt
 
-    print(show_prompt(_task(name), k))
+    if chat != (tokenizer is not None):
+        raise typer.BadParameter("--chat and --tokenizer go together", param_hint="--chat")
+    if system_prompt is not None and not chat:
+        raise typer.BadParameter("a system prompt is part of a conversation; give --chat too", param_hint="--chat")
+    print(show_prompt(_task(name), k, _chat(tokenizer, system_prompt) if tokenizer is not None else None))
 
 
 @tasks_app.command("validate", epilog=example("eval-platform tasks validate my_tasks/capitals.yaml"))
@@ -263,6 +274,16 @@ def _locked(lock: "TaskLock", name: str, path: Path) -> "LockedTask":
             f"no task named {name} in {path}", remedy=f"{there}add it and run `eval-platform tasks sync`"
         )
     return lock.tasks[name]
+
+
+def _chat(folder: Path, system_prompt: str | None) -> "Chat":
+    """A conversation through the chat template of the checkpoint in `folder`, as a run is configured to hold it."""
+    from eval_platform.engine import chat_template, resolve_settings
+    from eval_platform.tasks import Chat
+
+    said = configured().run_settings(chat=True, system_prompt=system_prompt)
+    settings = resolve_settings(said, folder)
+    return Chat(chat_template(folder, settings), settings.system_prompt, settings.shots_as_turns)
 
 
 def _encoder(folder: Path) -> Callable[[str], Sequence[int]]:

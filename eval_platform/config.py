@@ -32,6 +32,10 @@ RESERVED_SUITES = frozenset({"results", "boards", "checkpoints", "datasets"})
 SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
+# Off: published numbers of base models are without a template, and of many chat models too.
+ApplyChat = bool | Literal["auto"]
+
+
 class Root(_Section):
     """A place where checkpoints arrive: `[[checkpoints]]`."""
 
@@ -44,6 +48,7 @@ class Root(_Section):
     )
     require_success: bool = Field(default=False, description="wait for a file _SUCCESS beside the weights")
     quiet_seconds: float = Field(default=10.0, ge=0, description="without _SUCCESS: unchanged for this long")
+    chat: ApplyChat | None = Field(default=None, description="for checkpoints found here, in place of [chat] apply")
 
 
 class Tasks(_Section):
@@ -73,6 +78,16 @@ class Engine(_Section):
     )
     deterministic: bool = Field(default=False, description="fixed kernels and threads: repeats to the last digit")
     trust_remote_code: bool = Field(default=False, description="run the checkpoint's own Python; recorded when set")
+
+
+class Chat(_Section):
+    """Whether and how checkpoints are asked through their chat template: `[chat]`."""
+
+    apply: ApplyChat = Field(default=False, description="auto: where the checkpoint's tokenizer has a template")
+    system_prompt: str | None = Field(default=None, description="in place of each task's own")
+    shots_as_turns: bool | None = Field(
+        default=None, description="every shot a turn of its own, or all in the question's; default: as the task says"
+    )
 
 
 class Worker(_Section):
@@ -126,6 +141,7 @@ class Config(_Section):
     tasks: Tasks = Tasks()
     suites: dict[SuiteName, tuple[str, ...]] = Field(default={}, description="suites of your own: name = [tasks]")
     engine: Engine = Engine()
+    chat: Chat = Chat()
     worker: Worker = Worker()
     sandbox: Sandbox = Sandbox()
     sensor: Sensor = Sensor()
@@ -170,10 +186,29 @@ class Config(_Section):
     def lock_path(self) -> Path:
         return self.folder / LOCK_NAME
 
-    def run_settings(self, *, limit: int | None = None, trust_remote_code: bool | None = None) -> RunSettings:
-        """The engine's settings of this configuration, not yet resolved against a checkpoint."""
+    def run_settings(
+        self,
+        *,
+        key: str | None = None,
+        limit: int | None = None,
+        trust_remote_code: bool | None = None,
+        chat: bool | None = None,
+        system_prompt: str | None = None,
+    ) -> RunSettings:
+        """The settings of this configuration for the checkpoint `key`, not yet resolved against it.
+
+        chat and system_prompt, where given, go before what is configured. Raises ConfigError for a system prompt
+        where there is no chat.
+        """
         engine = self.engine
+        apply = self._applies_chat(key) if chat is None else chat
+        if system_prompt is not None and apply is False:
+            raise ConfigError("a system prompt is part of a conversation, and chat is off", remedy="give --chat too")
         return RunSettings(
+            chat=apply,
+            # What is configured for conversations says nothing where there is none.
+            system_prompt=(self.chat.system_prompt if system_prompt is None else system_prompt) if apply else None,
+            shots_as_turns=self.chat.shots_as_turns if apply else None,
             dtype=engine.dtype,
             device=engine.device,
             max_length=engine.max_length,
@@ -185,6 +220,18 @@ class Config(_Section):
             engine_path=engine.path,
             deterministic=engine.deterministic,
         )
+
+    @property
+    def asks_chat(self) -> bool:
+        """Whether a checkpoint may be asked through its chat template without someone saying so by hand."""
+        return any(self._applies_chat(root.name) is not False for root in self.checkpoints)
+
+    def _applies_chat(self, key: str | None) -> ApplyChat:
+        named = key.partition("/")[0] if key is not None else None
+        for root in self.checkpoints:
+            if root.name == named and root.chat is not None:
+                return root.chat
+        return self.chat.apply
 
 
 def _absolute(text: str, folder: Path) -> str:

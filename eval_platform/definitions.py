@@ -19,7 +19,10 @@ from sensors.reconciliation import reconciliation_sensor
 def gather(config: Config) -> dg.Definitions:
     """The definitions for a configuration. Raises SchemaError when its lock cannot be read."""
     lock = read_lock(config.lock_path)
-    settings = content_id(config.engine.model_dump())[:8]
+    said = config.engine.model_dump()
+    if config.asks_chat:  # left out while it is off everywhere, so that versions from before it stay what they were
+        said |= {"chat": config.chat.model_dump(), "roots": {root.name: root.chat for root in config.checkpoints}}
+    settings = content_id(said)[:8]
     results = evaluate_asset(lock, lambda name: f"{lock.tasks[name].task_id[:16]}-{settings}")
     job = dg.define_asset_job(
         EVALUATE_JOB,

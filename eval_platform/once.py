@@ -31,7 +31,9 @@ _FAILED_OF = """
 """
 
 # The newest attempt of one evaluation that has no commit: what failed tries told of it.
-_FAILED = "select key, arrival, task, item_limit from evaluations where evaluation_id = '{}' and status = 'failed'"
+_FAILED = (
+    "select key, arrival, task, item_limit, chat from evaluations where evaluation_id = '{}' and status = 'failed'"
+)
 
 Action = Literal["release", "retract", "recheck", "rerun", "retry"]
 OnMessage = Callable[[dict[str, Any]], None]
@@ -56,13 +58,16 @@ def evaluate_folder(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     trust_remote_code: bool | None = None,
+    chat: bool | None = None,
+    system_prompt: str | None = None,
     old_lock: bool = False,
     actor: str,
     on_message: OnMessage = lambda message: None,
 ) -> Iterator[Outcome]:
     """Register the checkpoint in `folder` and evaluate it here on `lock`'s tasks (default: the configuration's).
 
-    Tasks without data are skipped: their outcomes come last. So long as there is any other to ask, that is no error.
+    chat and system_prompt go before what is configured. Tasks without data are skipped: their outcomes come last. So
+    long as there is any other to ask, that is no error.
     Raises CheckpointError when the folder is not a whole checkpoint, ConfigError for an unknown task.
     """
     found = checkpoints.locate(
@@ -71,7 +76,13 @@ def evaluate_folder(
     for root in config.checkpoints:
         register_root(store, root.name, root.path)
     arrival, _ = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))
-    settings = config.run_settings(limit=limit, trust_remote_code=trust_remote_code)
+    settings = config.run_settings(
+        key=arrival.key,
+        limit=limit,
+        trust_remote_code=trust_remote_code,
+        chat=chat,
+        system_prompt=system_prompt,
+    )
     on_message({"type": "checkpoint", "key": arrival.key})
     lock = lock or read_lock(config.lock_path)
     asked, skipped = split_skipped(lock, tasks)
@@ -210,7 +221,7 @@ def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Pl
         arrival = arrivals.get(store, rows[0]["key"], rows[0]["arrival"]) if rows else None
         if arrival is None:
             return None
-        settings = config.run_settings(limit=rows[0]["item_limit"])
+        settings = config.run_settings(key=arrival.key, limit=rows[0]["item_limit"], chat=rows[0]["chat"])
         lock = read_lock(config.lock_path)
         return plan(arrival, lock, config, store, tasks=[rows[0]["task"]], settings=settings, old_lock=True)
     arrival = arrivals.get(store, record["key"], record["arrival"])

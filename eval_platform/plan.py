@@ -96,7 +96,7 @@ def plan(
     return Plan(
         arrival=arrival,
         tasks=planned,
-        settings=settings or config.run_settings(),
+        settings=settings or config.run_settings(key=arrival.key),
         store=store.uri,
         cache=str(config.cache_dir),
         lease_seconds=config.worker.lease_seconds,

@@ -187,10 +187,12 @@ def _done(task: TaskStatus) -> str:
 
 def print_board(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of the view `leaderboard`: a line a checkpoint, a column a task; on a terminal in blocks that fit it."""
+    from eval_platform.report.names import called  # the package draws with pyarrow, which no other command here needs
+
     tasks = sorted({row["task"] for row in rows})
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(row["key"], {})[row["task"]] = "none" if row["value"] is None else f"{row['value']:.3f}"
+        cells.setdefault(called(row), {})[row["task"]] = "none" if row["value"] is None else f"{row['value']:.3f}"
     key_width = max(len(key) for key in cells)
     block: list[str] = []
     used = key_width

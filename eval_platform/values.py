@@ -162,12 +162,13 @@ class RunSettings:
     device: str = "auto"  # recorded, not part of identity
     backend: str = "transformers"
     quantization: str | None = None
-    chat: bool = False
-    system_prompt: str | None = None
+    chat: bool | Literal["auto"] = False  # prompts go through the checkpoint's chat template
+    system_prompt: str | None = None  # in place of the task's own, as shots_as_turns is
     max_length: int | None = None
     seed: int = 0
     limit: int | None = None
     trust_remote_code: bool = False
+    shots_as_turns: bool | None = None
     rolling_stride: int | None = None  # new tokens scored in each later window; None: windows are disjoint
     # Recorded, not part of identity: by any path, in any batch, the answers are the same but for rounding.
     batch_tokens: int | None = None
@@ -176,12 +177,13 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """The part that is hashed into settings_id. Raises ValueError while something is still "auto"."""
-        if self.dtype == "auto" or self.max_length is None:
-            raise ValueError("settings must be resolved (dtype, max_length) before they have an identity")
+        if self.dtype == "auto" or self.chat == "auto" or self.max_length is None:
+            raise ValueError("settings must be resolved (dtype, chat, max_length) before they have an identity")
         recorded_only = {"device", "batch_tokens", "engine_path", "deterministic"}
         fields = {k: v for k, v in asdict(self).items() if k not in recorded_only}
-        if self.rolling_stride is None:  # so that settings from before it existed keep their id
-            del fields["rolling_stride"]
+        for key in ("rolling_stride", "shots_as_turns"):  # settings from before these existed keep their id
+            if fields[key] is None:
+                del fields[key]
         return fields
 
 

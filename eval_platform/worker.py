@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from eval_platform import checkpoints, scoring, tasks
-from eval_platform.engine import Engine, PromptLengths, prompt_lengths, resolve_settings
+from eval_platform.engine import ChatTemplate, Engine, PromptLengths, chat_template, prompt_lengths, resolve_settings
 from eval_platform.engine import load as load_engine
 from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
@@ -71,6 +71,7 @@ class _Model:
     emit: Emit
     engine: Engine | None = None
     lengths: PromptLengths | None = None
+    template: ChatTemplate | None = None
     refused: EvalPlatformError | None = None
 
     def loaded(self) -> Engine:
@@ -93,6 +94,16 @@ class _Model:
             with _told_of(self.path, self.plan.arrival.uri):
                 self.lengths = prompt_lengths(self.path, self.settings)
         return self.lengths
+
+    def chat(self) -> tasks.Chat | None:
+        """How tasks are asked as a conversation; None where they are not."""
+        if not self.settings.chat:
+            return None
+        if self.template is None:
+            with _told_of(self.path, self.plan.arrival.uri):
+                self.template = chat_template(self.path, self.settings)
+        self.template.leaves_out_system = False  # what it is to this task is found out anew
+        return tasks.Chat(self.template, self.settings.system_prompt, self.settings.shots_as_turns)
 
 
 def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
@@ -309,6 +320,7 @@ def _subject_fields(model: _Model, task: PlannedTask, ids: _Evaluation) -> dict[
         "settings_id": ids.settings_id,
         "answers_id": ids.answers_id,
         "limit": model.settings.limit,
+        "chat": model.settings.chat,
     }
 
 
@@ -317,9 +329,11 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     started_at, started = utc_now(), time.monotonic()
     store = model.store
     task = tasks.load_task(store, planned.task_id)
-    items = list(tasks.render(task, limit=model.settings.limit))
+    chat = model.chat()
+    with _told_of(model.path, model.plan.arrival.uri):
+        items = list(tasks.render(task, limit=model.settings.limit, chat=chat))
     if task.definition.max_input_tokens is not None:
-        items = _fitted(model, task, items, task.definition.max_input_tokens)
+        items = _fitted(model, task, items, task.definition.max_input_tokens, chat)
     requests = _requests(items, task.repeats)
     # Found out before the model is asked: its answers would be of no use where no program can be run.
     ran_in = {} if task.definition.code is None else {"sandbox": describe_sandbox(model.plan.sandbox)}
@@ -360,6 +374,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "dataset_id": task.dataset_id,
         "prompts_id": prompts,
         "settings": model.settings.identity(),
+        **({} if model.template is None else {"chat_leaves_out_system": model.template.leaves_out_system}),
         "trust_remote_code": model.settings.trust_remote_code,
         "dtype": model.settings.dtype,
         "devices": [info.device] if info else [],
@@ -406,12 +421,15 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     return won
 
 
-def _fitted(model: _Model, task: tasks.Task, items: Sequence[Item], most_tokens: int) -> list[Item]:
+def _fitted(
+    model: _Model, task: tasks.Task, items: Sequence[Item], most_tokens: int, chat: tasks.Chat | None
+) -> list[Item]:
     """The items, with as many of their shots as the task and the model's window have room for."""
     lengths = model.prompt_lengths()
-    assert task.definition.generation is not None  # the schema allows max_input_tokens for completions only
-    room = lengths.room(task.definition.generation.max_new_tokens)
-    return tasks.fit_shots(task, items, lengths.count, min(most_tokens, room))
+    generation = (task.definition if chat is None else task.definition.in_chat).generation
+    assert generation is not None  # the schema allows max_input_tokens for completions only
+    room = lengths.room(generation.max_new_tokens)
+    return tasks.fit_shots(task, items, lengths.count, min(most_tokens, room), chat)
 
 
 def _requests(items: Sequence[Item], repeats: int) -> list[Request]:

@@ -3,9 +3,19 @@
 `load` imports torch and transformers when it is called; importing this package does not.
 """
 
+from eval_platform.engine.chat import ChatTemplate
 from eval_platform.engine.face import Engine, EngineInfo
 from eval_platform.engine.lengths import PromptLengths
-from eval_platform.engine.loading import load, prompt_lengths
+from eval_platform.engine.loading import chat_template, load, prompt_lengths
 from eval_platform.engine.settings import resolve_settings
 
-__all__ = ["Engine", "EngineInfo", "PromptLengths", "load", "prompt_lengths", "resolve_settings"]
+__all__ = [
+    "ChatTemplate",
+    "Engine",
+    "EngineInfo",
+    "PromptLengths",
+    "chat_template",
+    "load",
+    "prompt_lengths",
+    "resolve_settings",
+]

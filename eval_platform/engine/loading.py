@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_platform.engine import placement
+from eval_platform.engine.chat import ChatTemplate
 from eval_platform.engine.encoding import encode_prompts, encode_prompts_apart
 from eval_platform.engine.face import Engine, EngineInfo
 from eval_platform.engine.lengths import PromptLengths
@@ -161,6 +162,11 @@ def prompt_lengths(path: Path, settings: RunSettings) -> PromptLengths:
         window=settings.max_length,
         is_shared=not config.is_encoder_decoder,
     )
+
+
+def chat_template(path: Path, settings: RunSettings) -> ChatTemplate:
+    """The chat template of the checkpoint at `path`, without loading its weights. Raises CheckpointError."""
+    return ChatTemplate(_load_tokenizer(path, settings, _load_config(path, settings)), path)
 
 
 def _load_tokenizer(path: Path, settings: RunSettings, config: "PreTrainedConfig") -> "PreTrainedTokenizerBase":

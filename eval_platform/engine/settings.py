@@ -18,10 +18,12 @@ _NO_LIMIT = 10**15
 
 
 def resolve_settings(settings: RunSettings, path: Path) -> RunSettings:
-    """`settings` with nothing left open for the checkpoint at `path`: dtype, max_length and quantization as they run.
+    """`settings` with nothing left open for the checkpoint at `path`: dtype, max_length, quantization and chat as they
+    run.
 
     dtype "auto" is config.json's `dtype` (or `torch_dtype`), else float32. max_length None is the model's window as
-    lm-evaluation-harness finds it. The device stays as it was given: it is no part of identity.
+    lm-evaluation-harness finds it. chat "auto" is whether the tokenizer has a chat template. The device stays as it
+    was given: it is no part of identity.
     Raises CheckpointError when the checkpoint's files do not say something usable, ConfigError when `settings` asks
     for what this engine does not have.
     """
@@ -49,12 +51,36 @@ def resolve_settings(settings: RunSettings, path: Path) -> RunSettings:
             f"rolling_stride {settings.rolling_stride} is longer than the window of {window} tokens",
             remedy="set [engine] rolling_stride to at most that, or leave it out",
         )
+    chat = _chat(settings, path)
     return replace(
         settings,
+        chat=chat,
+        system_prompt=settings.system_prompt if chat else None,
+        shots_as_turns=settings.shots_as_turns if chat else None,
         dtype=_dtype(settings.dtype, config, text_config, config_file),
         max_length=window,
         quantization=method,
     )
+
+
+def _chat(settings: RunSettings, path: Path) -> bool:
+    if settings.chat is False:
+        return False
+    there = has_chat_template(path)
+    if settings.chat is True and not there:
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'}: the tokenizer has no chat template, and a chat was asked for",
+            remedy="save one with it (chat_template.jinja), or ask without: --no-chat, or [chat] apply = false",
+        )
+    return there
+
+
+def has_chat_template(path: Path) -> bool:
+    """Whether the tokenizer at `path` has a chat template, in a file of its own or in tokenizer_config.json."""
+    if (path / "chat_template.jinja").is_file():
+        return True
+    file = path / "tokenizer_config.json"
+    return file.is_file() and bool(read_json_object(file).get("chat_template"))
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -74,8 +100,11 @@ def _refuse_unsupported(settings: RunSettings) -> None:
     # A setting that is hashed into settings_id but changes nothing would be a lie.
     if settings.backend != "transformers":
         raise ConfigError(f"unknown back end {settings.backend!r}", remedy="use 'transformers'")
-    if settings.chat or settings.system_prompt is not None:
-        raise ConfigError("chat mode and system prompts are not supported yet", remedy="leave both unset")
+    if settings.chat is False and (settings.system_prompt is not None or settings.shots_as_turns is not None):
+        raise ConfigError(
+            "system_prompt and shots_as_turns are part of a conversation, and chat is off",
+            remedy="set [chat] apply = true (or give --chat), or leave them out",
+        )
     if settings.dtype != "auto" and settings.dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {settings.dtype!r}", remedy=f"use auto, {', '.join(DTYPES)}")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from eval_platform.report.names import called
+
 COLUMNS = 3
 
 
@@ -22,7 +24,7 @@ def learning_curves_png(board: pa.Table, path: Path) -> Path:
     curves: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in board.to_pylist():
         if row["step"] is not None and row["value"] is not None:
-            curves[row["task"]][row["run"]].append(row)
+            curves[row["task"]][called(row, "run")].append(row)
     columns = min(COLUMNS, len(curves)) or 1
     n_rows = math.ceil(len(curves) / columns) or 1
     figure = Figure(figsize=(4.2 * columns, 2.8 * n_rows), layout="constrained")

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from eval_platform import warehouse
+from eval_platform.report.names import called
 from eval_platform.store import Store
 from eval_platform.tasks import Suite, TaskLock
 from eval_platform.warehouse.connection import literal
 
 # Every attempt of the suite's current tasks at the checkpoints that stand under their key now; a row a score.
 _ROWS = """
-    select a.key, a.run, a.step, e.n_parameters, t.name as task, t.primary_metric, e.attempt, e.status, e.finished_at,
-        e.reasons, s.metric, s.value, s.standard_error, s.ci_low, s.ci_high, s.n
+    select a.key, a.run, a.step, e.chat, e.n_parameters, t.name as task, t.primary_metric, e.attempt, e.status,
+        e.finished_at, e.reasons, s.metric, s.value, s.standard_error, s.ci_low, s.ci_high, s.n
     from evaluations e
     join tasks t on t.task_id = e.task_id and t.current
     join arrivals a on a.checkpoint_id = e.checkpoint_id and a.newest
     left join scores s on s.evaluation_id = e.evaluation_id and s.attempt = e.attempt
         and s.subset = '' and s.subject is null
     where t.name in ({tasks}) and e.item_limit is not distinct from {limit}
-    order by a.run, a.step desc nulls last, a.key, t.name, e.finished_at, e.attempt
+    order by a.run, a.step desc nulls last, a.key, e.chat, t.name, e.finished_at, e.attempt
 """
 
 Row = Mapping[str, Any]
@@ -40,10 +41,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One checkpoint. scores: task -> metric -> number, of what is published. missing: task -> why it is not.
+    """One checkpoint; key says so where it was asked in chats. scores: task -> metric -> number, of what is published.
 
-    n_parameters: of the model, where it was recorded. average: of the suite's columns that count in it, None unless
-    all are there; a mean over whatever there is would compare nothing.
+    missing: task -> why it is not. n_parameters: of the model, where it was recorded. average: of the suite's columns
+    that count in it, None unless all are there; a mean over whatever there is would compare nothing.
     """
 
     key: str
@@ -86,7 +87,7 @@ def board_of_rows(suite: Suite, lock: TaskLock, rows: Sequence[Row], limit: int 
     primary |= {task: lock.tasks[task].primary_metric for task in suite.tasks if task in lock.tasks}
     by_key: dict[str, list[Row]] = {}
     for row in rows:
-        by_key.setdefault(row["key"], []).append(row)
+        by_key.setdefault(called(row), []).append(row)
     asked = [task for task in suite.tasks if task not in absent]
     lines = tuple(_line(suite, primary, asked, found) for found in by_key.values())
     return SuiteBoard(suite, limit, primary, absent, lines)
@@ -114,7 +115,7 @@ def _line(suite: Suite, primary: Mapping[str, str], asked: Sequence[str], rows: 
     counted = [column.task for column in suite.columns if column.average]
     first = rows[0]
     return Line(
-        key=first["key"],
+        key=called(first),
         run=first["run"],
         step=first["step"],
         n_parameters=sizes[-1] if sizes else None,

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from eval_platform.report.names import called
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,7 +23,7 @@ def leaderboard_markdown(board: pa.Table) -> str:
     tasks = sorted({row["task"] for row in rows})
     by_key: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        by_key.setdefault((row["run"], row["key"]), {"step": row["step"], "cells": {}})["cells"][row["task"]] = row
+        by_key.setdefault((row["run"], called(row)), {"step": row["step"], "cells": {}})["cells"][row["task"]] = row
     ordered = sorted(by_key.items(), key=lambda entry: (entry[0][0], -(entry[1]["step"] or 0), entry[0][1]))
     metrics = {row["task"]: row["metric"] for row in rows}
     lines = [
@@ -50,13 +52,14 @@ def leaderboard_table(board: pa.Table) -> "Table":
     from rich.table import Table
 
     rows = board.to_pylist()
-    columns = {row["key"]: (row["run"], -1 if row["step"] is None else row["step"], row["key"]) for row in rows}
+    columns = {called(row): (row["run"], -1 if row["step"] is None else row["step"], called(row)) for row in rows}
     keys = sorted(columns, key=lambda key: columns[key])
-    names = [str(step) if step >= 0 else key.rpartition("/")[2] for _, step, key in (columns[key] for key in keys)]
+    short = {called(row): called(row, "step") for row in rows if row["step"] is not None}
+    names = [short.get(key, key.rpartition("/")[2]) for key in keys]
     table = Table("task", *names, box=None, padding=(0, 1, 0, 0))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(row["task"], {})[row["key"]] = "" if row["value"] is None else f"{row['value']:.2f}"
+        cells.setdefault(row["task"], {})[called(row)] = "" if row["value"] is None else f"{row['value']:.2f}"
     for task, found in sorted(cells.items()):
         table.add_row(task, *(found.get(key, "") for key in keys))
     return table

@@ -1,6 +1,7 @@
 """What do we ask? Task files -> documents -> prompts -> requests, frozen so that a name's meaning is never in doubt."""
 
 from eval_platform.tasks.building import build_task, load_task, validate_file
+from eval_platform.tasks.chat import Chat
 from eval_platform.tasks.compare import LockDifference, TaskDifference, compare_locks, compare_tasks
 from eval_platform.tasks.fitting import fit_shots
 from eval_platform.tasks.lint import Finding, lint
@@ -17,6 +18,7 @@ from eval_platform.tasks.sync import SyncReport, check_tasks, sync_tasks
 from eval_platform.tasks.task import Task
 
 __all__ = [
+    "Chat",
     "Finding",
     "LockDifference",
     "LockedTask",

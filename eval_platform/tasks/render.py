@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from eval_platform.errors import TaskError
 from eval_platform.identity import ordered_id
+from eval_platform.tasks.chat import Chat, Turn, as_messages, as_text
 from eval_platform.tasks.schema import Fewshot, did_you_mean
 from eval_platform.tasks.shots import draw_shots
 from eval_platform.tasks.task import Task
@@ -20,27 +21,33 @@ Fields: TypeAlias = Mapping[str, Any]
 
 
 def render(
-    task: Task, documents: Sequence[Document] | None = None, *, limit: int | None = None, most_shots: int | None = None
+    task: Task,
+    documents: Sequence[Document] | None = None,
+    *,
+    limit: int | None = None,
+    most_shots: int | None = None,
+    chat: Chat | None = None,
 ) -> Iterator[Item]:
     """One Item a document, in the order of the task's documents; its requests have repeat 0.
 
     documents: only these of the task's own; each has the same prompt as when all are rendered. limit: only the first.
-    most_shots: only so many of each document's shots, the first of them.
-    Raises TaskError naming task, key, document and remedy.
+    most_shots: only so many of each document's shots, the first of them. chat: as a conversation, each prompt what the
+    chat template makes of it; whole texts to be scored stay what they are.
+    Raises TaskError naming task, key, document and remedy, and what the chat template raises.
     """
     last = len(task.documents) if limit is None else min(limit, len(task.documents))
     wanted = None if documents is None else {document.position for document in documents}
     if wanted is not None:
         last = min(last, max(wanted, default=-1) + 1)
-    writer = _Writer(task)
+    writer = _Writer(task, chat)
     asked = [document.fields for document in task.documents[:last]]
     drawn = draw_shots(
-        task.definition.fewshot_config.sampler,
+        writer.definition.fewshot_config.sampler,
         task.shots,
         asked,
-        task.definition.shots,
-        exclude_asked=task.definition.excludes_asked,
-        match=task.definition.shots_match,
+        writer.definition.shots,
+        exclude_asked=writer.definition.excludes_asked,
+        match=writer.definition.shots_match,
     )
     for document in task.documents[:last]:
         try:
@@ -85,10 +92,21 @@ def prompts_id(items: Iterable[Item]) -> str:
 class _Writer:
     """Writes the items of one task. What is the same for all documents is looked up once, here."""
 
-    def __init__(self, task: Task) -> None:
-        self.definition = task.definition
+    def __init__(self, task: Task, chat: Chat | None = None) -> None:
+        self.definition = task.definition if chat is None else task.definition.in_chat
+        self.chat = chat
         self.columns = task.fields
-        self.examples: dict[int, str] = {}
+        self.examples: dict[int, tuple[Turn, ...]] = {}
+        own = task.definition.chat
+        self.system_prompt, self.shots_as_turns = (own.system_prompt, own.shots_as_turns) if own else (None, None)
+        if chat is not None and chat.system_prompt is not None:
+            self.system_prompt = chat.system_prompt
+        if chat is not None and chat.shots_as_turns is not None:
+            self.shots_as_turns = chat.shots_as_turns
+        # lm-eval: a choice that begins the model's turn needs no delimiter; one that goes on with gen_prefix may.
+        begun = self.definition.gen_prefix
+        apart = chat is None or (begun and not begun[-1].isspace())
+        self.delimiter = self.definition.target_delimiter if apart else ""
         # As in lm-eval, the first document decides: a question that is a number picks one of the choices, which are
         # then contexts, with one continuation for all (Winogrande's partial evaluation).
         self.choices_are_contexts = (
@@ -103,16 +121,16 @@ class _Writer:
         if kind == "loglikelihood_rolling":
             text = self.reference(fields)
             return Item(document, (make_request("rolling", text),), (), text, text)
-        prompt = self.before(fields) + "".join(self.example_once(shot) for shot in shots)
+        before = self.before(fields, shots)
         if self.choices_are_contexts:
-            return self.choice_of_context(document, prompt, len(shots))
-        prompt += self.asked(fields)
+            return self.choice_of_context(document, before, len(shots))
+        prompt = self.written([*before, *self.asked(self.question_text(fields), fields)])
         if kind == "multiple_choice":
             choices = self.choices(fields)
             requests = [self.continuation(prompt, choice) for choice in choices]
             target = self.right_choices(self.target(fields), choices)
             if definition.doc_to_text_reversed is not None:
-                return self.both_orders(document, prompt, requests, choices, target, shots)
+                return self.both_orders(document, prompt, before, requests, choices, target, len(shots))
             return self.choice_item(document, prompt, requests, choices, target, len(shots))
         if kind == "loglikelihood":
             reference = self.reference(fields)
@@ -121,21 +139,24 @@ class _Writer:
         request = make_request("generate", prompt, settings=definition.generation)
         return Item(document, (request,), (), self.references(fields), prompt, len(shots))
 
-    def choice_of_context(self, document: Document, before: str, shots_used: int) -> Item:
+    def choice_of_context(self, document: Document, before: Sequence[Turn], shots_used: int) -> Item:
         choices = self.choices(document.fields)
         answer = self.reference(document.fields)
-        requests = [self.continuation(before + self.with_prefix(c, document.fields, ""), answer) for c in choices]
+        contexts = [self.written([*before, *self.asked(choice, document.fields, between="")]) for choice in choices]
+        requests = [self.continuation(context, answer) for context in contexts]
         target = self.right_choices(self.question(document.fields), choices)
-        return self.choice_item(document, before, requests, choices, target, shots_used)
+        prompt = as_text(before) if self.chat is None else _common_start(contexts)
+        return self.choice_item(document, prompt, requests, choices, target, shots_used)
 
     def both_orders(
         self,
         document: Document,
         prompt: str,
+        before: Sequence[Turn],
         requests: list[Request],
         choices: list[str],
         target: int | tuple[int, ...],
-        shots: Sequence[Fields],
+        shots_used: int,
     ) -> Item:
         """The question in both orders of its n choices: choice k of the one is choice n - 1 - k of the other.
 
@@ -144,12 +165,11 @@ class _Writer:
         """
         fields, n = document.fields, len(choices)
         question = self.text_of("doc_to_text_reversed", self.definition.doc_to_text_reversed or "", fields)
-        other = self.before(fields) + "".join(self.example_once(shot) for shot in shots)
-        other += self.with_prefix(question, fields, self.definition.target_delimiter)
+        other = self.written([*before, *self.asked(question, fields)])
         requests = requests + [self.continuation(other, choice) for choice in reversed(choices)]
         right = (target,) if isinstance(target, int) else target
         both = (*right, *(k + n for k in right))
-        return Item(document, tuple(requests), (*choices, *reversed(choices)), both, prompt, len(shots))
+        return Item(document, tuple(requests), (*choices, *reversed(choices)), both, prompt, shots_used)
 
     def choice_item(
         self,
@@ -165,24 +185,41 @@ class _Writer:
         return Item(document, tuple(requests), tuple(choices), target, prompt, shots_used)
 
     def continuation(self, context: str, choice: str) -> Request:
-        return make_request("choice", context, f"{self.definition.target_delimiter}{choice}")
+        return make_request("choice", context, f"{self.delimiter}{choice}")
 
-    def before(self, fields: Fields) -> str:
-        """The description."""
-        return self.text_of("description", self.definition.description, fields) if self.definition.description else ""
+    def written(self, turns: Sequence[Turn]) -> str:
+        """The prompt that the turns make: one text, or what the chat template makes of them."""
+        if self.chat is None:
+            return as_text(turns)
+        return self.chat.template(
+            as_messages(turns, shots_as_turns=self.shots_as_turns is not False),
+            continued=turns[-1].role == "assistant",
+            needs_system=bool(self.system_prompt),
+        )
 
-    def asked(self, fields: Fields) -> str:
-        """The question itself, without its answer."""
-        return self.with_prefix(self.question_text(fields), fields, self.definition.target_delimiter)
+    def before(self, fields: Fields, shots: Sequence[Fields]) -> list[Turn]:
+        """What comes before the question: description, after the system prompt of a chat, and the shots."""
+        description = self.definition.description
+        system = self.text_of("description", description, fields) if description else ""
+        if self.chat is not None and self.system_prompt:
+            system = _joined(self.system_prompt, system, self.definition.fewshot_delimiter)
+        before = [Turn("system", system)] if system else []
+        for shot in shots:
+            before += self.example_once(shot)
+        return before
 
-    def with_prefix(self, question: str, fields: Fields, delimiter: str) -> str:
-        """The question and the beginning of the answer that is given to the model."""
+    def asked(self, question: str, fields: Fields, between: str | None = None) -> list[Turn]:
+        """The question without its answer, and the beginning of the answer that is given to the model.
+
+        between: what stands between the two where neither has white space; by default the delimiter.
+        """
         prefix = self.prefix(self.definition.gen_prefix, fields)
         if not prefix:
-            return question
-        return question + (delimiter if _apart(question, prefix) else "") + prefix
+            return [Turn("user", question)]
+        between = self.definition.target_delimiter if between is None else between
+        return [Turn("user", question, between if _apart(question, prefix) else ""), Turn("assistant", prefix)]
 
-    def example_once(self, fields: Fields) -> str:
+    def example_once(self, fields: Fields) -> tuple[Turn, ...]:
         """`example`, written once for each document of the pool (which lives as long as its task)."""
         known = self.examples.get(id(fields))
         if known is None:
@@ -203,20 +240,18 @@ class _Writer:
             question = self.question_text(fields, own)
         return question, self.shot_answer(fields, choices)
 
-    def example(self, fields: Fields) -> str:
-        """One shot: question, delimiter, answer, delimiter."""
+    def example(self, fields: Fields) -> tuple[Turn, ...]:
+        """One shot: the question and its answer, each with its delimiter."""
         definition, own = self.definition, self.definition.fewshot_config
         question, answer = self.example_parts(fields)
         prefix = self.prefix(own.gen_prefix if own.gen_prefix is not None else definition.gen_prefix, fields)
         between = definition.target_delimiter if own.target_delimiter is None else own.target_delimiter
         after = definition.fewshot_delimiter if own.fewshot_delimiter is None else own.fewshot_delimiter
-        if answer == "":
-            tail = ((between if _apart(question, prefix) else "") + prefix) if prefix else ""
-            return question + tail
-        if prefix:
-            between = between if _apart(question, prefix) else ""
-            answer = prefix + (" " if _apart(prefix, answer) else "") + answer
-        return question + between + answer + after
+        if prefix and not _apart(question, prefix):
+            between = ""
+        if answer:
+            return Turn("user", question, between), Turn("assistant", _joined(prefix, answer, " "), after)
+        return (Turn("user", question, between), Turn("assistant", prefix)) if prefix else (Turn("user", question),)
 
     def shot_answer(self, fields: Fields, choices: Sequence[str] | None) -> str:
         answer = self.target(fields, self.definition.fewshot_config)
@@ -385,6 +420,18 @@ def _at(choices: Sequence[str], index: Any, key: str) -> str:
 def _apart(left: str, right: str) -> bool:
     """Whether two texts need something between them: neither has white space where they meet."""
     return bool(left) and not (left[-1].isspace() or right[0].isspace())
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """What all of the texts begin with."""
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+def _joined(left: str, right: str, between: str) -> str:
+    """Two texts as one, with something between them where both are there and neither has white space."""
+    return left + (between if right and _apart(left, right) else "") + right
 
 
 def _short(template: str) -> str:

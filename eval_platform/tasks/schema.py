@@ -20,6 +20,7 @@ from eval_platform.values import Generation
 # Local formats that `dataset_path` may name; anything else is a dataset on the hub.
 LOCAL_FORMATS = ("json", "csv", "parquet")
 MACRO_MEAN = "macro_mean"
+_MUTUAL = "acc_mutual_info"
 DEFAULT_MAX_NEW_TOKENS = 256  # lm-evaluation-harness, `defaults.py:DEFAULT_MAX_GEN_TOKS`
 
 # Keys of lm-evaluation-harness that are refused, and why.
@@ -279,6 +280,53 @@ class Code(_Section):
     timeout: float = Field(default=3.0, gt=0, le=60)
 
 
+class ChatSection(_Section):
+    """What is otherwise where the task is asked as a conversation; what is absent stays as it is for a base model.
+
+    A run's own system_prompt and shots_as_turns go before these. system_prompt stands before the description, in the
+    same message. shots_as_turns: a shot is a turn of the user and one of the assistant (default); false: all shots and
+    the question are one turn.
+    """
+
+    system_prompt: str | None = None
+    shots_as_turns: bool | None = None
+    description: str | None = None
+    doc_to_text: str | int | None = None
+    gen_prefix: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+    generation_kwargs: GenerationKwargs | None = None
+
+
+class HarnessMetric(_Section):
+    """A metric that lm-evaluation-harness computes. own: its values become one number by a function of its own."""
+
+    name: str
+    aggregation: Literal["mean", "own"]
+    higher_is_better: bool
+
+
+class Harness(_Section):
+    """Which task of lm-evaluation-harness this is; made at sync of a task file's `lm_eval: NAME`, never written.
+
+    metrics: scored by its own functions; empty: metric_list and filter_list say all. The rest matters only then: its
+    filters by name, the YAML file below lm_eval/tasks with what overrides it, the release, and a digest of the code.
+    """
+
+    task: str
+    num_fewshot: int
+    metrics: list[HarnessMetric] = []
+    filters: list[str] = []
+    file: str = ""
+    overrides: dict[str, Any] = {}
+    version: str = ""
+    code: str = ""
+
+    @property
+    def better(self) -> Mapping[str, bool]:
+        """Metric -> whether a higher value is better."""
+        return {metric.name: metric.higher_is_better for metric in self.metrics}
+
+
 class Quality(_Section):
     """What the gate shall make of this task's answers. Shares are of all samples, from 0 to 1.
 
@@ -335,12 +383,14 @@ class TaskFile(_Section):
     max_input_tokens: int | None = Field(default=None, gt=0)
     fewshot_config: Fewshot = Fewshot()
     generation_kwargs: GenerationKwargs | None = None
+    chat: ChatSection | None = None
     repeats: int = Field(default=1, ge=1)
 
     # How it is scored.
     metric_list: list[MetricEntry] = Field(default=[], validate_default=True)
     filter_list: list[FilterPipeline] = Field(default=[], validate_default=True)
     code: Code | None = None
+    lm_eval: Harness | None = None
     primary_metric: str = ""
     higher_is_better: bool | None = None
     chance: float | None = None
@@ -349,6 +399,14 @@ class TaskFile(_Section):
     # Read by lm-eval 0.4 and used for nothing there; accepted so that its files load unchanged.
     should_decontaminate: bool | None = None
     doc_to_decontamination_query: str | None = None
+
+    @property
+    def in_chat(self) -> "TaskFile":
+        """The task as it is asked in a conversation: what `chat` says in place of what is said for a base model."""
+        if self.chat is None:
+            return self
+        said = {key: getattr(self.chat, key) for key in type(self.chat).model_fields if _set(self.chat, key)}
+        return self.model_copy(update={key: value for key, value in said.items() if key in type(self).model_fields})
 
     @property
     def shots(self) -> int:
@@ -362,18 +420,30 @@ class TaskFile(_Section):
         return fewshot.match if fewshot and self.shots else None
 
     @property
+    def harness(self) -> Harness | None:
+        """The lm-evaluation-harness task whose own functions score this one; None: we do."""
+        return self.lm_eval if self.lm_eval is not None and self.lm_eval.metrics else None
+
+    @property
+    def shots_shown(self) -> int:
+        """Shots in a prompt, also where lm-evaluation-harness has written them."""
+        return self.shots if self.lm_eval is None else self.lm_eval.num_fewshot
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(entry.metric for entry in self.metric_list)
 
     @property
     def score_names(self) -> tuple[str, ...]:
         """Every score this task gives, primary or not: `<metric>`, or `<metric>,<filter>` for a named filter."""
+        if self.harness is not None:
+            return tuple(score_name(one.name, filter_) for filter_ in self.harness.filters for one in self.harness.metrics)
         return tuple(score_name(metric, pipeline.name) for pipeline in self.filter_list for metric in self.metrics)
 
     @property
     def wants_unconditional(self) -> bool:
         """Whether each choice is also asked after nothing at all."""
-        return "acc_mutual_info" in self.metrics
+        return _MUTUAL in self.metrics or (self.harness is not None and _MUTUAL in self.harness.better)
 
     @property
     def generation(self) -> Generation | None:
@@ -441,7 +511,9 @@ class TaskFile(_Section):
             return raw
         filled = {key: value for key, value in raw.items() if value is not None}
         output_type = filled.get("output_type", "generate_until")
-        if not filled.get("metric_list") and output_type in OUTPUT_TYPES:
+        if isinstance(filled.get("lm_eval"), dict) and filled["lm_eval"].get("metrics"):
+            filled["metric_list"] = []
+        elif not filled.get("metric_list") and output_type in OUTPUT_TYPES:
             filled["metric_list"] = [{"metric": name} for name in DEFAULT_METRICS[output_type]]
         if not filled.get("filter_list"):
             filled["filter_list"] = [{"name": "none", "filter": [{"function": "take_first"}]}]
@@ -449,6 +521,8 @@ class TaskFile(_Section):
 
     @model_validator(mode="after")
     def _documents_once(self) -> Self:
+        if self.lm_eval is not None:  # its documents were made by lm-evaluation-harness
+            return self
         ours = self.documents is not None and bool(self.documents.named)
         if ours == (self.dataset_path is not None):
             raise ValueError("say where the documents are, once: `documents: {file: ...}` or `dataset_path`")
@@ -487,6 +561,23 @@ class TaskFile(_Section):
             )
         if self.generation_kwargs is not None and self.output_type != "generate_until":
             raise ValueError(f"generation_kwargs has no meaning for output_type {self.output_type}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _chat_fits(self) -> Self:
+        if self.chat is None:
+            return self
+        if self.output_type == "loglikelihood_rolling":
+            raise ValueError("chat: a whole text that is scored is no conversation; remove it")
+        if (self.chat.num_fewshot or 0) > self.shots:
+            raise ValueError(
+                f"chat: num_fewshot {self.chat.num_fewshot} is more than the task's own {self.shots}, so there are no "
+                "shots frozen for it; raise num_fewshot of the task, or lower that of chat"
+            )
+        if self.chat.generation_kwargs is not None and self.output_type != "generate_until":
+            raise ValueError(f"chat: generation_kwargs has no meaning for output_type {self.output_type}; remove it")
+        if self.chat.doc_to_text is not None and self.doc_to_text_reversed is not None:
+            raise ValueError("chat: doc_to_text would be asked in one order only; remove it, or doc_to_text_reversed")
         return self
 
     @model_validator(mode="after")
@@ -535,6 +626,10 @@ class TaskFile(_Section):
                 f"primary_metric: this task has no score {primary!r}{did_you_mean(primary, self.score_names)}; it has "
                 f"{_and(self.score_names)}"
             )
+        if self.harness is not None:
+            object.__setattr__(self, "primary_metric", primary)
+            object.__setattr__(self, "higher_is_better", self.harness.better[primary.partition(",")[0]])
+            return self
         metric = METRICS[primary.partition(",")[0]]
         if self.higher_is_better not in (None, metric.higher_is_better):
             better = "higher" if metric.higher_is_better else "lower"

@@ -1,13 +1,16 @@
 """A sample as a person reads it: the exact prompt, and what is asked of it."""
 
 from eval_platform.errors import TaskError
+from eval_platform.tasks.chat import Chat
 from eval_platform.tasks.render import render
 from eval_platform.tasks.task import Task
 from eval_platform.values import Item
 
 
-def show_prompt(task: Task, k: int) -> str:
+def show_prompt(task: Task, k: int, chat: Chat | None = None) -> str:
     """The prompt of the sample at position `k`, character for character, then each request and the right answer.
+
+    chat: as a conversation, through its template.
 
     Raises TaskError when the task has no such sample.
     """
@@ -15,7 +18,7 @@ def show_prompt(task: Task, k: int) -> str:
         raise TaskError(
             f"task {task.name} has no sample {k}", remedy=f"give a number from 0 to {len(task.documents) - 1}"
         )
-    item = next(render(task, [task.documents[k]]))
+    item = next(render(task, [task.documents[k]], chat=chat))
     return f"--- {task.name}, sample {k}, {item.document.sample_id}, {item.shots_used} shots: prompt\n{show_item(item)}"
 
 

@@ -84,6 +84,10 @@ def what_is_asked(definition: TaskFile, dataset_id: str, fewshot_dataset_id: str
         asked["doc_to_text_reversed"] = definition.doc_to_text_reversed
     if definition.max_input_tokens is not None:
         asked["max_input_tokens"] = definition.max_input_tokens
+    # Asked or not: an ask_id does not know whether the run is a chat.
+    chat = definition.chat.model_dump(mode="json", exclude_none=True) if definition.chat is not None else {}
+    if chat:
+        asked["chat"] = chat
     generation = definition.generation
     asked["generation"] = None if generation is None else asdict(generation)
     asked["unconditional"] = definition.wants_unconditional
@@ -109,8 +113,10 @@ def how_it_is_scored(definition: TaskFile, ask_id: str, chance: float | None) ->
     documents = definition.documents
     said = definition.model_dump(mode="json", by_alias=True)
     code = {} if definition.code is None else {"code": said["code"]}
+    harness = {} if definition.harness is None else {"lm_eval": said["lm_eval"]}
     return {
         **code,
+        **harness,
         "ask_id": ask_id,
         "repeats": definition.repeats,
         "scorer": SCORER_VERSION,

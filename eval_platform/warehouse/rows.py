@@ -28,7 +28,10 @@ OWNED: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 # What a score's row says again of its evaluation.
-_REPEATED = ("evaluation_id", "attempt", "status", "shown", "warnings", "task_id", "checkpoint_id", "settings_id")
+_REPEATED = (
+    *("evaluation_id", "attempt", "status", "shown", "warnings"),
+    *("task_id", "checkpoint_id", "settings_id", "chat"),
+)
 
 
 @dataclass(slots=True)
@@ -187,6 +190,7 @@ def _committed(evaluation_id: str, attempt: int, commit: Mapping[str, Any], deci
         "attempt": attempt,
         "shown": False,
         "settings": _json(settings),
+        "chat": bool(settings.get("chat")),
         "item_limit": settings.get("limit"),
         "primary_metric": primary.get("metric"),
         "primary_value": primary.get("value"),

@@ -55,6 +55,7 @@ TABLES: dict[str, pa.Schema] = {
             "tokenizer_id": _TEXT,
             "settings_id": _TEXT,
             "settings": _TEXT,
+            "chat": pa.bool_(),  # asked through the checkpoint's chat template
             "item_limit": pa.int64(),  # `--limit`: for trying out, never on a board
             "key": _TEXT,  # the arrival that it was first asked for
             "arrival": pa.int32(),
@@ -85,7 +86,7 @@ TABLES: dict[str, pa.Schema] = {
             "failure_class": _TEXT,  # deterministic | infrastructure | gone, of a failed one
         }
     ),
-    # The last seven say again what the evaluation says, so that boards need no join with it.
+    # The last eight say again what the evaluation says, so that boards need no join with it.
     "scores": pa.schema(
         {
             "evaluation_id": _TEXT,
@@ -108,6 +109,7 @@ TABLES: dict[str, pa.Schema] = {
             "task_id": _TEXT,
             "checkpoint_id": _TEXT,
             "settings_id": _TEXT,
+            "chat": pa.bool_(),
         }
     ),
     "decisions": pa.schema(
@@ -168,7 +170,7 @@ VIEWS: dict[str, str] = {
     "leaderboard": """
         select a.key, a.run, a.step, a.tokens_seen, t.name as task, s.subset, s.metric, s.value, s.standard_error,
             s.ci_low, s.ci_high, s.interval_method, s.n, t.higher_is_better, t.chance, s.warnings, a.arrived_at,
-            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt
+            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt, s.chat
         from scores s
         join tasks t on t.task_id = s.task_id and t.primary_metric = s.metric and t.current
         join arrivals a on a.checkpoint_id = s.checkpoint_id and a.newest
@@ -184,7 +186,7 @@ VIEWS: dict[str, str] = {
         select a.key, a.run, a.step, a.tokens_seen, coalesce(t.name, s.task) as task, s.subset, s.metric, s.subject,
             s.value, s.standard_error, s.ci_low, s.ci_high, s.interval_method, s.n, s.is_primary, t.higher_is_better,
             t.chance, coalesce(not t.current, false) as stale, s.warnings, a.arrived_at,
-            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt
+            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt, s.chat
         from scores s
         join arrivals a on a.checkpoint_id = s.checkpoint_id and a.newest
         left join names t on t.task_id = s.task_id
