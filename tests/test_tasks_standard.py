@@ -153,7 +153,6 @@ LOCAL = [
     ("arc", "test", "ARC-Challenge", lambda: hub_rows.arc("ARC-Challenge")),
     ("openbookqa", "test", None, hub_rows.openbookqa),
     ("piqa", "validation", None, hub_rows.piqa),
-    ("siqa", "validation", None, hub_rows.siqa),
     ("winogrande", "validation", None, hub_rows.winogrande),
     ("ifeval", "train", None, hub_rows.ifeval),
     ("truthfulqa", "validation", "multiple_choice", hub_rows.truthfulqa_choices),
