@@ -21,6 +21,7 @@ from eval_platform.tasks import (
     prompts_id,
     read_lock,
     render,
+    sync,
     sync_tasks,
     write_prompts,
 )
@@ -110,6 +111,32 @@ def test_syncing_again_writes_nothing(world: World) -> None:
     assert report.changed == ()
     assert {entry.key: entry.etag for entry in world.store.list("")} == files
     assert world.lock.stat().st_mtime_ns == before
+
+
+def test_what_is_known_to_work_is_not_rendered_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.rows([{"q": "?", "a": n % 2} for n in range(4)])
+    choices = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": ["x", "y"],
+        "doc_to_target": "{{a}}",
+        "num_fewshot": 0,
+    }
+    said = world.write(**choices, chance=0.3)
+    world.sync()
+    proved: list[str] = []
+    prove = sync.prove_task
+    monkeypatch.setattr(sync, "prove_task", lambda task, path: (proved.append(task.name), prove(task, path))[1])
+
+    locked = world.sync().lock.tasks["sums"]
+    assert (proved, locked.chance) == ([], 0.3)
+    assert locked.task_id == build_task(said).task_id
+    world.write(**choices)  # chance is not said any more, and so follows from the choices again
+    assert (world.sync().lock.tasks["sums"].chance, proved) == (0.5, ["sums"])
+    world.write(**choices, title="Another title")
+    report = world.sync()
+    assert (report.lock.tasks["sums"].title, proved) == ("Another title", ["sums"])
+    world.lock.unlink()
+    assert (world.sync().lock.tasks["sums"].chance, proved) == (0.5, ["sums", "sums"])
 
 
 def test_a_name_that_means_a_then_b_then_a_has_three_numbers(world: World) -> None:

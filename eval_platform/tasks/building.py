@@ -8,9 +8,11 @@ from typing import Any
 from eval_platform.errors import SchemaError, TaskError
 from eval_platform.store import Store, layout, read_record
 from eval_platform.tasks.documents import as_documents, read_documents
+from eval_platform.tasks.harness import check_requests, leaf_of_file, read_harness
+from eval_platform.tasks.harness_files import Leaf
 from eval_platform.tasks.metrics import METRICS
 from eval_platform.tasks.programs import program_text
-from eval_platform.tasks.reading import read_task_file
+from eval_platform.tasks.reading import harness_keys, read_task_file
 from eval_platform.tasks.render import render
 from eval_platform.tasks.requirements import check_requirements
 from eval_platform.tasks.schema import TaskFile
@@ -30,22 +32,63 @@ def build_task(path: Path) -> Task:
 
 def build_task_and_items(path: Path) -> tuple[Task, list[Item]]:
     """As `build_task`, with every item it asks."""
+    return prove_task(open_task(path), path)
+
+
+def open_task(path: Path | Leaf) -> Task:
+    """The task of a file as far as it is known before anything is rendered: without chance and task_id.
+
+    Or the task of lm-evaluation-harness that a file names, or that `[tasks] lm_eval` led to.
+    """
+    if isinstance(path, Leaf):
+        return _open_harness(path, {}, str(path))
+    named = harness_keys(path)
+    if named is not None:
+        try:
+            leaf, own = leaf_of_file(named)
+        except TaskError as error:
+            raise inside(f"{path}: ", error) from error
+        return _open_harness(leaf, own, str(path))
     definition = read_task_file(path)
     try:
         rows, shots = read_documents(definition, path.resolve().parent)
         check_requirements(definition, rows)
-        task = _assemble(definition, rows, shots, chance=None, identity="")
-        chance = definition.chance
-        # Every document is rendered here, so that what is wrong shows now and not when a checkpoint waits.
+        return _assemble(definition, rows, shots, chance=None, identity="")
+    except TaskError as error:
+        raise inside(f"{path}: ", error) from error
+
+
+def _open_harness(leaf: Leaf, own: Mapping[str, Any], where: str) -> Task:
+    try:
+        definition, rows, asked = read_harness(leaf, own)
+        task = _assemble(definition, rows, [], chance=None, identity="")
+        check_requests(list(render(task)), asked)
+    except TaskError as error:
+        raise inside(f"{where}: ", error) from error
+    return task
+
+
+def prove_task(task: Task, path: Path | Leaf) -> tuple[Task, list[Item]]:
+    """An opened task with chance and task_id, and every item it asks.
+
+    Every document is rendered here, so that what is wrong shows now and not when a checkpoint waits.
+    """
+    chance = task.definition.chance
+    try:
         items = list(render(task))
-        if definition.code is not None:
+        if task.definition.code is not None:
             for item in items:
                 program_text(task, item.document, "")
         if chance is None:
-            chance = _chance(definition, items)
+            chance = _chance(task.definition, items)
     except TaskError as error:
         raise inside(f"{path}: ", error) from error
-    return replace(task, chance=chance, task_id=task_id(definition, task.ask_id, chance)), items
+    return with_chance(task, chance), items
+
+
+def with_chance(task: Task, chance: float | None) -> Task:
+    """An opened task with the task_id that it has with this chance."""
+    return replace(task, chance=chance, task_id=task_id(task.definition, task.ask_id, chance))
 
 
 def validate_file(path: Path) -> None:
@@ -120,8 +163,8 @@ def _assemble(
 
 def _chance(definition: TaskFile, items: Sequence[Item]) -> float | None:
     """The expected score of picking choices at random; None for what is not picked."""
-    metric = METRICS[definition.primary_metric.partition(",")[0]]
-    if definition.output_type != "multiple_choice" or not metric.proportion:
+    metric = METRICS.get(definition.primary_metric.partition(",")[0])  # lm-evaluation-harness has others
+    if definition.output_type != "multiple_choice" or metric is None or not metric.proportion:
         return None
     right = [len(set(item.target)) if isinstance(item.target, tuple) else 1 for item in items]
     return sum(r / len(item.choices) for r, item in zip(right, items, strict=True)) / len(items)

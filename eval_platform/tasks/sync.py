@@ -8,12 +8,13 @@ from typing import Any, TypeAlias
 from eval_platform import config
 from eval_platform.errors import NoData, TaskError
 from eval_platform.store import Store, create_record, find_record, layout, log, read_record
-from eval_platform.tasks.building import build_task_and_items, definition_record
+from eval_platform.tasks.building import definition_record, open_task, prove_task, with_chance
 from eval_platform.tasks.differences import DocumentChange, compare_documents
 from eval_platform.tasks.documents import as_documents
 from eval_platform.tasks.facts import ItemFacts, item_facts
+from eval_platform.tasks.harness_files import Leaf
 from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock, write_lock
-from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files
+from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files, select_harness
 from eval_platform.tasks.snapshots import freeze_documents, frozen_ids
 from eval_platform.tasks.suite import NO_SUITES, OwnSuites, suites_of_tasks
 from eval_platform.tasks.task import Task
@@ -80,7 +81,10 @@ def sync_tasks(
     def unseen(task: Task) -> bool:
         return check is not None and find_record(store, _checks_key(task)) is None
 
-    built = _build(tasks, own_suites, unseen)
+    def proven(opened: Task) -> Task | None:
+        return _as_before(store, opened, before.tasks.get(opened.name))
+
+    built = _build(tasks, own_suites, proven, unseen)
     warnings: dict[str, tuple[Check, ...]] = {}
     if check is not None and built.facts:
         warnings = _checked(store, built, check(built.facts))
@@ -108,11 +112,20 @@ def check_tasks(tasks: config.Tasks, own_suites: OwnSuites = NO_SUITES) -> list[
 
     Nothing is written.
     """
-    return _build(tasks, own_suites, lambda task: False).errors
+    return _build(tasks, own_suites, lambda opened: None, lambda task: False).errors
 
 
-def _build(tasks: config.Tasks, own_suites: OwnSuites, to_check: Callable[[Task], bool]) -> _Built:
-    files, errors = select_files(tasks, own_suites)
+def _build(
+    tasks: config.Tasks,
+    own_suites: OwnSuites,
+    proven: Callable[[Task], Task | None],
+    to_check: Callable[[Task], bool],
+) -> _Built:
+    """Every selected task; what `proven` knows of an opened one is not rendered once more."""
+    selected, errors = select_files(tasks, own_suites)
+    files: dict[str, list[Path | Leaf]] = {name: [*paths] for name, paths in selected.items()}
+    for leaf in select_harness(tasks.lm_eval, errors):
+        files.setdefault(leaf.name, []).append(leaf)
     facts: dict[str, ItemFacts] = {}
     built: dict[str, Task] = {}
     broken: set[str] = set()
@@ -124,7 +137,10 @@ def _build(tasks: config.Tasks, own_suites: OwnSuites, to_check: Callable[[Task]
             errors.append(TaskError(f"two tasks are called {name}: {listed}", remedy="rename one of them"))
             continue
         try:
-            task, items = build_task_and_items(paths[0])
+            opened = open_task(paths[0])
+            task, items = proven(opened), []
+            if task is None or to_check(task):
+                task, items = prove_task(opened, paths[0])
         except NoData as error:
             skipped[name] = SkippedTask(error.name, "; ".join(error.tried), error.remedy or "")
             continue
@@ -144,8 +160,27 @@ def _build(tasks: config.Tasks, own_suites: OwnSuites, to_check: Callable[[Task]
             continue
         built[name] = task
         if to_check(task):
-            facts[name] = item_facts(task, items, shipped=paths[0].parent == LIBRARY)
+            facts[name] = item_facts(task, items, shipped=_is_shipped(paths[0]))
     return _Built(list(built.values()), errors, broken, skipped, facts)
+
+
+def _as_before(store: Store, opened: Task, locked: LockedTask | None) -> Task | None:
+    """The opened task, when it is the one that the lock names and this store has; None when it must be rendered.
+
+    What is asked decides every prompt and, unless it is said, chance. So with the same ask_id, and chance said or not
+    said as it was, the task is the same when its task_id is.
+    """
+    if locked is None or opened.ask_id != locked.ask_id:
+        return None
+    record = find_record(store, layout.task(locked.task_id))
+    if record is None or record["definition"]["chance"] != opened.definition.chance:
+        return None
+    task = with_chance(opened, locked.chance)
+    return task if task.task_id == locked.task_id else None
+
+
+def _is_shipped(source: Path | Leaf) -> bool:
+    return isinstance(source, Path) and source.parent == LIBRARY
 
 
 def _checked(store: Store, built: _Built, found: Mapping[str, Sequence[Check]]) -> dict[str, tuple[Check, ...]]:
@@ -237,7 +272,7 @@ def _locked(task: Task) -> LockedTask:
         dataset_id=task.dataset_id,
         n_documents=len(task.documents),
         output_type=definition.output_type,
-        num_fewshot=definition.shots,
+        num_fewshot=definition.shots_shown,
         repeats=definition.repeats,
         primary_metric=task.primary_metric,
         higher_is_better=task.higher_is_better,
