@@ -23,23 +23,28 @@ fewshot_split: dev
 """
 
 
-def asked_by_lm_eval(folder: Path, name: str) -> list[list[Asked]]:
-    """Every document's requests, for the task file `name` in `folder`, loaded as `lm_eval --include_path` does."""
+def asked_by_lm_eval(folder: Path, name: str, **chat: Any) -> list[list[Asked]]:
+    """Every document's requests, for the task file `name` in `folder`, loaded as `lm_eval --include_path` does.
+
+    chat: what `Task.build_all_requests` takes of one.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     loaded = manager.load([name])
-    return _requests(loaded["tasks"][name])
+    return _requests(loaded["tasks"][name], **chat)
 
 
-def asked_by_config(config: Mapping[str, Any], splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[Asked]]:
+def asked_by_config(
+    config: Mapping[str, Any], splits: Mapping[str, Sequence[Mapping[str, Any]]], **chat: Any
+) -> list[list[Asked]]:
     """The same for a configuration and its documents, without files."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tables = {split: datasets.Dataset.from_list([dict(row) for row in rows]) for split, rows in splits.items()}
-    return _requests(ConfigurableTask(config={**config, "custom_dataset": lambda **_: tables}))
+    return _requests(ConfigurableTask(config={**config, "custom_dataset": lambda **_: tables}), **chat)
 
 
 def lm_eval_task(path: str, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
@@ -90,16 +95,16 @@ def _ours(request: Any) -> Asked:
     return (request.context, request.continuation)
 
 
-def _requests(task: Any) -> list[list[Asked]]:
-    _build(task)
+def _requests(task: Any, **chat: Any) -> list[list[Asked]]:
+    _build(task, **chat)
     return requests_of(task)
 
 
-def _build(task: Any) -> None:
+def _build(task: Any, **chat: Any) -> None:
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)  # as evaluator.py does
     task.set_fewshot_seed(FEWSHOT_SEED)
-    task.build_all_requests()
+    task.build_all_requests(**chat)
 
 
 def requests_of(task: Any) -> list[list[Asked]]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eval_platform.tasks import Task, build_task, render
+from eval_platform.tasks import Chat, Task, build_task, render
 from eval_platform.tasks.building import _assemble
 from eval_platform.tasks.schema import TaskFile
 
@@ -211,6 +211,44 @@ def test_a_task_file_of_lm_eval_asks_what_it_asks_there(name: str, tmp_path: Pat
     assert asked_by_us(ours) == asked_by_lm_eval(tmp_path, name)
 
 
+class _Told:
+    """A template that shows the messages and how they end, so that no difference can hide; for us and for lm-eval."""
+
+    def __call__(self, messages: Any, *, continued: bool, needs_system: bool) -> str:
+        return json.dumps([messages, not continued], ensure_ascii=False)
+
+    def theirs(self, messages: Any, add_generation_prompt: bool = True) -> str:
+        return json.dumps([messages, add_generation_prompt], ensure_ascii=False)
+
+
+def _in_chat(as_turns: bool, system_prompt: str | None) -> tuple[Chat, dict[str, Any]]:
+    """The same conversation as we are told of it and as lm-eval is."""
+    theirs = {"apply_chat_template": True, "chat_template": _Told().theirs}
+    return (
+        Chat(_Told(), system_prompt, as_turns),
+        {**theirs, "fewshot_as_multiturn": as_turns, "system_instruction": system_prompt},
+    )
+
+
+CONTEXTS_AFTER_A_PREFIX = FILES["contexts_to_choose_from"] + 'gen_prefix: "So:"\n'
+
+
+@pytest.mark.parametrize("as_turns", [True, False], ids=["turns", "one_turn"])
+@pytest.mark.parametrize("name", [*FILES, "contexts_after_a_prefix"])
+def test_in_a_chat_a_task_file_asks_what_it_asks_there(name: str, as_turns: bool, tmp_path: Path) -> None:
+    _write(tmp_path / "test.jsonl", _questions(7))
+    _write(tmp_path / "dev.jsonl", _questions(30)[20:])
+    file = tmp_path / f"{name}.yaml"
+    said = FILES.get(name, CONTEXTS_AFTER_A_PREFIX)
+    file.write_text(HEAD.format(name=name, folder=tmp_path) + said, encoding="utf-8")
+    ours, theirs = _in_chat(as_turns, "Be brief.")
+
+    asked = asked_by_us(list(render(build_task(file), chat=ours)))
+
+    assert asked == asked_by_lm_eval(tmp_path, name, **theirs)
+    assert (asked != asked_by_us(list(render(build_task(file))))) == (name != "whole_text")
+
+
 def test_included_files_mean_the_same(tmp_path: Path) -> None:
     _write(tmp_path / "test.jsonl", _questions(5))
     _write(tmp_path / "dev.jsonl", _questions(3))
@@ -313,6 +351,19 @@ def test_random_tasks_ask_what_lm_eval_asks(drawn: tuple[dict[str, Any], dict[st
     task = _task(config, splits)
 
     assert asked_by_us(list(render(task))) == asked_by_config(config, splits)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(_tasks(), st.booleans(), st.sampled_from([None, "Be brief.", "Be brief.\n"]))
+def test_random_tasks_in_a_chat_ask_what_lm_eval_asks(
+    drawn: tuple[dict[str, Any], dict[str, list[dict[str, Any]]]], as_turns: bool, system_prompt: str | None
+) -> None:
+    config, splits = drawn
+    ours, theirs = _in_chat(as_turns, system_prompt)
+
+    asked = asked_by_us(list(render(_task(config, splits), chat=ours)))
+
+    assert asked == asked_by_config(config, splits, **theirs)
 
 
 def _task(config: dict[str, Any], splits: dict[str, list[dict[str, Any]]]) -> Task:

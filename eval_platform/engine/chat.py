@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 # What Llama 3's templates write where they are told no date.
 DATE = datetime(2024, 7, 26)
+_DIRECTIVES = ("%d", "%-d", "%e", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%j", "%F", "%D", "%H", "%I", "%M", "%S")
+# transformers takes no functions, so a template that calls strftime_now is given one of Jinja. The line break after it
+# is left out (trim_blocks), and the template begins at the beginning of a line, as it does by itself.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{directive}', '{DATE.strftime(directive)}')" for directive in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -67,12 +75,13 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
+            source = self._tokenizer.get_chat_template()
             prompt = self._tokenizer.apply_chat_template(
                 list(messages),
+                chat_template=_FIXED_DATE + source if "strftime_now" in source else source,
                 tokenize=False,
                 add_generation_prompt=not continued,
                 continue_final_message=continued,
-                strftime_now=DATE.strftime,
             )
         except (TemplateError, MemoryError):
             raise
