@@ -69,8 +69,14 @@ def test_what_is_planted_is_found_and_named(row: dict[str, Any], rule: str, told
     assert set(found) <= {rule, "number_of_choices"}
     assert found[rule].startswith(told)
     assert facts.sample_ids[30] in found[rule]  # the example names the sample
-    both = check_items({"t": facts, "good": facts_of(tmp_path, ROWS)})
-    assert {check.name for check in both["t"] if not check.passed} == set(found)
+
+
+def test_a_bad_task_does_not_speak_for_the_good_one_beside_it(tmp_path: Path) -> None:
+    bad, good = facts_of(tmp_path, [*ROWS, {**ROWS[0], "q": " "}]), facts_of(tmp_path, ROWS)
+
+    both = check_items({"bad": bad, "good": good})
+
+    assert [check.name for check in both["bad"] if not check.passed] == ["empty_item"]
     assert all(check.passed for check in both["good"])
 
 
