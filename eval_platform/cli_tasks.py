@@ -253,13 +253,16 @@ def tasks_diff(
 
 
 def _task(named: str) -> "Task":
-    """The task of a file, or of the lock by its name, as it was frozen."""
-    from eval_platform.tasks import build_task, load_task, read_lock
+    """The task of a file, of the lock by its name, as it was frozen, or one that is shipped and not configured."""
+    from eval_platform.tasks import build_task, library_tasks, load_task, read_lock
+    from eval_platform.tasks.selection import LIBRARY
 
     if named.endswith((".yaml", ".yml")):
         return build_task(Path(named))
     config, store = opened()
     lock = read_lock(config.lock_path)
+    if named not in lock.tasks and named not in lock.skipped and named in library_tasks():
+        return build_task(LIBRARY / f"{named}.yaml")
     return load_task(store, _locked(lock, named, config.lock_path).task_id)
 
 

@@ -226,6 +226,7 @@ def test_from_documents_to_a_task_that_is_asked(place: Place) -> None:
     assert place("tasks", "show", "capitals").out == place("tasks", "show", str(file)).out
     assert place("tasks", "lint").code == 0
     assert "nothing found" in place("tasks", "lint", "capitals").out
+    assert "add: " in place("tasks", "show", "addition").out  # shipped, and not configured here
 
 
 def test_diff_of_tasks_and_of_locks(place: Place) -> None:
