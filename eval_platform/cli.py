@@ -31,7 +31,7 @@ from eval_platform.cli_shared import (
     suite_lock,
     synced,
 )
-from eval_platform.cli_tasks import tasks_app
+from eval_platform.cli_tasks import task_named, tasks_app
 from eval_platform.config import LOCK_NAME, load_config
 from eval_platform.errors import ConfigError, EvalPlatformError
 from eval_platform.identity import content_id
@@ -315,6 +315,38 @@ def samples(
         print_sample(row)
     if not found:
         say("Nothing was answered wrongly.")
+
+
+@app.command(epilog=example("eval-platform tokens --checkpoint out/step_1000 --task addition -k 3 --top 5"))
+def tokens(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    task: Annotated[str, typer.Option(help="Name of a task, or a task file.")],
+    k: Annotated[int, typer.Option("-k", min=0, help="Which sample, from 0.")] = 0,
+    top: Annotated[int, typer.Option(min=0, help="How many of the likeliest tokens to show at each place.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Which token made an answer likely or unlikely? Each scored token of a sample, with the likeliest ones beside it.
+
+    Loads the checkpoint and asks it anew, as a base model; records nothing. Log-probabilities in nats.
+    """
+    from eval_platform import tasks as library
+    from eval_platform.engine import load
+    from eval_platform.terminal import print_json, print_tokens, say
+
+    asked = task_named(task)
+    if not k < len(asked.documents):
+        raise typer.BadParameter(f"{asked.name} has samples 0 to {len(asked.documents) - 1}", param_hint="-k")
+    (item,) = library.render(asked, [asked.documents[k]])
+    engine = load(checkpoint.resolve(), load_config(State.config_file).run_settings(chat=False))
+    found = [(request, engine.token_scores(request, top)) for request in item.requests if request.kind != "generate"]
+    if as_json:
+        print_json(
+            [{"request": asdict(request), "tokens": [asdict(one) for one in scores]} for request, scores in found]
+        )
+    elif not found:
+        say(f"{asked.name} asks for completions: none of their tokens is scored.")
+    for request, scores in found if not as_json else ():
+        print_tokens(request, scores)
 
 
 @app.command(epilog=example("eval-platform doctor"))

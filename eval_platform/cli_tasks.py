@@ -123,7 +123,7 @@ def tasks_show(
         raise typer.BadParameter("--chat and --tokenizer go together", param_hint="--chat")
     if system_prompt is not None and not chat:
         raise typer.BadParameter("a system prompt is part of a conversation; give --chat too", param_hint="--chat")
-    print(show_prompt(_task(name), k, _chat(tokenizer, system_prompt) if tokenizer is not None else None))
+    print(show_prompt(task_named(name), k, _chat(tokenizer, system_prompt) if tokenizer is not None else None))
 
 
 @tasks_app.command("validate", epilog=example("eval-platform tasks validate my_tasks/capitals.yaml"))
@@ -208,7 +208,7 @@ def tasks_lint(
         raise EvalPlatformError(
             "there is no task to look at", remedy="name a task file, or run `eval-platform tasks sync`"
         )
-    found = {name: lint(_task(name), encode) for name in names}
+    found = {name: lint(task_named(name), encode) for name in names}
     if as_json:
         print_json({name: [asdict(one) for one in findings] for name, findings in found.items()})
     else:
@@ -245,14 +245,14 @@ def tasks_diff(
         else:
             print_lock_difference(between)
         return
-    difference = compare_tasks(_task(a), _task(b))
+    difference = compare_tasks(task_named(a), task_named(b))
     if as_json:
         print_json(asdict(difference))
     else:
         print_task_difference(difference)
 
 
-def _task(named: str) -> "Task":
+def task_named(named: str) -> "Task":
     """The task of a file, of the lock by its name, as it was frozen, or one that is shipped and not configured."""
     from eval_platform.tasks import build_task, library_tasks, load_task, read_lock
     from eval_platform.tasks.selection import LIBRARY

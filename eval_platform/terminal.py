@@ -27,10 +27,12 @@ from rich.text import Text
 
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
+from eval_platform.engine import TokenScore
 from eval_platform.status import CheckpointStatus, TaskStatus
 from eval_platform.tasks import Finding as LintFinding
 from eval_platform.tasks import LockDifference, SkippedTask, TaskDifference, TaskLock
 from eval_platform.tasks.compare import MISSING, Change
+from eval_platform.values import Request
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -411,6 +413,22 @@ def _print_answer(name: str, answer: Mapping[str, Any]) -> None:
         right = "  right" if choice["right"] else ""
         line = escape(f"  {mark} {'  '.join(cells)}{right}")
         out.print(f"[bold]{line}[/]" if choice["chosen"] else line, soft_wrap=True)
+
+
+def print_tokens(request: Request, scores: Sequence[TokenScore]) -> None:
+    """Each scored token of a request on a line of its own, and what was likelier there."""
+    total = sum(score.log_probability for score in scores)
+    _heading(f"{request.continuation!r}  {total:.4f}" if request.continuation is not None else f"text  {total:.4f}")
+    rows = [
+        (
+            repr(score.text),
+            f"{score.log_probability:.4f}",
+            "best" if score.is_greedy else "",
+            "  ".join(f"{text!r} {value:.2f}" for text, value in score.alternatives),
+        )
+        for score in scores
+    ]
+    print_rows(("token", "nats", "", "likeliest there"), rows, right={1})
 
 
 def _heading(text: str) -> None:

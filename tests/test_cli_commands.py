@@ -203,6 +203,19 @@ def test_samples_mark_the_chosen_and_the_right_choice(place: Place) -> None:
     assert [one["position"] for one in wrong] == [one["position"] for one in told if one["scores"]["acc"] == 0]
 
 
+def test_tokens_of_a_sample_add_up_to_what_was_stored(place: Place) -> None:
+    (stored,) = place("samples", "--checkpoint", "run/a/step_200", "--task", "colours", "--json", "-n", "1").json
+    asked = "tokens", "--checkpoint", str(place.arriving(200)), "--task", "colours", "--top", "2"
+    told = place(*asked, "--json").json
+    totals = [sum(token["log_probability"] for token in one["tokens"]) for one in told]
+    assert totals == pytest.approx([choice["log_likelihood"] for choice in stored["choices"]], abs=1e-3)
+    shown = place(*asked).out
+    assert "── ' red'" in shown
+    assert "likeliest there" in shown
+    assert "none of their tokens is scored" in place(*asked[:4], "words").out
+    assert place(*asked, "-k", "99").code == 2
+
+
 def test_samples_of_text_and_of_what_is_nan(place: Place) -> None:
     said = place("samples", "--checkpoint", "run/a/step_200", "--task", "words", "-n", "1").out
     assert "copy: " in said

@@ -148,6 +148,16 @@ def test_rolling_equals_lm_evals(tiny: Subject) -> None:
         assert log_likelihood(response) == pytest.approx(value, abs=tolerance(response.n_tokens))
 
 
+def test_what_single_tokens_add_makes_up_the_log_likelihood(tiny: Subject) -> None:
+    requests = [make_request("choice", *pair) for pair in PAIRS[:4]] + [make_request("rolling", DOCUMENTS[2])]
+    for request in requests:
+        scores = tiny.engine.token_scores(request)
+        (whole,) = tiny.engine.answer([request])
+        assert len(scores) == whole.n_tokens
+        total = sum(score.log_probability for score in scores)
+        assert total == pytest.approx(log_likelihood(whole), abs=tolerance(whole.n_tokens))
+
+
 @pytest.mark.parametrize("stop", [(), ("e", "the"), ("a",), (EOS,)])
 def test_greedy_text_equals_lm_evals(tiny: Subject, stop: tuple[str, ...]) -> None:
     """Their limit on new tokens grows with the prompt; `max_length`, which counts the start token too, fixes it."""

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from eval_platform.engine import decoding, load
 from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
+from eval_platform.errors import TaskError
 from eval_platform.values import Generation, Request, RunSettings, make_request
 
 WINDOW = 96
@@ -131,6 +132,37 @@ def test_no_token_and_no_row_of_the_head_is_computed_twice(
     assert computed["forward_tokens"] == distinct_prefixes(tokens_in for tokens_in, _ in rows)
     assert computed["head_rows"] == distinct_targets(rows)
     assert computed["forwards"] >= computed["forward_tokens"] / budget
+
+
+@pytest.mark.parametrize("path", ["tree", "plain"])
+def test_what_single_tokens_add_makes_up_the_log_likelihood(path: str, tmp_path: Path) -> None:
+    model = subject(make_checkpoint(tmp_path, max_length=WINDOW), path)
+    requests = [
+        make_request("choice", " ".join(SHOTS[:9]), " river Yes 東京"),
+        make_request("choice", "", " the"),
+        make_request("rolling", " ".join(WORDS[:6])),
+        # Windows that are equal, with other windows between them.
+        make_request("rolling", " ".join(["the river is"] * 60)),
+        make_request("rolling", ""),
+    ]
+    for request in requests:
+        scores = model.engine.token_scores(request, alternatives=3)
+        (whole,) = model.engine.answer([request])
+        check_scored(model, request, whole)
+        assert len(scores) == whole.n_tokens
+        total = sum(score.log_probability for score in scores)
+        assert total == pytest.approx(log_likelihood(whole), abs=tolerance(whole.n_tokens))
+        if whole.is_greedy is not None:
+            assert all(score.is_greedy for score in scores) == whole.is_greedy
+        for score in scores:
+            values = [value for _, value in score.alternatives]
+            assert len(values) == 3
+            assert values == sorted(values, reverse=True)
+            assert (score.log_probability == values[0]) == score.is_greedy
+        if request.kind == "choice":
+            assert request.continuation == model.tokenizer.decode([score.token for score in scores])
+    with pytest.raises(TaskError, match="no token to score"):
+        model.engine.token_scores(make_request("generate", "the", settings=Generation(1)))
 
 
 # -- completions

@@ -4,7 +4,7 @@
 """
 
 from eval_platform.engine.chat import ChatTemplate
-from eval_platform.engine.face import Engine, EngineInfo
+from eval_platform.engine.face import Engine, EngineInfo, TokenScore
 from eval_platform.engine.lengths import PromptLengths
 from eval_platform.engine.loading import chat_template, load, prompt_lengths
 from eval_platform.engine.settings import resolve_settings
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "EngineInfo",
     "PromptLengths",
+    "TokenScore",
     "chat_template",
     "load",
     "prompt_lengths",

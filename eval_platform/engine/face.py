@@ -25,6 +25,20 @@ class EngineInfo:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One scored token after all before it: log-probability in nats; alternatives are the likeliest tokens there.
+
+    text is the token's own (a part of a character shows as U+FFFD). alternatives: (text, log-probability), best first.
+    """
+
+    token: int
+    text: str
+    log_probability: float
+    is_greedy: bool
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+
 class Engine(Protocol):
     """A loaded checkpoint that answers."""
 
@@ -46,5 +60,13 @@ class Engine(Protocol):
         Raises, when iterated: TaskError for a request that no answer exists for (empty continuation, longer than
         the model's window), naming it, before anything is computed; CheckpointError for a tokenizer that cannot
         encode it for this model; MemoryError when a single request does not fit.
+        """
+        ...
+
+    def token_scores(self, request: Request, alternatives: int = 0) -> list[TokenScore]:
+        """What each scored token of a choice or rolling request adds to its log-likelihood, and the `alternatives`
+        likeliest tokens at its place. For a person who looks: one forward of its own, nothing shared.
+
+        Raises as `answer` does, and TaskError for a request to generate, which has no token to score.
         """
         ...

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from eval_platform.engine.batching import run_batches
 from eval_platform.engine.completion import Completion, Prompt, complete, end_tokens, plain_generation_config
-from eval_platform.engine.face import EngineInfo
+from eval_platform.engine.face import EngineInfo, TokenScore
 from eval_platform.engine.likelihood import Row, Scored, rows_that_fit, score
 from eval_platform.engine.memory import best_tokens
 from eval_platform.engine.reading import Reader, name
@@ -90,6 +92,30 @@ class PlainEngine:
         for prompt, completion in self._complete(prompts):
             request = generating[prompt.owner]
             yield self._finite_or_said(request, self._reader.completed(request, prompt, completion))
+
+    def token_scores(self, request: Request, alternatives: int = 0) -> list[TokenScore]:
+        """See `face.Engine.token_scores`."""
+        found = []
+        for tokens_in, targets in self._reader.windows(request):
+            log_probability = torch.log_softmax(self._target_logits(tokens_in, targets).float(), dim=-1).cpu()
+            likeliest = log_probability.topk(min(alternatives, log_probability.shape[-1]))
+            for i, token in enumerate(targets):
+                value = float(log_probability[i, token])
+                others = zip(likeliest.indices[i].tolist(), likeliest.values[i].tolist(), strict=True)
+                # The maximum is NaN if any is, and no token equals it then.
+                is_greedy = value == float(log_probability[i].max())
+                told = tuple((self._text_of(other), other_value) for other, other_value in others)
+                found.append(TokenScore(token, self._text_of(token), value, is_greedy, told))
+        return found
+
+    @torch.inference_mode()
+    def _target_logits(self, tokens_in: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
+        """[targets, vocabulary]"""
+        ids = torch.tensor([list(tokens_in)], device=self._model.device)
+        return self._model(input_ids=ids, use_cache=False).logits[0, len(tokens_in) - len(targets) :]
+
+    def _text_of(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _score(self, rows: Sequence[Row]) -> Iterator[Scored]:
         """Every target of every row, in any order."""

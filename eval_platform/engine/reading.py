@@ -69,20 +69,28 @@ class Reader:
         for request in requests:
             if request.kind == "rolling":
                 tokens = documents[request.context]
-                self._refuse_unknown_tokens(tokens, request)
-                windows = list(self._windows(tokens))
+                windows = self._rolling(request, tokens)
                 entry = Pending(request, len(tokens), 0, len(windows))
             else:
-                context, targets = next(encoded_pairs)
-                self._refuse_unscorable(request, context, targets)
-                tokens_in, truncated = self._input(context, targets)
-                windows = [(tokens_in, targets)]
-                entry = Pending(request, len(targets), truncated, 1)
+                window, truncated = self._choice(request, *next(encoded_pairs))
+                windows = [window]
+                entry = Pending(request, len(window[1]), truncated, 1)
             for tokens_in, targets in windows:
                 key = tuple(tokens_in)
                 rows.setdefault(key, Row(key, [])).targets.append((len(pending), tuple(targets)))
             pending.append(entry)
         return pending, list(rows.values())
+
+    def windows(self, request: Request) -> list[tuple[Tokens, Tokens]]:
+        """(what the model reads, the tokens scored) of each part of a request to score, in the order of its text."""
+        if request.kind == "generate":
+            raise TaskError(
+                f"{name(request)} asks for a completion, which has no token to score", remedy="ask a choice or a text"
+            )
+        if request.kind == "rolling":
+            return self._rolling(request, encode_texts(self._tokenizer, [request.context])[request.context])
+        (pair,) = self._encode_pairs([self._texts(request)])
+        return [self._choice(request, *pair)[0]]
 
     def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
         """`requests` to complete; a prompt names its owner by its place in `requests`."""
@@ -139,6 +147,16 @@ class Reader:
             finish_reason=reason,
             truncated_left_tokens=prompt.truncated,
         )
+
+    def _rolling(self, request: Request, tokens: Tokens) -> list[tuple[Tokens, Tokens]]:
+        self._refuse_unknown_tokens(tokens, request)
+        return list(self._windows(tokens))
+
+    def _choice(self, request: Request, context: Tokens, targets: Tokens) -> tuple[tuple[Tokens, Tokens], int]:
+        """((what the model reads, the tokens scored), context tokens cut off)."""
+        self._refuse_unscorable(request, context, targets)
+        tokens_in, truncated = self._input(context, targets)
+        return (tokens_in, targets), truncated
 
     # Where context and continuation go in a decoder-only model; see seq2seq.py for the other kind.
 

@@ -77,6 +77,15 @@ class Seq2SeqEngine(PlainEngine):
         # Prompts are padded on the right, and an encoder is told what is padding.
         self._mixes_prompts = self._mixes_rows
 
+    @torch.inference_mode()
+    def _target_logits(self, tokens_in: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
+        device = self._model.device
+        return self._model(
+            input_ids=torch.tensor([list(tokens_in)], device=device),
+            decoder_input_ids=_decoder_inputs(self._model, [tuple(targets)]).to(device),
+            use_cache=False,
+        ).logits[0]
+
     def _score(self, rows: Sequence[Row]) -> Iterator[Scored]:
         owners: dict[Pair, list[int]] = {}
         for row in rows:

@@ -138,6 +138,10 @@ class TreeEngine(PlainEngine):
                 owner = rows[i].targets[j][0]
                 yield i, j, Scored(owner, float(totals[k]), bool(greedy[k]))
 
+    def _target_logits(self, tokens_in: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
+        with _attention(self._model, self._packed.original_attention):
+            return super()._target_logits(tokens_in, targets)
+
     def _first_broken(self) -> str:
         return self._packed.first_broken
 
