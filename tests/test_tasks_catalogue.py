@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from eval_platform.errors import TaskError
-from eval_platform.tasks import build_task, catalogue
+from eval_platform.tasks import build_task, catalogue, hub
 from eval_platform.tasks.catalogue.data import Data, NoData
 from tests.data import use_originals
 
@@ -120,3 +122,34 @@ def test_every_dataset_has_a_card(name: str) -> None:
     assert card.citation
     assert card.hub or card.files
     assert card.revision is None or (len(card.revision) == 40 and int(card.revision, 16))
+
+
+def test_rows_of_the_hub_come_through_datasets(tmp_path: Path) -> None:
+    """A folder is a dataset to `datasets`, which reads it by the same way as one that it downloaded."""
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "question": "q"}) + "\n")
+    data = Data(None)
+
+    assert data.hub(str(tmp_path), None, "train") == [ROW, {**ROW, "question": "q"}]
+    assert data.tried == []
+    assert data.hub("no/such", None, "train") is None
+    assert data.tried == ["HF_HUB_OFFLINE is set, and dataset no/such, split train was not downloaded before"]
+
+
+def test_whether_the_hub_is_within_reach_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    refusal = hub._refusal.__wrapped__  # without what an earlier call found
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # which knows no method: an answer all the same
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    try:
+        assert refusal() is None
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "cannot be reached" in str(refusal())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert refusal() is None  # what was downloaded before can be read
