@@ -59,6 +59,9 @@ class Tasks(_Section):
     )
     suites: tuple[str, ...] = Field(default=(), description="names of suites, shipped or of `[suites]`")
     folders: tuple[str, ...] = Field(default=(), description="folders of task files of your own")
+    lm_eval: tuple[str, ...] = Field(
+        default=(), description="names of tasks and groups of lm-evaluation-harness, asked as it asks them"
+    )
     on_task_change: Literal["new_only", "backfill"] = "new_only"
 
 

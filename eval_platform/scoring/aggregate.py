@@ -1,13 +1,14 @@
 """From samples to scores: every metric of a task, for all of it and for each subset."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from eval_platform.scoring.likelihood import WEIGHTS, surprise
 from eval_platform.scoring.sums import terms_estimate
 from eval_platform.statistics import Estimate, macro_estimate, mean_estimate, ratio_estimate
 from eval_platform.tasks.metrics import METRICS
-from eval_platform.tasks.schema import MetricEntry, score_name
+from eval_platform.tasks.schema import score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Score
 
@@ -36,9 +37,9 @@ def aggregate(task: Task, samples: Sequence[Row]) -> list[Score]:
             if subset:
                 by_subset.setdefault(subset, []).append(rows)
     return [
-        _score(task, entry, name, subset, by_subset[subset])
+        _as_score(task, name, subset, estimate(by_subset[subset]))
         for subset in sorted(by_subset)
-        for entry, name in _scores(task)
+        for name, estimate in _scores(task)
     ]
 
 
@@ -50,17 +51,22 @@ def _further_subsets(task: Task) -> dict[str, list[str]]:
     return {d.sample_id: [f"{field}={d.fields[field]}" for field in fields] for d in task.documents}
 
 
-def _scores(task: Task) -> list[tuple[MetricEntry, str]]:
-    """(metric's entry, score's name) of every score of the task."""
+def _scores(task: Task) -> list[tuple[str, Callable[[Sequence[Sequence[Row]]], Estimate]]]:
+    """(score's name, what makes it of the items' rows) of every score of the task."""
+    if task.definition.harness is not None:
+        # Imported here: few tasks are scored by lm-evaluation-harness.
+        from eval_platform.scoring.harness import harness_estimate
+
+        return [(name, partial(harness_estimate, task, name)) for name in task.definition.score_names]
     return [
-        (entry, score_name(entry.metric, pipeline.name))
+        (name, partial(_macro if entry.is_macro else _estimate, entry.metric, name))
         for pipeline in task.definition.filter_list
         for entry in task.definition.metric_list
+        for name in [score_name(entry.metric, pipeline.name)]
     ]
 
 
-def _score(task: Task, entry: MetricEntry, name: str, subset: str, items: Sequence[Sequence[Row]]) -> Score:
-    estimate = _macro(entry.metric, name, items) if entry.is_macro else _estimate(entry.metric, name, items)
+def _as_score(task: Task, name: str, subset: str, estimate: Estimate) -> Score:
     return Score(
         task=task.name,
         metric=name,

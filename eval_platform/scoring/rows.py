@@ -83,7 +83,13 @@ def score_items(
     if task.definition.code is not None:
         programs = list(dict.fromkeys(program for item in items for program in _programs(task, item, responses)))
         verdicts = dict(zip(programs, run_programs(programs, mode), strict=True))
-    return [row for item in items for row in score_item(task, item, responses, verdicts)]
+    rows = [score_item(task, item, responses, verdicts) for item in items]
+    if task.definition.harness is not None:
+        # Imported here: few tasks need it, and it is the harness that some filters show all items at once.
+        from eval_platform.scoring.harness import add_harness_values
+
+        add_harness_values(task, items, [_answered(task, item, responses) for item in items], rows)
+    return [row for of_item in rows for row in of_item]
 
 
 def score_item(
@@ -101,7 +107,7 @@ def score_item(
     Perplexities and bits per byte are those of this one text. verdicts: on the programs of a task with `code`.
     Raises ValueError when a response or a verdict is missing.
     """
-    answered = [[_response(responses, item, request, n) for request in item.requests] for n in range(task.repeats)]
+    answered = _answered(task, item, responses)
     base = {
         "sample_id": item.document.sample_id,
         "position": item.document.position,
@@ -184,6 +190,11 @@ def responses_from_sample(task: Task, item: Item, row: Mapping[str, Any]) -> lis
 def prompt_hash(item: Item) -> str:
     """The id of what the item asks: its requests in order, so contexts, continuations and generation settings."""
     return content_id([request.request_id for request in item.requests])
+
+
+def _answered(task: Task, item: Item, responses: Mapping[tuple[str, int], Response]) -> list[list[Response]]:
+    """Of each repeat, the answers to each of the item's requests."""
+    return [[_response(responses, item, request, n) for request in item.requests] for n in range(task.repeats)]
 
 
 def _response(responses: Mapping[tuple[str, int], Response], item: Item, request: Request, repeat: int) -> Response:

@@ -90,7 +90,7 @@ def _shots(definition: TaskFile, folder: Path, asked: list[Row]) -> list[Row]:
         return []
     if definition.fewshot_config.samples is not None and definition.shots_split is None:
         samples = definition.fewshot_config.samples
-        return [_plain(row, f"fewshot_config.samples, number {n}") for n, row in enumerate(samples)]
+        return [plain_row(row, f"fewshot_config.samples, number {n}") for n, row in enumerate(samples)]
     if definition.shots_split is not None:
         if definition.shots_split == definition.evaluated_split:
             return asked
@@ -114,7 +114,7 @@ def _read_source(source: Source, folder: Path) -> list[Row]:
 
         wanted = source.generator
         return [
-            _plain(row, f"generator {wanted.name}, item {n}")
+            plain_row(row, f"generator {wanted.name}, item {n}")
             for n, row in enumerate(generate(wanted.name, wanted.n, wanted.seed, wanted.split))
         ]
     if source.hub is not None:
@@ -125,7 +125,7 @@ def _read_source(source: Source, folder: Path) -> list[Row]:
 
         named = source.dataset
         rows = catalogue.read(named.name, named.split, named.config)
-        return [_plain(row, f"dataset {named.name}, {named.split}, row {n}") for n, row in enumerate(rows)]
+        return [plain_row(row, f"dataset {named.name}, {named.split}, row {n}") for n, row in enumerate(rows)]
     names = [source.file] if source.file is not None else source.files or []
     return [row for name in names for row in read_file_rows(name, folder, None)]
 
@@ -155,7 +155,7 @@ def read_file_rows(name: str, folder: Path, format_: str | None) -> list[Row]:
         rows = read_rows(name, s3.read_object(name), format_)
         if not rows:
             raise TaskError(f"{name} holds no documents", remedy="put at least one document in, or name another file")
-        return [_plain(row, f"{name}, document {n}") for n, row in enumerate(rows)]
+        return [plain_row(row, f"{name}, document {n}") for n, row in enumerate(rows)]
     path = folder / name
     try:
         rows = read_rows(path.name, path.read_bytes(), format_)
@@ -169,7 +169,7 @@ def read_file_rows(name: str, folder: Path, format_: str | None) -> list[Row]:
         raise inside(f"{path.parent}/", error) from error
     if not rows:
         raise TaskError(f"{path} holds no documents", remedy="put at least one document in, or name another file")
-    return [_plain(row, f"{path}, document {n}") for n, row in enumerate(rows)]
+    return [plain_row(row, f"{path}, document {n}") for n, row in enumerate(rows)]
 
 
 def _from_hub(source: HubSource) -> list[Row]:
@@ -182,10 +182,10 @@ def _from_hub(source: HubSource) -> list[Row]:
         raise NoData(
             source.name, [str(error)], remedy="make the hub reachable, or keep the documents in a local file"
         ) from error
-    return [_plain(row, f"{where}, document {n}") for n, row in enumerate(rows)]
+    return [plain_row(row, f"{where}, document {n}") for n, row in enumerate(rows)]
 
 
-def _plain(row: Any, where: str) -> Row:
+def plain_row(row: Any, where: str) -> Row:
     """The row as JSON values, so that it has one canonical form. Raises TaskError for what has none."""
     if not isinstance(row, Mapping):
         raise TaskError(f"{where} is not an object of fields", remedy='write each document as {"field": value, ...}')

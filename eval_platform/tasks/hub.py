@@ -33,10 +33,8 @@ def read(name: str, config: str | None, split: str, revision: str | None) -> lis
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # datasets and huggingface_hub raise dozens of types
-        if _offline():
-            raise Unreachable(f"HF_HUB_OFFLINE is set, and {where} was not downloaded before") from error
-        if isinstance(error, ConnectionError | TimeoutError):
-            raise Unreachable(f"the hub did not answer for {where}: {error}") from error
+        if (why := why_unreachable(error, where)) is not None:
+            raise Unreachable(why) from error
         raise TaskError(
             f"{where} cannot be loaded from the Hugging Face hub: {type(error).__name__}: {error}",
             remedy="check name, config, split and revision, or keep the documents in a local file",
@@ -44,6 +42,20 @@ def read(name: str, config: str | None, split: str, revision: str | None) -> lis
     if len(rows) == 0:
         raise TaskError(f"{where} holds no documents", remedy="name another split")
     return [dict(row) for row in rows]
+
+
+def out_of_reach() -> str | None:
+    """Why the hub, or what was downloaded from it, cannot be asked from here; None when it can."""
+    return _refusal()
+
+
+def why_unreachable(error: Exception, where: str) -> str | None:
+    """Why `error` says no more than that `where` cannot be had from here; None when it says something else."""
+    if _offline():
+        return f"HF_HUB_OFFLINE is set, and {where} was not downloaded before"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"the hub did not answer for {where}: {error}"
+    return None
 
 
 def _offline() -> bool:

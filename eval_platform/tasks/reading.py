@@ -35,6 +35,11 @@ def read_task_file(path: Path) -> TaskFile:
     Raises TaskError naming file, line, key and remedy for whatever is not a task.
     """
     raw, places = _read_mapping(path, ())
+    if "lm_eval" in raw:
+        raise TaskError(
+            f"{places[('lm_eval',)]}: a task of lm-evaluation-harness has no keys of ours",
+            remedy="`eval-platform tasks validate` and `tasks show` read it through lm-eval",
+        )
     for key in raw:
         if key in REFUSED_KEYS:
             raise TaskError(f"{places[(key,)]}: {key} is not supported", remedy=REFUSED_KEYS[key])
@@ -46,10 +51,24 @@ def read_task_file(path: Path) -> TaskFile:
         raise TaskError(_explain(error, path, places), remedy=_REMEDY) from error
 
 
+def harness_keys(path: Path) -> dict[str, Any] | None:
+    """The keys of a task file that names a task of lm-evaluation-harness (`lm_eval: NAME`); None for another file."""
+    raw, places = _read_mapping(path, ())
+    named = raw.get("lm_eval")
+    if named is None:
+        return None
+    if not isinstance(named, str):
+        raise TaskError(
+            f"{places[('lm_eval',)]}: lm_eval is the name of a task of lm-evaluation-harness", remedy=_REMEDY
+        )
+    return raw
+
+
 def task_name(path: Path) -> str | None:
     """The name a file claims, also when the rest of it is broken; None when even that cannot be read."""
     try:
-        name = _read_mapping(path, ())[0].get("task")
+        raw = _read_mapping(path, ())[0]
+        name = raw.get("task", raw.get("lm_eval"))
     except TaskError:  # the caller reports it when it reads the whole file; a typo must not cost the lock its task
         try:
             line = _NAME_LINE.search(path.read_text(encoding="utf-8", errors="replace"))

@@ -30,5 +30,6 @@ def check_requirements(definition: TaskFile, rows: Sequence[Mapping[str, Any]]) 
 
 def package_versions(definition: TaskFile) -> dict[str, str]:
     """Package -> installed version, of those that compute the task's metrics."""
-    packages = {package for name in definition.metrics for package in METRICS[name].packages}
+    packages = {"lm_eval"} if definition.harness is not None else set()
+    packages |= {package for name in definition.metrics for package in METRICS[name].packages}
     return {package: version(package) for package in sorted(packages)}

@@ -437,7 +437,9 @@ class TaskFile(_Section):
     def score_names(self) -> tuple[str, ...]:
         """Every score this task gives, primary or not: `<metric>`, or `<metric>,<filter>` for a named filter."""
         if self.harness is not None:
-            return tuple(score_name(one.name, filter_) for filter_ in self.harness.filters for one in self.harness.metrics)
+            return tuple(
+                score_name(one.name, filter_) for filter_ in self.harness.filters for one in self.harness.metrics
+            )
         return tuple(score_name(metric, pipeline.name) for pipeline in self.filter_list for metric in self.metrics)
 
     @property

@@ -7,9 +7,11 @@ from pathlib import Path
 from eval_platform import config
 from eval_platform.errors import ConfigError, TaskError
 from eval_platform.tasks.building import build_task
+from eval_platform.tasks.harness_files import Leaf, leaves
 from eval_platform.tasks.reading import read_task_file, task_name
 from eval_platform.tasks.schema import TaskFile, did_you_mean
 from eval_platform.tasks.suite import OwnSuites, suites_of_tasks
+from eval_platform.tasks.templates import inside
 
 LIBRARY = Path(__file__).parent / "library"
 
@@ -37,8 +39,9 @@ def is_bundled(definition: TaskFile) -> bool:
 def select_files(tasks: config.Tasks, own_suites: OwnSuites) -> tuple[dict[str, list[Path]], list[TaskError]]:
     """Name -> the files that claim it, for the names selected; errors for names nobody claims and files without one.
 
-    Nothing selected by name or suite means all of the user's own; without folders of one's own, the tasks that ship
-    with their items. Raises ConfigError for a folder or a suite that is not there.
+    Nothing selected by name or suite means all of the user's own; without folders of one's own, and without tasks of
+    lm-evaluation-harness, the tasks that ship with their items. Raises ConfigError for a folder or a suite that is not
+    there.
     """
     own: dict[str, list[Path]] = {}
     errors: list[TaskError] = []
@@ -51,7 +54,8 @@ def select_files(tasks: config.Tasks, own_suites: OwnSuites) -> tuple[dict[str, 
     shipped = {name: LIBRARY / f"{name}.yaml" for name in library_tasks()}
     in_suites = suites_of_tasks(tasks.suites, own_suites)
     if not tasks.include and not in_suites:
-        return (own if tasks.folders else {name: [shipped[name]] for name in bundled_tasks()}), errors
+        bundled = [] if tasks.lm_eval else bundled_tasks()
+        return (own if tasks.folders else {name: [shipped[name]] for name in bundled}), errors
     selected: dict[str, list[Path]] = {}
     for name in dict.fromkeys((*tasks.include, *in_suites)):
         paths = own.get(name, []) + ([shipped[name]] if name in shipped else [])
@@ -65,6 +69,20 @@ def select_files(tasks: config.Tasks, own_suites: OwnSuites) -> tuple[dict[str, 
                 )
             )
     return selected, errors
+
+
+def select_harness(names: Sequence[str], errors: list[TaskError]) -> list[Leaf]:
+    """The tasks of lm-evaluation-harness that `[tasks] lm_eval` names, groups as their tasks; adds to `errors`."""
+    found: dict[str, Leaf] = {}
+    for name in names:
+        try:
+            # A task that is named itself and stands in a group is asked as it is by itself.
+            for leaf in leaves(name):
+                if leaf.name not in found or not leaf.groups:
+                    found[leaf.name] = leaf
+        except TaskError as error:
+            errors.append(inside("[tasks] lm_eval: ", error))
+    return list(found.values())
 
 
 def _named_by(task: str, in_suites: Mapping[str, Sequence[str]]) -> str:
