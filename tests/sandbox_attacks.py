@@ -231,6 +231,7 @@ _attack(
 _attack("ten thousand million numbers", "held = [0] * 10**9", "memory")
 _attack("recurse for ever", "def f(n): return f(n + 1)\nf(0)", "exception")
 _attack("the host's packages", "import numpy", "exception")
+_attack("semaphores in shared memory", "import multiprocessing\nmultiprocessing.Pool(2).map(abs, [-1])", "exception")
 
 # -- our own ---------------------------------------------------------------------------------------------------------
 

@@ -7,13 +7,16 @@ machine can fill in that time, and never more than `Limits.processes` times `Lim
 that processes share are counted for each, so that the sum errs on the safe side.
 """
 
+import errno
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 WATCH_SECONDS = 0.02
+REMOVE_SECONDS = 5.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -71,9 +74,17 @@ class Group:
         return 0
 
     def remove(self) -> None:
-        """End what is in it, and remove it."""
-        (self.path / "cgroup.kill").write_text("1")
-        self.path.rmdir()
+        """Remove it, once the last of its processes has gone. Raises OSError when they stay."""
+        if (self.path / "cgroup.kill").exists():  # Linux 5.14
+            (self.path / "cgroup.kill").write_text("1")
+        deadline = time.monotonic() + REMOVE_SECONDS
+        while True:
+            try:
+                return self.path.rmdir()
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(WATCH_SECONDS)
 
 
 def make_groups(n: int, memory: int, processes: int) -> list[Group] | str:

@@ -35,7 +35,7 @@ from typing import Any
 
 from eval_platform.errors import SandboxError
 from eval_platform.sandbox import memory
-from eval_platform.sandbox.root import SCRIPTS, Python, assemble, enter_own_mounts, mount_tmp, unmount_tmp
+from eval_platform.sandbox.root import NAMESPACES, SCRIPTS, Python, assemble, enter_own_mounts, mount_tmp, unmount_tmp
 from eval_platform.sandbox.runner import REPORT, STARTED
 from eval_platform.sandbox.seccomp import seccomp_filter
 from eval_platform.sandbox.verdict import Limits, Mode, Program, Reason, Verdict, first_user
@@ -329,7 +329,7 @@ class Supervisor:
             said = os.read(slot.complaints, 4096).decode(errors="replace").strip()
         except BlockingIOError:
             said = ""
-        return not_started(self.mode, said or f"nothing was started in {START_SECONDS:.0f} s, and nothing said why")
+        return not_started(self.mode, said)
 
     def _forget_complaints(self, slot: _Slot) -> None:
         if slot.complaints >= 0:
@@ -417,8 +417,11 @@ def find_bubblewrap() -> str:
 
 def not_started(mode: Mode, said: str) -> SandboxError:
     """What to tell of a sandbox in which no program starts; `said`: its standard error."""
-    from eval_platform.sandbox.root import NAMESPACES
-
+    if not said:
+        return SandboxError(
+            f"no program was started in {START_SECONDS:.0f} s, and nothing says why",
+            remedy="run less beside it; `eval-platform doctor` tries the sandbox alone",
+        )
     if mode == "unsafe":
         return SandboxError(f"Python does not start under its limits: {said}", remedy="see the line above")
     return SandboxError(f"the sandbox does not start: {said}", remedy=NAMESPACES)
