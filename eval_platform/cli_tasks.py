@@ -51,6 +51,7 @@ def tasks_sync(require_all: RequireAll = False, as_json: AsJson = False) -> None
                 "kept": {name: asdict(task) for name, task in report.kept.items()},
                 "warnings": {name: [asdict(one) for one in found] for name, found in report.warnings.items()},
                 "documents": {name: str(change) for name, change in report.documents.items()},
+                "shots": {name: str(change) for name, change in report.shots.items()},
                 "reloaded": reloaded,
             }
         )
@@ -61,6 +62,8 @@ def tasks_sync(require_all: RequireAll = False, as_json: AsJson = False) -> None
             say("checkpoints that are known already are asked by `eval-platform backfill`")
         for name, change in report.documents.items():
             say(f"other documents than before: {name}: {change}")
+        for name, change in report.shots.items():
+            say(f"other shots than before: {name}: {change}")
         for name, task in report.kept.items():
             say(f"asked as it was frozen before: {name}; its data cannot be had now: {task.reason}")
         print_skipped(report.lock.skipped)

@@ -130,8 +130,22 @@ def test_a_changed_source_is_another_dataset_and_the_difference_is_told(world: W
     assert (len(change.added), len(change.removed), len(change.changed)) == (1, 1, 1)
     assert "1 added" in str(change)
     assert "1 removed" in str(change)
-    assert report.changed == ("sums",)
+    assert (report.changed, report.shots) == (("sums",), {})
     assert world.sync().documents == {}
+
+
+def test_a_changed_source_of_shots_is_told_too(world: World) -> None:
+    world.data(ROWS)
+    task = world.folder / "tasks" / "sums.yaml"
+    task.write_text(SUMS.replace("split: test}", "split: test}, fewshot: {file: shots.jsonl}") + "num_fewshot: 1\n")
+    (task.parent / "shots.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]) + "\n")
+    world.sync()
+    (task.parent / "shots.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+
+    report = world.sync()
+
+    assert report.documents == {}
+    assert str(report.shots["sums"]).startswith("1 removed")
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class SyncReport:
 
     changed: names that now stand for something else than before. errors: one a broken file. kept: tasks whose data
     cannot be had any more, but was frozen before: they go on being asked from that snapshot. documents: for each task
-    whose documents are others than the lock said, in which way. warnings: what the checks of data that this store had
-    not seen before found and let through.
+    whose documents are others than the lock said, in which way; shots: the same of what its shots come from.
+    warnings: what the checks of data that this store had not seen before found and let through.
     """
 
     lock: TaskLock
@@ -42,6 +42,7 @@ class SyncReport:
     errors: tuple[TaskError, ...]
     kept: Mapping[str, SkippedTask]
     documents: Mapping[str, DocumentChange]
+    shots: Mapping[str, DocumentChange]
     warnings: Mapping[str, tuple[Check, ...]]
 
 
@@ -93,18 +94,23 @@ def sync_tasks(
     locked = {name: before.tasks[name] for name in built.broken | frozen if name in before.tasks}
     changed: list[str] = []
     documents: dict[str, DocumentChange] = {}
+    shots: dict[str, DocumentChange] = {}
     for task in built.tasks:
         if _record(store, task):
             changed.append(task.name)
         locked[task.name] = _locked(task)
-        if task.name in before.tasks and (change := _change(store, before.tasks[task.name], task)):
-            documents[task.name] = change
+        if task.name in before.tasks:
+            old = before.tasks[task.name]
+            if change := _change(store, old.dataset_id, task.dataset_id):
+                documents[task.name] = change
+            if old.ask_id != task.ask_id and (change := _change(store, _shots_of(store, old), task.fewshot_dataset_id)):
+                shots[task.name] = change
     skipped = {name: skip for name, skip in built.skipped.items() if name not in frozen}
     locked = {name: replace(task, suites=in_suites.get(name, ())) for name, task in locked.items()}
     lock = TaskLock(dict(sorted(locked.items())), dict(sorted(skipped.items())))
     write_lock(lock_path, lock)
     kept = {name: built.skipped[name] for name in sorted(frozen)}
-    return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents, warnings)
+    return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents, shots, warnings)
 
 
 def check_tasks(tasks: config.Tasks, own_suites: OwnSuites = NO_SUITES) -> list[TaskError]:
@@ -218,15 +224,20 @@ def _is_frozen(store: Store, locked: LockedTask) -> bool:
     )
 
 
-def _change(store: Store, before: LockedTask, task: Task) -> DocumentChange | None:
-    """How the documents differ from those the lock named; None when they do not, or the store has not the old ones."""
-    if before.dataset_id == task.dataset_id:
+def _shots_of(store: Store, locked: LockedTask) -> str | None:
+    """The snapshot that a locked task's shots came from."""
+    record = find_record(store, layout.task(locked.task_id))
+    return None if record is None else record["fewshot_dataset_id"]
+
+
+def _change(store: Store, old: str | None, new: str | None) -> DocumentChange | None:
+    """How one snapshot differs from another; None when it does not, or the store has not the old one."""
+    if old is None or new is None or old == new:
         return None
     try:
-        old = frozen_ids(store, before.dataset_id)
+        return compare_documents(frozen_ids(store, old), frozen_ids(store, new))
     except KeyError:
         return None
-    return compare_documents(old, [document.sample_id for document in task.documents])
 
 
 def _record(store: Store, task: Task) -> bool:

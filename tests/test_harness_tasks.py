@@ -1,0 +1,374 @@
+"""Tasks of lm-evaluation-harness as tasks of ours: the numbers of its own evaluator, on the same model and data.
+
+The datasets are invented, in the form that the hub has them, in folders where `datasets` looks before it asks the
+hub. So both sides go by the tasks' names alone: theirs by `simple_evaluate`, ours from the configuration through
+sync, snapshot, engine, scoring and stored rows.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `lm-eval`)")
+
+from tiny_models import make_checkpoint
+
+from eval_platform.config import Tasks
+from eval_platform.engine import Engine, load, resolve_settings
+from eval_platform.errors import TaskError
+from eval_platform.scoring import SAMPLE_SCHEMA, aggregate, responses_from_sample, score_items
+from eval_platform.store import LocalStore
+from eval_platform.tasks import SyncReport, build_task, load_task, package_versions, render, sync_tasks
+from eval_platform.tasks import hub as our_hub
+from eval_platform.tasks.building import open_task
+from eval_platform.tasks.harness_files import folder as harness_folder
+from eval_platform.tasks.harness_files import leaves
+from eval_platform.values import Item, Response, RunSettings, Score
+
+WORDS = ["the river", "a mountain", "seven", "London", "naïve café", "東京", "copy", "larger", "and so 12 on", "x"]
+
+
+def _word(n: int) -> str:
+    return WORDS[n % len(WORDS)]
+
+
+def _arc(n: int) -> dict[str, Any]:
+    choices = {"text": [f"{_word(n + k)} {'of ' * k}it" for k in range(4)], "label": list("ABCD")}
+    return {"question": f"Where is {_word(n)}?", "choices": choices, "answerKey": "ABCD"[n % 4]}
+
+
+def _winogrande(n: int) -> dict[str, str]:
+    sentence = f"{_word(n)} was near {_word(n + 1)} because _ was {_word(n + 2)}."
+    return {"sentence": sentence, "option1": _word(n), "option2": _word(n + 1), "answer": str(n % 2 + 1)}
+
+
+def _trivia(n: int) -> dict[str, Any]:
+    # Both of the words that a model so small may say; the harness normalises case and punctuation.
+    return {"question": f"What is {_word(n)}", "answer": {"aliases": [_word(n), f"{_word(n + 3)}!", "THE"]}}
+
+
+def _drop(n: int) -> dict[str, Any]:
+    empty = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": [_word(n), "the London copy"]}
+    said = empty | {"worker_id": "", "hit_id": ""}
+    several = {key: [said[key]] for key in said}
+    passage = f"{_word(n)} and {_word(n + 1)} went to {_word(n + 2)}."
+    return {
+        "query_id": str(n),
+        "passage": passage,
+        "question": f"Who went to {_word(n + 2)}?",
+        "answer": said,
+        "validated_answers": several,
+    }
+
+
+def _truthful(n: int) -> dict[str, Any]:
+    both = {"choices": [_word(n), _word(n + 1), _word(n + 2)], "labels": [1, n % 2, 0]}
+    return {"question": f"Is it {_word(n)}?", "mc1_targets": both | {"labels": [1, 0, 0]}, "mc2_targets": both}
+
+
+def _belarusian(n: int) -> dict[str, Any]:
+    letters = {f"option_{letter}": _word(n + k) for k, letter in enumerate("abcd")}
+    domain = ["Arts & Humanities", "Social Science", "STEM"][n % 3 if n < 9 else 2]
+    return {"question": f" Which {_word(n)}? ", **letters, "answer": n % 4, "domain": domain}
+
+
+# Dataset -> configuration -> split -> rows.
+DATA: Mapping[str, Mapping[str, Mapping[str, list[dict[str, Any]]]]] = {
+    "allenai/ai2_arc": {
+        "ARC-Easy": {
+            "train": [_arc(n) for n in range(20, 26)],
+            "validation": [_arc(n) for n in range(15, 18)],
+            "test": [_arc(n) for n in range(11)],
+        }
+    },
+    "allenai/winogrande": {
+        "winogrande_xl": {
+            "train": [_winogrande(n) for n in range(30, 34)],
+            "validation": [_winogrande(n) for n in range(8)],
+        }
+    },
+    "nyu-mll/glue": {
+        "cola": {
+            "train": [{"sentence": _word(n), "label": n % 2} for n in range(3)],
+            "validation": [{"sentence": f"{_word(n)} {_word(n * 3)}.", "label": int(n % 3 > 0)} for n in range(12)],
+        },
+        "mrpc": {
+            "train": [{"sentence1": _word(n), "sentence2": "x", "label": n % 2} for n in range(3)],
+            "validation": [{"sentence1": _word(n), "sentence2": _word(n * 7), "label": n % 2} for n in range(12)],
+        },
+    },
+    "EleutherAI/lambada_openai": {
+        "default": {"test": [{"text": f"It was {_word(n)} of {_word(n + 4)}"} for n in range(9)]}
+    },
+    "EleutherAI/wikitext_document_level": {
+        "wikitext-2-raw-v1": {
+            "train": [{"page": "x"}],
+            "validation": [{"page": "y"}],
+            "test": [{"page": f" = {_word(n)} = \n It 's @-@ ( {_word(n + 1)} ) . " * (n + 1)} for n in range(5)],
+        }
+    },
+    "truthfulqa/truthful_qa": {"multiple_choice": {"validation": [_truthful(n) for n in range(7)]}},
+    "openai/gsm8k": {
+        "main": {
+            "train": [{"question": "One?", "answer": "#### 1"}],
+            "test": [{"question": f"How many of {n}?", "answer": f"so many #### {n}"} for n in range(6)],
+        }
+    },
+    "EleutherAI/drop": {"default": {"train": [_drop(40)], "validation": [_drop(n) for n in range(6)]}},
+    "mandarjoshi/trivia_qa": {
+        "rc.nocontext": {"train": [_trivia(40)], "validation": [_trivia(n) for n in range(8)]},
+    },
+    "wmt/wmt14": {
+        "fr-en": {
+            split: [{"translation": {"en": _word(n), "fr": f"{_word(n)} le {_word(n + 1)}"}} for n in range(6)]
+            for split in ("train", "validation", "test")
+        }
+    },
+    "CohereForAI/include-base-44": {"Belarusian": {"test": [_belarusian(n) for n in range(12)]}},
+}
+
+# Name -> folder below lm_eval/tasks, where its own index is small.
+NAMES = {
+    "arc_easy": "arc",  # choices
+    "winogrande": "winogrande",  # choices that are contexts, by functions
+    "cola": "glue/cola",  # Matthews' correlation: no mean
+    "mrpc": "glue/mrpc",  # accuracy and F1 over all
+    "lambada_openai": "lambada",  # a last word's log-likelihood: perplexity and accuracy
+    "wikitext": "wikitext",  # whole texts; its process_results counts other words than were asked
+    "truthfulqa_mc2": "truthfulqa",  # process_results: the mass on what is true
+    "gsm8k_cot": "gsm8k",  # two filters, shots from the file
+    "drop": "drop",  # process_docs and process_results of completions
+    "triviaqa": "triviaqa",  # several references
+    "wmt14-en-fr": "translation",  # BLEU, TER and chrF of the corpus
+    "include_base_44_belarusian": "include/default/Belarusian",  # a group
+}
+GROUP = [f"include_base_44_belarusian_{part}" for part in ("arts_humanities", "social_science", "stem")]
+ASKED = [name for name in NAMES if not name.startswith("include")] + GROUP
+# Those that we score ourselves.
+OURS = {"arc_easy", "winogrande", "lambada_openai", "gsm8k_cot", "triviaqa", *GROUP}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_checkpoint(folder / "model", seed=3, max_length=512)
+    for name, configs in DATA.items():
+        place = folder / name
+        place.mkdir(parents=True)
+        said: list[str] = []
+        for config, splits in configs.items():
+            said.append(f"- config_name: {config}\n  data_files:")
+            for split, rows in splits.items():
+                file = f"{config}_{split}.jsonl"
+                (place / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                said.append(f"  - split: {split}\n    path: {file}")
+        (place / "README.md").write_text("---\nconfigs:\n" + "\n".join(said) + "\n---\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(world: Path) -> Any:
+    """Where `datasets` looks: in the working directory first, and nowhere beyond this machine."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "cache")
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        our_hub._refusal.cache_clear()
+        yield
+    our_hub._refusal.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def engine(world: Path) -> Engine:
+    settings = resolve_settings(RunSettings(device="cpu", dtype="float32", engine_path="plain"), world / "model")
+    return load(world / "model", settings)
+
+
+@pytest.fixture(scope="module")
+def theirs(world: Path) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from eval_platform.lm_eval_model import EvalPlatformLM
+
+    folders = [str(harness_folder() / part) for part in dict.fromkeys(NAMES.values())]
+    return cast(Any, simple_evaluate)(
+        model=EvalPlatformLM(str(world / "model"), device="cpu", dtype="float32", path="plain"),
+        tasks=list(NAMES),
+        task_manager=TaskManager(include_path=folders, include_defaults=False),
+        bootstrap_iters=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def synced(world: Path) -> SyncReport:
+    return sync_tasks(Tasks(lm_eval=tuple(NAMES)), LocalStore(world / "results"), world / "lock.json")
+
+
+def _answers(engine: Engine, items: list[Item]) -> dict[tuple[str, int], Response]:
+    asked = {request.request_id: request for item in items for request in item.requests}
+    return {(one.request_id, one.repeat): one for one in engine.answer(list(asked.values()))}
+
+
+def _scores(world: Path, engine: Engine, task_id: str) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """From the store alone, the rows by way of Parquet's types."""
+    task = load_task(LocalStore(world / "results"), task_id)
+    items = list(render(task))
+    rows = score_items(task, items, _answers(engine, items))
+    stored = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA).to_pylist()
+    again = {
+        (one.request_id, one.repeat): one
+        for item, row in zip(items, stored, strict=True)
+        for one in responses_from_sample(task, item, row)
+    }
+    assert [row["metrics"] for row in score_items(task, items, again)] == [row["metrics"] for row in rows]
+    return {score.metric: score for score in aggregate(task, stored)}, stored
+
+
+def test_every_name_becomes_a_task_and_a_group_becomes_its_tasks(synced: SyncReport) -> None:
+    assert [str(error) for error in synced.errors] == []
+    assert sorted(synced.lock.tasks) == sorted(ASKED)
+    assert synced.lock.tasks[GROUP[0]].tags == ("include_base_44_belarusian",)
+    assert synced.lock.tasks["gsm8k_cot"].num_fewshot == 8
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_scores_are_the_harness_own(
+    name: str, world: Path, engine: Engine, synced: SyncReport, theirs: dict[str, Any]
+) -> None:
+    expected = {
+        key.removesuffix(",none"): value
+        for key, value in theirs["results"][name].items()
+        if "," in key and "_stderr" not in key
+    }
+
+    scores, rows = _scores(world, engine, synced.lock.tasks[name].task_id)
+
+    assert {metric: score.value for metric, score in scores.items()} == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert len(rows) == theirs["n-samples"][name]["original"]
+
+
+def test_the_numbers_are_not_all_alike(theirs: dict[str, Any]) -> None:
+    values = [
+        value
+        for name in ASKED
+        for key, value in theirs["results"][name].items()
+        if "," in key and "_stderr" not in key and value not in (0.0, 1.0)
+    ]
+
+    assert len(values) >= 12
+
+
+def test_prompts_are_the_harness_own(synced: SyncReport, world: Path, theirs: dict[str, Any]) -> None:
+    for name in ASKED:
+        task = load_task(LocalStore(world / "results"), synced.lock.tasks[name].task_id)
+        samples = {sample["doc_id"]: sample["arguments"] for sample in theirs["samples"][name]}
+        for item in render(task):
+            ours = [(r.context,) if r.kind == "rolling" else (r.context, r.continuation) for r in item.requests]
+            asked = [tuple(one) for one in samples[item.document.position]]
+            if item.requests[0].kind == "generate":
+                ours, asked = [(item.requests[0].context,)], [(one[0],) for one in asked]
+            assert ours == asked
+
+
+def test_what_the_harness_computes_is_part_of_a_task(synced: SyncReport, world: Path) -> None:
+    for name in ASKED:
+        definition = load_task(LocalStore(world / "results"), synced.lock.tasks[name].task_id).definition
+        assert (definition.harness is None) == (name in OURS)
+        assert ("lm_eval" in package_versions(definition)) == (name not in OURS)
+
+
+def test_a_score_that_is_no_mean_has_an_interval_and_no_value_without_an_answer(
+    world: Path, engine: Engine, synced: SyncReport
+) -> None:
+    task = load_task(LocalStore(world / "results"), synced.lock.tasks["wikitext"].task_id)
+    items = list(render(task))
+    answers = _answers(engine, items)
+    score = next(one for one in aggregate(task, score_items(task, items, answers)) if one.metric == "bits_per_byte")
+    assert score.ci_low is not None
+    assert score.ci_high is not None
+    assert score.value is not None
+    assert score.ci_low < score.value < score.ci_high
+    assert score.interval_method == "bootstrap_percentile"
+
+    key = (items[0].requests[0].request_id, 0)
+    answers[key] = Response(key[0], 0, log_likelihood=float("nan"))
+
+    assert {one.value for one in aggregate(task, score_items(task, items, answers))} == {None}
+
+
+def test_another_code_than_was_synced_is_refused(world: Path, synced: SyncReport, engine: Engine) -> None:
+    from dataclasses import replace
+
+    task = load_task(LocalStore(world / "results"), synced.lock.tasks["cola"].task_id)
+    assert task.definition.lm_eval is not None
+    changed = task.definition.lm_eval.model_copy(update={"code": "0" * 64})
+    other = replace(task, definition=task.definition.model_copy(update={"lm_eval": changed}))
+    items = list(render(other))
+
+    with pytest.raises(TaskError, match="tasks sync"):
+        score_items(other, items, _answers(engine, items))
+
+
+def test_a_task_file_renames_and_overrides(world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "easy.yaml"
+    file.write_text("lm_eval: arc_easy\ntask: arc_two_shots\nnum_fewshot: 2\ntitle: ARC, two shots\n")
+
+    task = build_task(file)
+
+    assert task.name == "arc_two_shots"
+    assert task.definition.title == "ARC, two shots"
+    assert next(render(task)).prompt.count("Question: ") == 3
+    assert task.definition.shots_shown == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lm_eval: include_base_44_belarusian\n", "group of 3 tasks"),
+        ("lm_eval: [arc_easy]\n", "is the name of a task"),
+        ("lm_eval: humaneval\n", "sandbox"),
+        ("lm_eval: squad_completion\n", "Python class"),
+        ("lm_eval: arc_easy\ngeneration_kwargs: {num_beams: 4}\noutput_type: generate_until\n", "num_beams"),
+    ],
+)
+def test_what_is_not_supported_says_so(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+
+    with pytest.raises(TaskError, match=message):
+        open_task(tmp_path / "t.yaml")
+
+
+def test_data_that_is_not_here_skips_the_task(tmp_path: Path) -> None:
+    report = sync_tasks(Tasks(lm_eval=("piqa", "arc_easy")), LocalStore(tmp_path / "results"), tmp_path / "lock.json")
+
+    assert report.errors == ()
+    assert list(report.lock.tasks) == ["arc_easy"]
+    assert report.lock.skipped["piqa"].dataset == "baber/piqa"
+    assert os.fspath(tmp_path) not in report.lock.skipped["piqa"].reason
+
+
+def test_an_unknown_name_says_what_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The harness's own index, which tags are looked up in, takes most of a minute.
+    monkeypatch.setattr("eval_platform.tasks.harness_files._index", dict)
+
+    with pytest.raises(TaskError, match=r"did you mean .*arc_easy"):
+        leaves("arc_eazy")
+
+
+def test_without_the_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+
+    with pytest.raises(TaskError, match=r"pip install .eval-platform\[lm-eval\]"):
+        leaves("arc_easy")
