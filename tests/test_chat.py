@@ -2,11 +2,13 @@
 
 import json
 import logging
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import yaml
 from cli_tools import run_cli
 from lm_eval_oracle import HEAD, asked_by_us
 from tiny_models import make_checkpoint, make_tokenizer
@@ -66,6 +68,7 @@ doc_to_target: "{{question}}"
 """,
 }
 SYSTEM = "Be brief."
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_chat_checkpoint(folder: Path, template: str | None = CHATML) -> Path:
@@ -441,6 +444,14 @@ def test_the_ask_id_knows_the_chat_section_only_where_it_says_something() -> Non
 def test_what_a_chat_section_cannot_mean_is_refused(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TaskFile.model_validate(CAPITALS | keys)
+
+
+def test_the_example_of_the_documentation_works() -> None:
+    (example,) = re.findall(r"```yml\n(.*?)```", (ROOT / "docs" / "task_files.md").read_text(), re.DOTALL)
+    told = TaskFile.model_validate(CAPITALS | yaml.safe_load(example)).in_chat
+    assert (told.doc_to_text, told.shots) == ("{{question}}\nAnswer with A, B, C or D.", 0)
+    assert told.generation is not None
+    assert (told.generation.stop, told.generation.max_new_tokens) == ((), 512)
 
 
 def test_tasks_show_shows_the_prompt_as_the_model_sees_it(place: Place, checkpoint: Path) -> None:

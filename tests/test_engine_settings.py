@@ -119,7 +119,12 @@ def test_quantization_is_what_is_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [RunSettings(backend="vllm"), RunSettings(chat=True), RunSettings(system_prompt="hi"), RunSettings(dtype="int8")],
+    [
+        RunSettings(backend="vllm"),
+        RunSettings(shots_as_turns=True),
+        RunSettings(system_prompt="hi"),
+        RunSettings(dtype="int8"),
+    ],
 )
 def test_what_would_be_hashed_but_not_done_is_refused(tmp_path: Path, settings: RunSettings) -> None:
     with pytest.raises(ConfigError):

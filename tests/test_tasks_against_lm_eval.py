@@ -353,7 +353,7 @@ def test_random_tasks_ask_what_lm_eval_asks(drawn: tuple[dict[str, Any], dict[st
     assert asked_by_us(list(render(task))) == asked_by_config(config, splits)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(_tasks(), st.booleans(), st.sampled_from([None, "Be brief.", "Be brief.\n"]))
 def test_random_tasks_in_a_chat_ask_what_lm_eval_asks(
     drawn: tuple[dict[str, Any], dict[str, list[dict[str, Any]]]], as_turns: bool, system_prompt: str | None
