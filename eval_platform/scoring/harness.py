@@ -8,6 +8,7 @@ again from stored rows.
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from eval_platform.values import Item, Response
 
 Row = Mapping[str, Any]
 
-# An aggregation of theirs may take a second over a whole task.
+# An aggregation of theirs may take seconds over a whole task (TER of a thousand sentences).
 REPLICATES = 200
+MOST_SECONDS = 60.0
 _VALUE = "value"
 
 
@@ -83,7 +85,7 @@ def harness_estimate(task: Task, score: str, items: Sequence[Sequence[Row]]) -> 
     """The score of `items`, each the rows of its repeats: the mean, or what the harness's own function makes of all.
 
     Items that the harness gives no value are left out, as there; the value is None when an item's is null. Intervals
-    of its own functions are a bootstrap's over items.
+    of its own functions are a bootstrap's over items, or none where resampling would take longer than MOST_SECONDS.
     """
     harness = task.definition.harness
     assert harness is not None
@@ -101,6 +103,12 @@ def harness_estimate(task: Task, score: str, items: Sequence[Sequence[Row]]) -> 
     if not values:
         return without_interval(why.NO_ITEMS, 0, None)
     aggregate = frozen_task(harness, _documents(task)).aggregation()[metric]
+
+    started = time.monotonic()
+    value = _number(_calling(harness, f"aggregation of {metric}", aggregate, values))
+    if (seconds := time.monotonic() - started) * REPLICATES > MOST_SECONDS:
+        finite = value if math.isfinite(value) else None
+        return without_interval(f"resampling takes {seconds:.1g} s each time", len(values), None, value=finite)
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         drawn = ([value for value, n in zip(values, row, strict=True) for _ in range(n)] for row in counts.tolist())

@@ -71,6 +71,7 @@ def leaves(name: str, overrides: Mapping[str, Any] | None = None) -> list[Leaf]:
 
     Raises TaskError naming the nearest names when there is none.
     """
+    check_installed()
     found = list(_leaves(name, dict(overrides or {}), ()))
     if not found:
         raise TaskError(f"group {name} of lm-eval has no tasks", remedy="name one of its tasks")
@@ -83,13 +84,13 @@ def our_name(task: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", task)[:100]
 
 
-def read_config(file: str) -> dict[str, Any]:
-    """What a YAML file of the harness says, its functions imported. Raises TaskError when one cannot be."""
+def read_config(file: str, *, functions: bool = True) -> dict[str, Any]:
+    """What a YAML file of the harness says, its functions imported, or as text. Raises TaskError when one cannot be."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     quiet()
     try:
-        return dict(load_yaml(_inside(file)))
+        return dict(load_yaml(_inside(file), resolve_func=functions))
     except Exception as error:  # what its modules raise while they are imported is not ours to list
         raise TaskError(
             f"lm-eval's {file} cannot be loaded: {type(error).__name__}: {error}",
@@ -122,7 +123,7 @@ def _leaves(name: str, overrides: dict[str, Any], groups: tuple[str, ...]) -> It
         own = str(overrides.get("task", name))
         yield Leaf(our_name(own), name, file, {k: v for k, v in overrides.items() if k != "task"}, groups)
     elif name in names["group"]:
-        config = _plain_yaml(names["group"][name])
+        config = read_config(names["group"][name], functions=False)
         yield from _members(name, config, overrides, (*groups, name))
     else:
         yield from _tagged(name, overrides, (*groups, name))
@@ -191,12 +192,6 @@ def _index() -> Mapping[str, Any]:
 
     quiet()
     return TaskManager().task_index
-
-
-def _plain_yaml(file: str) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return dict(load_yaml(_inside(file), resolve_func=False))
 
 
 def _inside(file: str) -> Path:

@@ -35,7 +35,7 @@ def overrides_of_scoring(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def live_task(leaf: Leaf) -> Any:
     """The harness's task over the data that it names. Raises NoData when that cannot be had, TaskError otherwise."""
-    config = _config(leaf.file, leaf.overrides)
+    config = _config(leaf.file, leaf.overrides, functions=False)  # what is refused is not imported first
     if "class" in config:
         raise TaskError(
             f"{leaf.task} of lm-eval is a Python class of its own ({leaf.file}), which is not supported",
@@ -48,6 +48,7 @@ def live_task(leaf: Leaf) -> Any:
         )
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise TaskError(f"{leaf.task} of lm-eval shows pictures or sound", remedy="only text is supported")
+    config = _config(leaf.file, leaf.overrides)
     path = str(config.get("dataset_path"))
     needs_hub = path not in _LOCAL and not callable(config.get("custom_dataset"))
     if needs_hub and (reason := hub.out_of_reach()) is not None:
@@ -82,9 +83,9 @@ def frozen_task(harness: Harness, documents: Sequence[Any]) -> Any:
     return _configurable(config | {"custom_dataset": lambda **_: {_SPLIT: rows}, "test_split": _SPLIT})
 
 
-def _config(file: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _config(file: str, overrides: Mapping[str, Any], *, functions: bool = True) -> dict[str, Any]:
     """The task's keys, as `TaskFactory._load_full_config` of lm-eval 0.4.13 merges them."""
-    config = read_config(file) | dict(overrides)
+    config = read_config(file, functions=functions) | dict(overrides)
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
     return config
