@@ -60,7 +60,7 @@ def without_bodies(source: str) -> str:
 def programs(
     name: str, rows: Sequence[Mapping[str, Any]], completion: Callable[[Mapping[str, Any]], str]
 ) -> list[Program]:
-    """The shipped task's programs for these rows, with time enough where the machine is busy (MBPP's 123 needs seconds)."""
+    """The shipped task's programs for these rows. Time is no matter here (MBPP's 123 needs seconds)."""
     task = build_task(LIBRARY / f"{name}.yaml")
     return [
         Program(program_text(task, document, completion(document.fields)), timeout=60.0)
