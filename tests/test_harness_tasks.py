@@ -28,7 +28,7 @@ from eval_platform.tasks import hub as our_hub
 from eval_platform.tasks.building import open_task
 from eval_platform.tasks.harness_files import folder as harness_folder
 from eval_platform.tasks.harness_files import leaves
-from eval_platform.values import Item, Response, RunSettings, Score
+from eval_platform.values import Generation, Item, Response, RunSettings, Score, make_request
 
 WORDS = ["the river", "a mountain", "seven", "London", "naïve café", "東京", "copy", "larger", "and so 12 on", "x"]
 
@@ -116,16 +116,16 @@ DATA: Mapping[str, Mapping[str, Mapping[str, list[dict[str, Any]]]]] = {
     "openai/gsm8k": {
         "main": {
             "train": [{"question": "One?", "answer": "#### 1"}],
-            "test": [{"question": f"How many of {n}?", "answer": f"so many #### {n}"} for n in range(6)],
+            "test": [{"question": f"How many of {n}?", "answer": f"so many #### {n}"} for n in range(3)],
         }
     },
-    "EleutherAI/drop": {"default": {"train": [_drop(40)], "validation": [_drop(n) for n in range(6)]}},
+    "EleutherAI/drop": {"default": {"train": [_drop(40)], "validation": [_drop(n) for n in range(4)]}},
     "mandarjoshi/trivia_qa": {
-        "rc.nocontext": {"train": [_trivia(40)], "validation": [_trivia(n) for n in range(8)]},
+        "rc.nocontext": {"train": [_trivia(40)], "validation": [_trivia(n) for n in range(5)]},
     },
     "wmt/wmt14": {
         "fr-en": {
-            split: [{"translation": {"en": _word(n), "fr": f"{_word(n)} le {_word(n + 1)}"}} for n in range(6)]
+            split: [{"translation": {"en": _word(n), "fr": f"{_word(n)} le {_word(n + 1)}"}} for n in range(4)]
             for split in ("train", "validation", "test")
         }
     },
@@ -154,9 +154,34 @@ OURS = {"arc_easy", "winogrande", "lambada_openai", "gsm8k_cot", "triviaqa", *GR
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder, seed=3, max_length=384)
+    return folder
+
+
+def _plant(engine: Engine) -> None:
+    """Makes what the model says to some questions the right answer, so that not every completion is wrong."""
+    aliases = DATA["mandarjoshi/trivia_qa"]["rc.nocontext"]["validation"]
+    passages = DATA["EleutherAI/drop"]["default"]["validation"]
+    trivia = [f"Question: {row['question']}?\nAnswer:" for row in aliases]
+    asked = [make_request("generate", text, settings=Generation(256, ("\n", ".", ","))) for text in trivia]
+    asked += [
+        make_request("generate", f"{row['passage']} {row['question']}", settings=Generation(256, (".",)))
+        for row in passages
+    ]
+    said = {one.request_id: one.text or "" for one in engine.answer(asked)}
+    spoken = [said[request.request_id] for request in asked]
+    for row, text in list(zip(aliases, spoken, strict=False))[::2]:
+        row["answer"]["aliases"].append(text.strip().upper() + "!")
+    for row, text in list(zip(passages, spoken[len(aliases) :], strict=True))[::2]:
+        row["answer"]["spans"][:] = [" ".join(text.split()[:8]) or "the"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    make_checkpoint(folder / "model", seed=3, max_length=512)
+    _plant(engine)
     for name, configs in DATA.items():
         place = folder / name
         place.mkdir(parents=True)
@@ -174,34 +199,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def offline(world: Path) -> Any:
     """Where `datasets` looks: in the working directory first, and nowhere beyond this machine."""
-    import datasets
-
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", world / "cache")
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", world / "cache")
+        patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         our_hub._refusal.cache_clear()
         yield
     our_hub._refusal.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def engine(world: Path) -> Engine:
-    settings = resolve_settings(RunSettings(device="cpu", dtype="float32", engine_path="plain"), world / "model")
-    return load(world / "model", settings)
+def engine(model: Path) -> Engine:
+    return load(model, resolve_settings(RunSettings(device="cpu", dtype="float32", engine_path="plain"), model))
 
 
 @pytest.fixture(scope="module")
-def theirs(world: Path) -> dict[str, Any]:
+def theirs(world: Path, model: Path) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from eval_platform.lm_eval_model import EvalPlatformLM
 
-    folders = [str(harness_folder() / part) for part in dict.fromkeys(NAMES.values())]
+    folders: list[str | Path] = [harness_folder() / part for part in dict.fromkeys(NAMES.values())]
     return cast(Any, simple_evaluate)(
-        model=EvalPlatformLM(str(world / "model"), device="cpu", dtype="float32", path="plain"),
+        model=EvalPlatformLM(str(model), device="cpu", dtype="float32", path="plain"),
         tasks=list(NAMES),
         task_manager=TaskManager(include_path=folders, include_defaults=False),
         bootstrap_iters=0,
@@ -242,8 +264,14 @@ def test_every_name_becomes_a_task_and_a_group_becomes_its_tasks(synced: SyncRep
 
 @pytest.mark.parametrize("name", ASKED)
 def test_scores_are_the_harness_own(
-    name: str, world: Path, engine: Engine, synced: SyncReport, theirs: dict[str, Any]
+    name: str,
+    world: Path,
+    engine: Engine,
+    synced: SyncReport,
+    theirs: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("eval_platform.scoring.harness.REPLICATES", 10)  # the values are looked at, not their errors
     expected = {
         key.removesuffix(",none"): value
         for key, value in theirs["results"][name].items()
@@ -265,6 +293,8 @@ def test_the_numbers_are_not_all_alike(theirs: dict[str, Any]) -> None:
     ]
 
     assert len(values) >= 12
+    assert 0 < theirs["results"]["triviaqa"]["exact_match,remove_whitespace"] < 1
+    assert 0 < theirs["results"]["drop"]["f1,none"] < 1
 
 
 def test_prompts_are_the_harness_own(synced: SyncReport, world: Path, theirs: dict[str, Any]) -> None:
