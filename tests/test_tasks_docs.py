@@ -27,7 +27,8 @@ def test_every_key_is_documented() -> None:
     keys = {*TaskFile.model_fields, *Documents.model_fields, *(set(GenerationKwargs.model_fields) - aliases)}
 
     assert keys - words == set()
-    assert {*METRICS, *FILTERS, *METRIC_ARGUMENTS["exact_match"]} - words == set()
+    names = {*METRICS, *FILTERS, *METRIC_ARGUMENTS["exact_match"]}
+    assert {name for name in names if not set(re.findall(r"\w+", name)) <= words} == set()  # pass@10 is two words
 
 
 def test_the_example_works(tmp_path: Path) -> None:
