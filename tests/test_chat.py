@@ -415,7 +415,9 @@ def test_a_task_says_its_chat_beside_its_base_protocol(tmp_path: Path) -> None:
     (item, *_) = render(task, chat=Chat(template))
     assert item.prompt == ("<s><|system|>\nTask.</s>\n<|user|>\nSay Q1? So, A1\n\nSay Q0?</s>\n<|assistant|>\nSo,")
     assert item.shots_used == 1
-    assert (item.requests[0].settings.stop, item.requests[0].settings.max_new_tokens) == ((), 7)
+    generation = item.requests[0].settings
+    assert generation is not None
+    assert (generation.stop, generation.max_new_tokens) == ((), 7)
     (item, *_) = render(task, chat=Chat(template, system_prompt="Run.", shots_as_turns=True))
     assert item.prompt.startswith("<s><|system|>\nRun.</s>\n<|user|>\nSay Q1?</s>\n<|assistant|>\nSo, A1</s>\n<|user|>")
     (item, *_) = render(task, chat=Chat(template, system_prompt=""))
