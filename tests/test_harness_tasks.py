@@ -7,7 +7,7 @@ sync, snapshot, engine, scoring and stored rows.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from eval_platform.tasks import hub as our_hub
 from eval_platform.tasks.building import open_task
 from eval_platform.tasks.harness_files import folder as harness_folder
 from eval_platform.tasks.harness_files import leaves
-from eval_platform.values import Generation, Item, Response, RunSettings, Score, make_request
+from eval_platform.values import Generation, Item, Request, Response, RunSettings, Score, make_request
 
 WORDS = ["the river", "a mountain", "seven", "London", "naïve café", "東京", "copy", "larger", "and so 12 on", "x"]
 
@@ -160,7 +160,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _plant(engine: Engine) -> None:
+def _plant(engine: "Once") -> None:
     """Makes what the model says to some questions the right answer, so that not every completion is wrong."""
     aliases = DATA["mandarjoshi/trivia_qa"]["rc.nocontext"]["validation"]
     passages = DATA["EleutherAI/drop"]["default"]["validation"]
@@ -179,7 +179,7 @@ def _plant(engine: Engine) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, engine: "Once") -> Path:
     folder = tmp_path_factory.mktemp("world")
     _plant(engine)
     for name, configs in DATA.items():
@@ -209,21 +209,41 @@ def offline(world: Path) -> Any:
     our_hub._refusal.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
-    return load(model, resolve_settings(RunSettings(device="cpu", dtype="float32", engine_path="plain"), model))
+class Once:
+    """An engine that is asked every request once: both sides score the same answers, and half the time is saved.
+
+    That their model and ours give the same answers is what test_lm_eval_model.py shows.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.info = engine.info
+        self.known: dict[tuple[str, int], Response] = {}
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[Response]:
+        asked = {(one.request_id, one.repeat): one for one in requests}
+        new = [one for key, one in asked.items() if key not in self.known]
+        self.known |= {(one.request_id, one.repeat): one for one in self.engine.answer(new)} if new else {}
+        return (self.known[key] for key in asked)
 
 
 @pytest.fixture(scope="module")
-def theirs(world: Path, model: Path) -> dict[str, Any]:
+def engine(model: Path) -> Once:
+    return Once(load(model, resolve_settings(RunSettings(device="cpu", dtype="float32", engine_path="plain"), model)))
+
+
+@pytest.fixture(scope="module")
+def theirs(world: Path, model: Path, engine: Once) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from eval_platform.lm_eval_model import EvalPlatformLM
 
     folders: list[str | Path] = [harness_folder() / part for part in dict.fromkeys(NAMES.values())]
+    asked = EvalPlatformLM(str(model), device="cpu", dtype="float32", path="plain")
+    asked._engine = cast(Any, engine)
     return cast(Any, simple_evaluate)(
-        model=EvalPlatformLM(str(model), device="cpu", dtype="float32", path="plain"),
+        model=asked,
         tasks=list(NAMES),
         task_manager=TaskManager(include_path=folders, include_defaults=False),
         bootstrap_iters=0,
@@ -235,12 +255,12 @@ def synced(world: Path) -> SyncReport:
     return sync_tasks(Tasks(lm_eval=tuple(NAMES)), LocalStore(world / "results"), world / "lock.json")
 
 
-def _answers(engine: Engine, items: list[Item]) -> dict[tuple[str, int], Response]:
+def _answers(engine: Once, items: list[Item]) -> dict[tuple[str, int], Response]:
     asked = {request.request_id: request for item in items for request in item.requests}
     return {(one.request_id, one.repeat): one for one in engine.answer(list(asked.values()))}
 
 
-def _scores(world: Path, engine: Engine, task_id: str) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+def _scores(world: Path, engine: Once, task_id: str) -> tuple[dict[str, Score], list[dict[str, Any]]]:
     """From the store alone, the rows by way of Parquet's types."""
     task = load_task(LocalStore(world / "results"), task_id)
     items = list(render(task))
@@ -266,7 +286,7 @@ def test_every_name_becomes_a_task_and_a_group_becomes_its_tasks(synced: SyncRep
 def test_scores_are_the_harness_own(
     name: str,
     world: Path,
-    engine: Engine,
+    engine: Once,
     synced: SyncReport,
     theirs: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -317,7 +337,7 @@ def test_what_the_harness_computes_is_part_of_a_task(synced: SyncReport, world: 
 
 
 def test_a_score_that_is_no_mean_has_an_interval_and_no_value_without_an_answer(
-    world: Path, engine: Engine, synced: SyncReport
+    world: Path, engine: Once, synced: SyncReport
 ) -> None:
     task = load_task(LocalStore(world / "results"), synced.lock.tasks["wikitext"].task_id)
     items = list(render(task))
@@ -335,7 +355,7 @@ def test_a_score_that_is_no_mean_has_an_interval_and_no_value_without_an_answer(
     assert {one.value for one in aggregate(task, score_items(task, items, answers))} == {None}
 
 
-def test_another_code_than_was_synced_is_refused(world: Path, synced: SyncReport, engine: Engine) -> None:
+def test_another_code_than_was_synced_is_refused(world: Path, synced: SyncReport, engine: Once) -> None:
     from dataclasses import replace
 
     task = load_task(LocalStore(world / "results"), synced.lock.tasks["cola"].task_id)
@@ -394,11 +414,18 @@ def test_an_unknown_name_says_what_is_near(monkeypatch: pytest.MonkeyPatch) -> N
         leaves("arc_eazy")
 
 
-def test_without_the_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_it_and_the_name_stands_for_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import importlib.util
 
+    asked, store, lock = Tasks(lm_eval=("arc_easy",)), LocalStore(tmp_path / "results"), tmp_path / "lock.json"
+    before = sync_tasks(asked, store, lock).lock.tasks
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
 
-    with pytest.raises(TaskError, match=r"pip install .eval-platform\[lm-eval\]"):
-        leaves("arc_easy")
+    report = sync_tasks(asked, store, lock)
+
+    assert 'pip install "eval-platform[lm-eval]"' in str(report.errors[0])
+    assert report.lock.tasks == before
+    assert list(before) == ["arc_easy"]

@@ -205,7 +205,9 @@ def _row(theirs: Any, one: Asked, target: Any, n: int) -> Row:
     elif kind == "loglikelihood":
         row |= {"prompt": first[0], "target": first[1]}
     elif kind == "generate_until":
-        row |= {"prompt": first[0], "target": [str(x) for x in target] if isinstance(target, list) else str(target)}
+        # No right answer at all is for its own functions to score; for people it is an empty one.
+        texts = ([str(x) for x in target] or "") if isinstance(target, list) else str(target)
+        row |= {"prompt": first[0], "target": texts}
     elif theirs.multiple_input:
         delimiter = theirs.config.target_delimiter
         row |= {"choices": [context for context, _ in one.arguments], "label": target}
@@ -244,7 +246,7 @@ def _generation(asked: Sequence[Asked]) -> dict[str, Any]:
 def _same_kind(targets: Sequence[Sequence[Any]], kind: str) -> bool:
     """Whether right answers compare here as there: numbers of choices, or texts."""
     wanted = str if kind == "generate_until" else int
-    return all(isinstance(one, wanted) for target in targets for one in target)
+    return all(target and all(isinstance(one, wanted) for one in target) for target in targets)
 
 
 def _is_simple(pipeline: Any) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from eval_platform import config
 from eval_platform.errors import ConfigError, TaskError
 from eval_platform.tasks.building import build_task
-from eval_platform.tasks.harness_files import Leaf, leaves
+from eval_platform.tasks.harness_files import Leaf, leaves, our_name
 from eval_platform.tasks.reading import read_task_file, task_name
 from eval_platform.tasks.schema import TaskFile, did_you_mean
 from eval_platform.tasks.suite import OwnSuites, suites_of_tasks
@@ -71,8 +71,12 @@ def select_files(tasks: config.Tasks, own_suites: OwnSuites) -> tuple[dict[str, 
     return selected, errors
 
 
-def select_harness(names: Sequence[str], errors: list[TaskError]) -> list[Leaf]:
-    """The tasks of lm-evaluation-harness that `[tasks] lm_eval` names, groups as their tasks; adds to `errors`."""
+def select_harness(names: Sequence[str], errors: list[TaskError]) -> tuple[list[Leaf], set[str]]:
+    """(tasks of lm-evaluation-harness that `[tasks] lm_eval` names, groups as their tasks; names that are none).
+
+    Adds to `errors`.
+    """
+    unknown: set[str] = set()
     found: dict[str, Leaf] = {}
     for name in names:
         try:
@@ -82,7 +86,8 @@ def select_harness(names: Sequence[str], errors: list[TaskError]) -> list[Leaf]:
                     found[leaf.name] = leaf
         except TaskError as error:
             errors.append(inside("[tasks] lm_eval: ", error))
-    return list(found.values())
+            unknown.add(our_name(name))
+    return list(found.values()), unknown
 
 
 def _named_by(task: str, in_suites: Mapping[str, Sequence[str]]) -> str:

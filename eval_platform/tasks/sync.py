@@ -130,11 +130,11 @@ def _build(
     """Every selected task; what `proven` knows of an opened one is not rendered once more."""
     selected, errors = select_files(tasks, own_suites)
     files: dict[str, list[Path | Leaf]] = {name: [*paths] for name, paths in selected.items()}
-    for leaf in select_harness(tasks.lm_eval, errors):
+    of_harness, broken = select_harness(tasks.lm_eval, errors)
+    for leaf in of_harness:
         files.setdefault(leaf.name, []).append(leaf)
     facts: dict[str, ItemFacts] = {}
     built: dict[str, Task] = {}
-    broken: set[str] = set()
     skipped: dict[str, SkippedTask] = {}
     for name, paths in files.items():
         if len(paths) > 1:
