@@ -241,6 +241,7 @@ def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Pl
         cache=str(config.cache_dir),
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
+        sandbox=config.sandbox.mode,
     )
 
 
