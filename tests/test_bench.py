@@ -23,7 +23,9 @@ from eval_platform.values import Generation, make_request
 MATRICES = floor.Matrices({(4, 3): 2, (3, 8): 1}, (10, 4))  # 48 weights in the layers, 40 in the head
 PROSE = workloads.Prose(["The river is long and cold.", "Most people walk, and few of them run at all."])
 RATES = Rates(matrix=1e11, memory=1e10, kernels={})
-with_data = pytest.mark.skipif(not (texts.DATA / "mmlu").is_dir(), reason="the shared data are not beside the repo")
+with_data = pytest.mark.skipif(
+    not (texts.DATA / "mmlu").is_dir(), reason=f"public items are needed: none at {texts.DATA} (set EVAL_PLATFORM_DATA)"
+)
 
 
 # --- the floor

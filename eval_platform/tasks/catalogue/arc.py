@@ -6,7 +6,7 @@ A row is `question`, `choices` and `answer` (the index of the right one).
 from typing import Any
 
 from eval_platform.tasks.catalogue import llm_adapters
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 _CONFIGS = ("ARC-Easy", "ARC-Challenge")
 
@@ -30,9 +30,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     local = llm_adapters.instructions(data, config) if split == "test" else None
     if local is not None:
         return local
-    found = data.hub("allenai/ai2_arc", config, split, CARD.revision)
-    if found is None:
-        raise NoData("arc", data.tried)
+    found = data.from_hub("arc", CARD, config, split)
     return [
         {
             "question": row["question"],

@@ -85,9 +85,7 @@ def _subtask(data: Data, split: str, subtask: str) -> list[dict[str, Any]]:
 
 def _items(data: Data, subtask: str) -> list[dict[str, Any]]:
     local = data.json(f"bbh/bbh/{subtask}.json")
-    found = data.hub("SaylorTwift/bbh", subtask, "test", CARD.revision) if local is None else local["examples"]
-    if found is None:
-        raise NoData("bbh", data.tried)
+    found = data.from_hub("bbh", CARD, subtask, "test") if local is None else local["examples"]
     return [{"subtask": subtask, "input": item["input"], "target": item["target"]} for item in found]
 
 

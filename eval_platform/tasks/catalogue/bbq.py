@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval_platform.errors import TaskError
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 _UNKNOWN = (
     "Unknown",
@@ -51,9 +51,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     for category in categories:
         items = data.jsonl(f"bbq/{category}.jsonl")
         if items is None:
-            items = data.hub("oskarvanderwal/bbq", category, split, CARD.revision)
-        if items is None:
-            raise NoData("bbq", data.tried)
+            items = data.from_hub("bbq", CARD, category, split)
         found += [row_of(item) for item in items]
     return found
 

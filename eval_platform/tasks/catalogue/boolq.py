@@ -7,7 +7,7 @@ questions may have one passage.
 from typing import Any
 
 from eval_platform.identity import content_id
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 CARD = Card(
     title="BoolQ",
@@ -25,9 +25,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     """Splits validation (3,270) and train; there are no configurations."""
     one_of("boolq", "split", split, ("validation", "train"))
     no_config("boolq", config)
-    found = data.hub("aps/super_glue", "boolq", split, CARD.revision)
-    if found is None:
-        raise NoData("boolq", data.tried)
+    found = data.from_hub("boolq", CARD, "boolq", split)
     return [
         {
             "passage": row["passage"],

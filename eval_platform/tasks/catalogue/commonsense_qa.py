@@ -5,7 +5,7 @@ A row is `question`, `choices` (five) and `answer` (the index of the right one).
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 CARD = Card(
     title="CommonsenseQA",
@@ -23,9 +23,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     """Splits validation (1,221) and train; the answers of test are not public. There are no configurations."""
     one_of("commonsense_qa", "split", split, ("validation", "train"))
     no_config("commonsense_qa", config)
-    found = data.hub("tau/commonsense_qa", None, split, CARD.revision)
-    if found is None:
-        raise NoData("commonsense_qa", data.tried)
+    found = data.from_hub("commonsense_qa", CARD, None, split)
     return [
         {
             "question": row["question"],

@@ -84,6 +84,14 @@ class Data:
             self._in_vain(str(error))
             return None
 
+    def from_hub(self, dataset: str, card: Card, config: str | None, split: str) -> list[dict[str, Any]]:
+        """The rows of a split of `card.hub`: the last place to look. Raises NoData when they cannot be had."""
+        assert card.hub is not None
+        found = self.hub(card.hub, config, split, card.revision)
+        if found is None:
+            raise NoData(dataset, self.tried)
+        return found
+
     def json(self, path: str) -> Any | None:
         """The one JSON value of a file."""
         body = self.file(path)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval_platform.errors import TaskError
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="DROP",
@@ -63,9 +63,7 @@ def _questions(data: Data, split: str) -> list[dict[str, Any]]:
             for section_id, section in local.items()
             for pair in section["qa_pairs"]
         ]
-    found = data.hub("EleutherAI/drop", None, split, CARD.revision)
-    if found is None:
-        raise NoData("drop", data.tried)
+    found = data.from_hub("drop", CARD, None, split)
     return [
         _row(row["section_id"], row["passage"], row, list(_apart(row["validated_answers"])), split) for row in found
     ]

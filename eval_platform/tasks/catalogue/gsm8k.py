@@ -5,7 +5,7 @@ A row is `question` and `answer` (the solution, calculator marks such as `<<2*3=
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="GSM8K",
@@ -24,7 +24,5 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
         one_of("gsm8k", "config", config, ("main",))
     found = data.jsonl(f"gsm8k/{split}.jsonl")
     if found is None and CARD.hub is not None:
-        found = data.hub(CARD.hub, "main", split, CARD.revision)
-    if found is None:
-        raise NoData("gsm8k", data.tried)
+        found = data.from_hub("gsm8k", CARD, "main", split)
     return [{"question": row["question"], "answer": row["answer"]} for row in found]

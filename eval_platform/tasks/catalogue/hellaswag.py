@@ -7,7 +7,7 @@ from are taken out of the texts as lm-evaluation-harness 0.4.13 does, since prom
 import re
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 _MARK = re.compile(r"\[.*?\]")
 
@@ -24,9 +24,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     """Splits validation (10,042) and train; the answers of test are not public. There are no configurations."""
     one_of("hellaswag", "split", split, ("validation", "train"))
     no_config("hellaswag", config)
-    found = data.hub("Rowan/hellaswag", None, split, CARD.revision)
-    if found is None:
-        raise NoData("hellaswag", data.tried)
+    found = data.from_hub("hellaswag", CARD, None, split)
     return [row_of(row) for row in found]
 
 

@@ -6,7 +6,7 @@ A row is `category` (harmless, helpful, honest, other), `query`, `chosen` and `r
 from typing import Any
 
 from eval_platform.errors import TaskError
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CATEGORIES = ("harmless", "helpful", "honest", "other")
 _FILE = "hhh_alignment/hhh_alignment_eval.json"
@@ -36,9 +36,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
         return [_local(row) for category in categories for row in local if row["source"] == category]
     found = []
     for category in categories:
-        items = data.hub("HuggingFaceH4/hhh_alignment", category, "test", CARD.revision)
-        if items is None:
-            raise NoData("hhh", data.tried)
+        items = data.from_hub("hhh", CARD, category, "test")
         found += [_from_hub(category, item) for item in items]
     return found
 

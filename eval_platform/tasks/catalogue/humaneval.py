@@ -7,7 +7,7 @@ A row is `task_id`, `prompt` (imports, signature, docstring), `canonical_solutio
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="HumanEval",
@@ -27,7 +27,5 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
         one_of("humaneval", "config", config, ("openai_humaneval",))
     found = data.jsonl(CARD.files[0])
     if found is None and CARD.hub is not None:
-        found = data.hub(CARD.hub, "openai_humaneval", split, CARD.revision)
-    if found is None:
-        raise NoData("humaneval", data.tried)
+        found = data.from_hub("humaneval", CARD, "openai_humaneval", split)
     return [{field: row[field] for field in FIELDS} for row in found]

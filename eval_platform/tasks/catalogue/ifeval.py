@@ -5,7 +5,7 @@ A row is `key`, `prompt`, `instruction_id_list` and `kwargs` (the instructions' 
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 CARD = Card(
     title="IFEval",
@@ -23,9 +23,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     no_config("ifeval", config)
     found = data.jsonl("ifeval/input_data.jsonl")
     if found is None:
-        found = data.hub("google/IFEval", None, "train", CARD.revision)
-    if found is None:
-        raise NoData("ifeval", data.tried)
+        found = data.from_hub("ifeval", CARD, None, "train")
     return [
         {
             "key": int(row["key"]),

@@ -7,7 +7,7 @@ judged.
 from typing import Any
 
 from eval_platform.errors import TaskError
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 _FILE = "impact/data.jsonl"
 
@@ -32,7 +32,5 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
         raise TaskError(f"dataset impact has no configurations, so no {config!r}", remedy="remove config")
     found = data.jsonl(_FILE)
     if found is None:
-        found = data.hub("declare-lab/InstructEvalImpact", None, split, CARD.revision)
-    if found is None:
-        raise NoData("impact", data.tried)
+        found = data.from_hub("impact", CARD, None, split)
     return [{"category": row["Category"], "definition": row["Definition"], "prompt": row["Prompt"]} for row in found]

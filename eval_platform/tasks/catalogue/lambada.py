@@ -5,7 +5,7 @@ A row is `text`. This is OpenAI's form of the test set, with the punctuation and
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="LAMBADA (OpenAI)",
@@ -24,7 +24,5 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     one_of("lambada", "split", split, ("test",))
     if config is not None:
         one_of("lambada", "config", config, ("default",))
-    found = data.hub("EleutherAI/lambada_openai", "default", split, CARD.revision)
-    if found is None:
-        raise NoData("lambada", data.tried)
+    found = data.from_hub("lambada", CARD, "default", split)
     return [{"text": row["text"]} for row in found]

@@ -8,7 +8,7 @@ appendix that every model is shown: 2, 3 and 4.
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="MBPP",
@@ -35,7 +35,5 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
         one_of("mbpp", "config", config, ("full",))
     found = data.jsonl(CARD.files[0])
     if found is None and CARD.hub is not None:
-        found = data.hub(CARD.hub, "full", "prompt" if split == "shots" else split, CARD.revision)
-    if found is None:
-        raise NoData("mbpp", data.tried)
+        found = data.from_hub("mbpp", CARD, "full", "prompt" if split == "shots" else split)
     return [{field: row[field] for field in FIELDS} for row in found if row["task_id"] in NUMBERS[split]]

@@ -7,7 +7,7 @@ lm-evaluation-harness 0.4.13's.
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 # language -> (what stands before a question, what stands before the answer).
 _WORDS = {
@@ -39,9 +39,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     languages = tuple(_WORDS) if config is None else (one_of("mgsm", "config", config, _WORDS),)
     found = []
     for language in languages:
-        items = data.hub("juletxara/mgsm", language, split, CARD.revision)
-        if items is None:
-            raise NoData("mgsm", data.tried)
+        items = data.from_hub("mgsm", CARD, language, split)
         found += [row_of(language, n, item) for n, item in enumerate(items)]
     return found
 

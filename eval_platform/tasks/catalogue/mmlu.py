@@ -6,7 +6,7 @@ A row is `subject`, `subcategory`, `category`, `question`, `choices` (four texts
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="MMLU",
@@ -112,9 +112,7 @@ def _subject(data: Data, split: str, subject: str) -> list[dict[str, Any]]:
             }
             for row in local
         ]
-    found = data.hub("cais/mmlu", subject, split, CARD.revision)
-    if found is None:
-        raise NoData("mmlu", data.tried)
+    found = data.from_hub("mmlu", CARD, subject, split)
     return [
         {**about, "question": row["question"], "choices": list(row["choices"]), "answer": int(row["answer"])}
         for row in found

@@ -6,7 +6,7 @@ without the words that begin it in every prompt; empty in split test.
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 _BEGINNING = "A: Let's think step by step. "
 
@@ -26,9 +26,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     """Splits test and validation (the worked examples); there are no configurations."""
     one_of("mmlu_pro", "split", split, ("test", "validation"))
     no_config("mmlu_pro", config)
-    found = data.hub("TIGER-Lab/MMLU-Pro", None, split, CARD.revision)
-    if found is None:
-        raise NoData("mmlu_pro", data.tried)
+    found = data.from_hub("mmlu_pro", CARD, None, split)
     return [row_of(row) for row in found]
 
 

@@ -6,7 +6,7 @@ A row is `question`, `choices` and `answer` (the index of the right one).
 from typing import Any
 
 from eval_platform.tasks.catalogue import llm_adapters
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="OpenBookQA",
@@ -29,9 +29,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     local = llm_adapters.instructions(data, "openbookqa") if split == "test" else None
     if local is not None:
         return local
-    found = data.hub("allenai/openbookqa", "main", split, CARD.revision)
-    if found is None:
-        raise NoData("openbookqa", data.tried)
+    found = data.from_hub("openbookqa", CARD, "main", split)
     return [
         {
             "question": row["question_stem"],

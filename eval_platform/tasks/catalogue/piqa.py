@@ -6,7 +6,7 @@ A row is `goal`, `solutions` (two) and `answer` (the index of the one that works
 from typing import Any
 
 from eval_platform.tasks.catalogue import llm_adapters
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 CARD = Card(
     title="PIQA",
@@ -25,7 +25,5 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     local = llm_adapters.instructions(data, "piqa") if split == "validation" else None
     if local is not None:
         return [{"goal": row["question"], "solutions": row["choices"], "answer": row["answer"]} for row in local]
-    found = data.hub("baber/piqa", None, split, CARD.revision)
-    if found is None:
-        raise NoData("piqa", data.tried)
+    found = data.from_hub("piqa", CARD, None, split)
     return [{"goal": r["goal"], "solutions": [r["sol1"], r["sol2"]], "answer": int(r["label"])} for r in found]

@@ -9,7 +9,7 @@ at their ends, it seems), so it is not read.
 
 from typing import Any
 
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, no_config, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, no_config, one_of
 
 CARD = Card(
     title="Social IQa",
@@ -24,9 +24,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     """Splits validation (1,954) and train; there are no configurations."""
     one_of("siqa", "split", split, ("validation", "train"))
     no_config("siqa", config)
-    found = data.hub("lighteval/siqa", None, split, CARD.revision)
-    if found is None:
-        raise NoData("siqa", data.tried)
+    found = data.from_hub("siqa", CARD, None, split)
     return [
         {
             "question": f"{row['context']} {row['question']}",

@@ -37,9 +37,9 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     found = None if local is None else local(data)
     if found is not None:
         return found
-    table = None if config == "generation_revised" else data.hub("truthfulqa/truthful_qa", config, split, CARD.revision)
-    if table is None:
+    if config == "generation_revised":  # the hub has the earlier revision only
         raise NoData("truthfulqa", data.tried)
+    table = data.from_hub("truthfulqa", CARD, config, split)
     if config == "generation":
         return [
             _with_answers(r["question"], r["category"], r["correct_answers"], r["incorrect_answers"]) for r in table

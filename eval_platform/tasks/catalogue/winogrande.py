@@ -6,7 +6,7 @@ A row is `sentence`, `options` (two) and `answer` (the index of the right one).
 from typing import Any
 
 from eval_platform.tasks.catalogue import llm_adapters
-from eval_platform.tasks.catalogue.data import Card, Data, NoData, one_of
+from eval_platform.tasks.catalogue.data import Card, Data, one_of
 
 CARD = Card(
     title="WinoGrande",
@@ -28,9 +28,7 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     local = llm_adapters.instructions(data, "winogrande") if split == "validation" else None
     if local is not None:
         return [{"sentence": row["question"], "options": row["choices"], "answer": row["answer"]} for row in local]
-    found = data.hub("allenai/winogrande", "winogrande_xl", split, CARD.revision)
-    if found is None:
-        raise NoData("winogrande", data.tried)
+    found = data.from_hub("winogrande", CARD, "winogrande_xl", split)
     return [
         {"sentence": r["sentence"], "options": [r["option1"], r["option2"]], "answer": int(r["answer"]) - 1}
         for r in found
