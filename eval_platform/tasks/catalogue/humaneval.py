@@ -26,6 +26,6 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     if config is not None:
         one_of("humaneval", "config", config, ("openai_humaneval",))
     found = data.jsonl(CARD.files[0])
-    if found is None and CARD.hub is not None:
+    if found is None:
         found = data.from_hub("humaneval", CARD, "openai_humaneval", split)
     return [{field: row[field] for field in FIELDS} for row in found]

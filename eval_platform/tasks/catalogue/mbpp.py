@@ -34,6 +34,6 @@ def rows(data: Data, split: str, config: str | None) -> list[dict[str, Any]]:
     if config is not None:
         one_of("mbpp", "config", config, ("full",))
     found = data.jsonl(CARD.files[0])
-    if found is None and CARD.hub is not None:
+    if found is None:
         found = data.from_hub("mbpp", CARD, "full", "prompt" if split == "shots" else split)
     return [{field: row[field] for field in FIELDS} for row in found if row["task_id"] in NUMBERS[split]]
