@@ -19,6 +19,7 @@ from tiny_models import make_checkpoint
 from torch import Tensor
 
 from eval_platform.engine import packed, varlen
+from eval_platform.engine.attention import Slots
 from eval_platform.engine.packed import PackedModel
 from eval_platform.values import Generation, make_request
 
@@ -141,3 +142,21 @@ def test_a_row_that_is_not_finite_is_seen(llama: Subject, monkeypatch: pytest.Mo
     assert answer.log_likelihood != answer.log_likelihood
     (answer,) = llama.engine.answer([make_request("generate", "the river", settings=Generation(3))])
     assert answer.finish_reason == "non_finite"
+
+
+def test_a_recorded_step_serves_only_the_slots_it_was_recorded_over(
+    llama: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next slots often lie at the address of the last ones, in another shape."""
+    model = llama.engine._packed  # type: ignore[attr-defined]
+    monkeypatch.setattr(PackedModel, "_record", lambda _self, rows, slots: (rows, id(slots)))
+    memory = torch.zeros(64)
+    first, second = (Slots(keys=[memory.view(2, 1, length, -1)]) for length in (4, 8))
+    assert first.keys[0].data_ptr() == second.keys[0].data_ptr()
+    asked = [(2, first), (1, first), (2, first), (2, second), (2, first)]
+    assert [model._recorded_step(*one) for one in asked] == [(rows, id(slots)) for rows, slots in asked]
+    made: list[object] = []
+    monkeypatch.setattr(PackedModel, "_record", lambda *_: made.append(1) or "step")
+    model._recorded_step(1, first)
+    model._recorded_step(1, first)
+    assert len(made) == 1

@@ -63,7 +63,7 @@ class Reach:
     window: int | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Slots:
     """The own keys and values of rows that are being decoded: row i of a forward is slot i.
 

@@ -1,7 +1,8 @@
 """Runs a model over packed forwards: hidden states from tokens, positions and what each row looks at."""
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ class PackedModel:
     def __init__(self, model: "PreTrainedModel", reaches: Sequence[Reach] | None, original_attention: str) -> None:
         self._base: Any = model.base_model
         self.on_gpu = model.device.type in _GPUS
-        self._recorded: dict[tuple[int, int], _Step] = {}
+        self._recorded: dict[int, _Step] = {}  # by rows
+        self._recorded_for: Callable[[], Slots | None] = lambda: None
         self._records = model.device.type == "cuda"
         self.reaches = reaches
         self.original_attention = original_attention
@@ -122,15 +124,9 @@ class PackedModel:
             a_pass = SlotPass(positions=where[1], reaches=self.reaches, slots=slots, lengths=where[2])
             return self._through(where[0], a_pass)
         rows = min(size for size in (*_RECORDED, slots.keys[0].shape[0]) if size >= count)
-        key = (rows, slots.keys[0].data_ptr())
-        if key not in self._recorded:
-            # Steps over slots that are gone hold their memory.
-            self._recorded = {known: step for known, step in self._recorded.items() if known[1] == key[1]}
-            step = self._record(rows, slots)
-            if step is None:
-                return self._decode_slots(tokens, positions, slots, lengths)
-            self._recorded[key] = step
-        step = self._recorded[key]
+        step = self._recorded_step(rows, slots)
+        if step is None:
+            return self._decode_slots(tokens, positions, slots, lengths)
         step.given[:, :count].copy_(given)
         # Rows beyond belong to slots that are free.
         step.given[2, count:] = 0
@@ -142,6 +138,20 @@ class PackedModel:
         if broken is not None:
             self.first_broken = self.first_broken or broken.where
         return step.hidden[:count], broken
+
+    def _recorded_step(self, rows: int, slots: Slots) -> "_Step | None":
+        """A recorded step reads and writes the memory of the very slots it was recorded over: others, even at the same
+        address, need their own.
+        """
+        if self._recorded_for() is not slots:
+            self._recorded.clear()
+            self._recorded_for = weakref.ref(slots)
+        if rows not in self._recorded:
+            step = self._record(rows, slots)
+            if step is None:
+                return None
+            self._recorded[rows] = step
+        return self._recorded[rows]
 
     def _record(self, rows: int, slots: Slots) -> "_Step | None":
         """A decoding step of `rows` rows as one CUDA graph; None, and no further try, when the model's code cannot be
