@@ -315,7 +315,7 @@ def _answers(pipeline: FilterPipeline, answered: Sequence[Response]) -> list[Ext
 
 def _programs(task: Task, item: Item, responses: Mapping[tuple[str, int], Response]) -> list[Program]:
     """The programs of an item's completions, through every filter."""
-    answered = [_response(responses, item, item.requests[0], n) for n in range(task.repeats)]
+    answered = [row[0] for row in _answered(task, item, responses)]
     return [
         program_of(task, item, answer.text or "")
         for pipeline in task.definition.filter_list
