@@ -12,11 +12,13 @@ datasets that `tasks sync` looks in (`tasks/catalogue/`): no configuration shoul
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eval_platform.errors import ConfigError
+from eval_platform.served import ROOT as SERVED_ROOT
+from eval_platform.served import ServedModel
 from eval_platform.values import RunSettings
 
 CONFIG_NAME = "eval_platform.toml"
@@ -99,6 +101,11 @@ class Worker(_Section):
     slots: int = Field(default=1, ge=1, description="workers at once; each loads one checkpoint")
     lease_seconds: float = Field(default=30.0, gt=0, description="a worker silent for this long is taken over")
     retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
+    nursery: bool = Field(
+        default=True,
+        description="`eval-platform up` keeps a process that has imported torch and forks workers: seconds less for "
+        "every checkpoint, some 500 MB of memory",
+    )
 
 
 class Sandbox(_Section):
@@ -126,6 +133,44 @@ class Alerts(_Section):
     webhook: str | None = Field(default=None, description="URL that gets a JSON POST for a held or failed evaluation")
 
 
+class S3(_Section):
+    """How S3 is reached, beyond what the usual AWS settings (AWS_PROFILE, AWS_REGION, a role) say: `[s3]`."""
+
+    endpoint: str | None = Field(default=None, description="URL of a server other than Amazon's")
+    path_style: bool | None = Field(
+        default=None, description="bucket in the path, not in the host name; default: where `endpoint` is set"
+    )
+    encryption: Literal["AES256", "aws:kms"] | None = Field(
+        default=None, description="server-side encryption to ask for; default: what the bucket does"
+    )
+    kms_key: str | None = Field(default=None, description="key of `aws:kms`; default: the account's own")
+    storage_class: str | None = Field(default=None, description="of objects of 128 KiB and more")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        if endpoint is not None and "@" in endpoint:
+            raise ValueError("must hold no credentials: they belong in AWS_PROFILE or AWS_ACCESS_KEY_ID")
+        return endpoint
+
+    @field_validator("storage_class")
+    @classmethod
+    def _can_be_read(cls, storage_class: str | None) -> str | None:
+        if storage_class in ("GLACIER", "DEEP_ARCHIVE"):
+            raise ValueError(
+                f"{storage_class} must be restored before it is read; use GLACIER_IR or STANDARD_IA"
+            )
+        return storage_class
+
+    @model_validator(mode="after")
+    def _key_has_its_use(self) -> Self:
+        if self.kms_key is not None and self.encryption != "aws:kms":
+            raise ValueError('kms_key needs encryption = "aws:kms"')
+        return self
+
+
 class Ui(_Section):
     """`[ui]`: the Dagster web server of `eval-platform up`."""
 
@@ -141,6 +186,7 @@ class Config(_Section):
     results: str = "results"
     state: str = Field(default=".eval_platform", description="this machine's own: Dagster home, catalog, cache, logs")
     checkpoints: tuple[Root, ...] = (Root(name="checkpoints", path="checkpoints"),)
+    served: tuple[ServedModel, ...] = ()
     tasks: Tasks = Tasks()
     suites: dict[SuiteName, tuple[str, ...]] = Field(default={}, description="suites of your own: name = [tasks]")
     engine: Engine = Engine()
@@ -149,15 +195,24 @@ class Config(_Section):
     sandbox: Sandbox = Sandbox()
     sensor: Sensor = Sensor()
     alerts: Alerts = Alerts()
+    s3: S3 = S3()
     ui: Ui = Ui()
 
     @field_validator("checkpoints")
     @classmethod
     def _names_differ(cls, roots: tuple[Root, ...]) -> tuple[Root, ...]:
         names = [root.name for root in roots]
-        if len(set(names)) != len(names) or "adhoc" in names:
-            raise ValueError("the name of every [[checkpoints]] root must be its own, and not 'adhoc'")
+        if len(set(names)) != len(names) or {"adhoc", SERVED_ROOT} & set(names):
+            raise ValueError(f"the name of every [[checkpoints]] root must be its own, not 'adhoc' or '{SERVED_ROOT}'")
         return roots
+
+    @field_validator("served")
+    @classmethod
+    def _served_names_differ(cls, served: tuple[ServedModel, ...]) -> tuple[ServedModel, ...]:
+        names = [entry.name for entry in served]
+        if len(set(names)) != len(names):
+            raise ValueError("the name of every [[served]] model must be its own")
+        return served
 
     @field_validator("suites")
     @classmethod
@@ -201,9 +256,12 @@ class Config(_Section):
         """The settings of this configuration for the checkpoint `key`, not yet resolved against it.
 
         chat and system_prompt, where given, go before what is configured. Raises ConfigError for a system prompt
-        where there is no chat.
+        where there is no chat, and for a chat that a served model's back end has not, or has always.
         """
         engine = self.engine
+        entry = self.served_at(key)
+        if entry is not None:
+            return self._served_settings(entry, limit, chat, system_prompt)
         apply = self._applies_chat(key) if chat is None else chat
         if system_prompt is not None and apply is False:
             raise ConfigError("a system prompt is part of a conversation, and chat is off", remedy="give --chat too")
@@ -222,6 +280,40 @@ class Config(_Section):
             rolling_stride=engine.rolling_stride,
             engine_path=engine.path,
             deterministic=engine.deterministic,
+        )
+
+    def served_at(self, key: str | None) -> ServedModel | None:
+        """The `[[served]]` entry whose key this is."""
+        return next((entry for entry in self.served if entry.key == key), None)
+
+    def _served_settings(
+        self, entry: ServedModel, limit: int | None, chat: bool | None, system_prompt: str | None
+    ) -> RunSettings:
+        """Resolved already: of [engine] a server is told the seed only, and its back end decides about chat."""
+        if chat not in (None, entry.is_chat):
+            kind = "conversations" if entry.is_chat else "plain text"
+            raise ConfigError(
+                f"{entry.key}: the back end {entry.provider} takes {kind} only",
+                remedy="leave out --chat and --no-chat, or name another provider in [[served]]",
+            )
+        if system_prompt is not None and not entry.is_chat:
+            raise ConfigError(
+                f"{entry.key}: a system prompt is part of a conversation, and {entry.provider} takes plain text",
+                remedy="leave it out, or name a provider of chat completions",
+            )
+        window = entry.arguments.get("max_length")
+        return RunSettings(
+            dtype="unknown",
+            backend=entry.provider,
+            chat=entry.is_chat,
+            system_prompt=(self.chat.system_prompt if system_prompt is None else system_prompt)
+            if entry.is_chat
+            else None,
+            shots_as_turns=self.chat.shots_as_turns if entry.is_chat else None,
+            max_length=window if isinstance(window, int) else None,
+            seed=self.engine.seed,
+            limit=limit,
+            arguments=entry.hashed_arguments or None,
         )
 
     @property

@@ -3,6 +3,7 @@
 One module a question: `arrivals`, `tries`, `journal`, `leases`, `commits`, `decisions`, `log`, each imported by name.
 """
 
+from eval_platform.config import S3
 from eval_platform.errors import StoreError
 from eval_platform.store.base import Entry, Store
 from eval_platform.store.local import LocalStore
@@ -24,9 +25,16 @@ __all__ = [
 ]
 
 
-def open_store(uri: str) -> Store:
-    """The store at `uri`: a folder (S3 comes with its own issue). Raises StoreError for any other scheme."""
+def open_store(uri: str, s3: S3 | None = None) -> Store:
+    """The store at `uri`: a folder, or s3://bucket/prefix with the settings `s3`.
+
+    Nothing is asked of it yet. Raises StoreError for any other scheme, or an address without a bucket.
+    """
+    if uri.startswith("s3://"):
+        from eval_platform.store.s3 import S3Store  # boto3 is half a second that a folder need not pay
+
+        return S3Store(uri, s3)
     if "://" in uri and not uri.startswith("file://"):
         scheme = uri.split("://", 1)[0]
-        raise StoreError(f"results root {uri}: no store for {scheme}://", remedy="give a folder")
+        raise StoreError(f"results root {uri}: no store for {scheme}://", remedy="give a folder or s3://bucket/prefix")
     return LocalStore(uri.removeprefix("file://"))

@@ -7,12 +7,13 @@ folder differently would take turns registering it for ever.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from eval_platform.errors import CheckpointChanged, StoreError
 from eval_platform.store import layout, log
 from eval_platform.store.base import Store
 from eval_platform.store.records import create_record, find_record, read_record, utc_now
-from eval_platform.values import Arrival, Checkpoint
+from eval_platform.values import Arrival, Checkpoint, Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Identity:
     """What an arrival's bytes turned out to be."""
 
     checkpoint_id: str
-    weights_id: str
+    weights_id: str | None  # None: a served model's weights are not seen
 
 
 def register(
@@ -34,8 +35,9 @@ def register(
     step: int | None = None,
     tokens_seen: int | None = None,
     tags: Mapping[str, str] | None = None,
+    served: Mapping[str, Any] | None = None,
 ) -> tuple[Arrival, bool]:
-    """(the arrival that this sighting is, whether it was new).
+    """(the arrival that this sighting is, whether it was new). served: the fields of `values.Served`, of such a model.
 
     New when the fingerprint differs from the key's newest arrival's and from the one that `watcher` last registered or
     adopted. Adopting another watcher's arrival is remembered beside it, so that A, B, A is three arrivals whoever
@@ -70,11 +72,26 @@ def register(
             tags=dict(tags or {}),
             arrived_at=utc_now(),
             watcher=watcher,
+            served=Served(**served) if served else None,
         )
         log.write(store, "arrival", key=key, n=n)
-        if create_record(store, layout.arrival(key, n), asdict(arrival)):
+        if create_record(store, layout.arrival(key, n), arrival_record(arrival)):
             return arrival, True
         tried = n
+
+
+def arrival_record(arrival: Arrival) -> dict[str, Any]:
+    """As JSON; a checkpoint of files says nothing of `served`, so that what read it before does so still."""
+    record = asdict(arrival)
+    if arrival.served is None:
+        del record["served"]
+    return record
+
+
+def read_arrival(record: Mapping[str, Any]) -> Arrival:
+    """The inverse of `arrival_record`."""
+    served = record.get("served")
+    return Arrival(**{**record, "served": Served(**served) if served else None})
 
 
 def newest(store: Store, key: str) -> Arrival | None:
@@ -122,7 +139,8 @@ def record_identity(store: Store, arrival: Arrival, checkpoint: Checkpoint) -> N
     known = identity(store, arrival.key, arrival.n)
     if known is None:
         log.write(store, "identity", key=arrival.key, n=arrival.n)
-        if create_record(store, layout.arrival_identity(arrival.key, arrival.n), asdict(found)):
+        record = {**asdict(found), "kind": checkpoint.kind}
+        if create_record(store, layout.arrival_identity(arrival.key, arrival.n), record):
             return
         known = identity(store, arrival.key, arrival.n)
     if known != found:
@@ -142,7 +160,7 @@ def identity(store: Store, key: str, n: int) -> Identity | None:
 def _read(store: Store, store_key: str) -> Arrival:
     record = read_record(store, store_key)
     del record["schema_version"]
-    return Arrival(**record)
+    return read_arrival(record)
 
 
 def _own_last(store: Store, key: str, watcher: str) -> Arrival | None:

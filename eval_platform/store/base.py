@@ -39,3 +39,15 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove; absent already is no error."""
         ...
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for what is no key: empty, from the root, or leading out of the store."""
+    if not key or key.startswith("/") or ".." in key.split("/"):
+        raise ValueError(f"not a store key: {key!r}")
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises ValueError for what no key can begin with."""
+    if prefix.startswith("/") or ".." in prefix.split("/")[:-1]:
+        raise ValueError(f"not a prefix of store keys: {prefix!r}")

@@ -74,7 +74,11 @@ class Journal:
 
 
 def _row(response: Response) -> list[Any]:
-    """As values.Response, field by field; a list, because names on every line would be most of the file."""
+    """As values.Response, field by field; a list, because names on every line would be most of the file.
+
+    What a server billed stands at the end, where there was one.
+    """
+    billed = [response.prompt_tokens, response.completion_tokens]
     return [
         response.request_id,
         response.repeat,
@@ -84,14 +88,15 @@ def _row(response: Response) -> list[Any]:
         response.n_tokens,
         response.finish_reason,
         response.truncated_left_tokens,
+        *(billed if billed != [None, None] else []),
     ]
 
 
 def _response(row: Sequence[Any]) -> Response:
-    request_id, repeat, log_likelihood, is_greedy, text, n_tokens, finish_reason, truncated = row
+    request_id, repeat, log_likelihood, is_greedy, text, n_tokens, finish_reason, truncated, *billed = row
     if isinstance(log_likelihood, str):
         (log_likelihood,) = struct.unpack(">d", bytes.fromhex(log_likelihood))
-    return Response(request_id, repeat, log_likelihood, is_greedy, text, n_tokens, finish_reason, truncated)
+    return Response(request_id, repeat, log_likelihood, is_greedy, text, n_tokens, finish_reason, truncated, *billed)
 
 
 def _exact(value: float | None) -> float | str | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eval_platform.errors import StoreError
-from eval_platform.store.base import Entry
+from eval_platform.store.base import Entry, check_key, check_prefix
 
 _TEMPORARY = ".tmp-"
 
@@ -23,17 +23,14 @@ class LocalStore:
 
     def path(self, key: str) -> Path:
         """Where `key` lies on disk (readers of Parquet need it)."""
-        parts = key.split("/")
-        if not key or key.startswith("/") or ".." in parts:
-            raise ValueError(f"not a store key: {key!r}")
+        check_key(key)
         return self.folder / key
 
     def list(self, prefix: str, delimiter: str | None = None, after: str | None = None) -> Iterator[Entry]:
         if delimiter not in (None, "/"):
             raise ValueError("a local store lists with the delimiter '/' or none")
+        check_prefix(prefix)
         base = prefix.rpartition("/")[0]
-        if prefix.startswith("/") or ".." in base.split("/"):
-            raise ValueError(f"not a prefix of store keys: {prefix!r}")
         top = self.folder / base if base else self.folder
         head = f"{base}/" if base else ""
         for entry in _walk(top, head, recursive=delimiter is None):

@@ -1,0 +1,98 @@
+"""A real S3 server for tests: moto behind HTTP on a free port of 127.0.0.1, in a process of its own.
+
+moto's server is not atomic where it matters most: it looks whether a key exists and stores the body in two steps, with
+threads in between (`MOTO_AS_IT_IS=1` shows two winners of one key). Amazon's, Ceph's and MinIO's are; so requests that
+write under a condition take turns here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# moto asks for none of its own, but the client has to sign with something.
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+    "AWS_SECRET_ACCESS_KEY": "test-secret-that-is-never-printed",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where the server listens: http://127.0.0.1:<port>."""
+
+    endpoint: str
+
+    @property
+    def port(self) -> int:
+        return int(self.endpoint.rpartition(":")[2])
+
+    def make_bucket(self, name: str) -> None:
+        """By hand, so that a test that makes a bucket does not depend on the client under test."""
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{name}", method="PUT"), timeout=30).close()
+
+
+@contextmanager
+def s3_server(**environment: str) -> Iterator[S3Server]:
+    """Start it, and stop it at the end; it also ends by itself when this process does."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **CREDENTIALS, **environment},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield S3Server(json.loads(process.stdout.readline())["endpoint"])
+    finally:
+        process.stdin.close()
+        process.wait(30)
+        process.stdout.close()
+
+
+class _TurnsForConditions:
+    """A WSGI application that serves one conditional write at a time."""
+
+    def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
+        self.app = app
+        self.turn = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if "HTTP_IF_NONE_MATCH" not in environ or environ["REQUEST_METHOD"] != "PUT":
+            return self.app(environ, start_response)
+        with self.turn:
+            return list(self.app(environ, start_response))
+
+
+def _serve() -> None:
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept, as real servers keep them
+
+        def log(self, type: str, message: str, *args: Any) -> None:
+            pass
+
+    app = DomainDispatcherApplication(create_backend_app)
+    wrapped = app if os.environ.get("MOTO_AS_IT_IS") else _TurnsForConditions(app)
+    server = make_server("127.0.0.1", 0, wrapped, threaded=True, request_handler=Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(json.dumps({"endpoint": f"http://127.0.0.1:{server.server_port}"}), flush=True)
+    sys.stdin.read()  # until the parent closes it, or dies
+
+
+if __name__ == "__main__":
+    _serve()
