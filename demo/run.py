@@ -49,7 +49,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     arrivals = Path(config.checkpoints[0].path)
     arrivals.mkdir(parents=True)
-    store = open_store(config.results)
+    store = open_store(config.results, config.s3)
     synced = sync_tasks(config.tasks, store, config.lock_path, check=check_items)
     for error in synced.errors:
         console.print(f"[red]{error}[/]")
@@ -95,7 +95,7 @@ def _watch(
     config: Config, lock: TaskLock, trainer: subprocess.Popen[bytes], arrivals: Path, running: Platform
 ) -> list[str]:
     """Plant the three, show progress, and return what is not as it should be at the end."""
-    store = open_store(config.results)
+    store = open_store(config.results, config.s3)
     plants = _plants(arrivals)
     deadline = time.monotonic() + GIVE_UP_SECONDS
     planted = False
@@ -197,7 +197,7 @@ def _screen(config: Config, found: list[status.CheckpointStatus], trainer: subpr
 
 
 def _board(config: Config) -> pa.Table:
-    store = open_store(config.results)
+    store = open_store(config.results, config.s3)
     return warehouse.query(
         config.catalog_path, store, "select * from leaderboard order by run, step desc nulls last, key, task"
     )
@@ -205,7 +205,7 @@ def _board(config: Config) -> pa.Table:
 
 def _problems(config: Config, lock: TaskLock, arrivals: Path) -> Iterator[str]:
     """What the demo promises, asked of the store in SQL as a user would."""
-    store = open_store(config.results)
+    store = open_store(config.results, config.s3)
     warehouse.refresh(store, config.catalog_path)
 
     def ask(text: str) -> list[dict]:

@@ -146,7 +146,7 @@ def run(
         config = config.model_copy(update={"results": root})
         # The configured lock goes with the configured results.
         lock_path = config.state_dir / "other_results" / content_id(root)[:8] / LOCK_NAME
-    store = open_store(config.results)
+    store = open_store(config.results, config.s3)
     lock = read_lock(lock_path)
     if results is not None or not lock_path.exists():
         lock = synced(config, store, lock_path).lock

@@ -51,7 +51,7 @@ _STATE_REMEDY = "give this user the right to it, or set another `state` in eval_
 
 def opened() -> tuple[Config, Store]:
     config = configured()
-    return config, open_store(config.results)
+    return config, open_store(config.results, config.s3)
 
 
 def synced(config: Config, store: Store, lock_path: Path | None = None) -> "SyncReport":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval_platform import __version__
-from eval_platform.config import Config, load_config
+from eval_platform.config import S3, Config, load_config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.sandbox import describe as describe_sandbox
 from eval_platform.store import Store, layout, open_store, read_record
@@ -47,7 +47,7 @@ def examine(config_file: Path | None) -> list[Finding]:
                 "create the folder, or mend [[checkpoints]] path; checkpoints are picked up once it is there",
             )
         )
-    findings += [_writable("results", config.results), state := _writable("state", config.state)]
+    findings += [_writable("results", config.results, config.s3), state := _writable("state", config.state)]
     if state.ok:
         findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config)]
     return [*findings, *_tasks(config), _sandbox(config)]
@@ -79,14 +79,14 @@ def _device() -> Finding:
     return Finding("device", True, f"no GPU seen; CPU with {torch.get_num_threads()} threads")
 
 
-def _writable(what: str, place: str) -> Finding:
+def _writable(what: str, place: str, s3: S3 | None = None) -> Finding:
     key = f".doctor-{uuid.uuid4().hex}"
     try:
-        store = open_store(place)
+        store = open_store(place, s3)
         store.create(key, b"")
         store.delete(key)
     except EvalPlatformError as error:
-        return Finding(what, False, str(error), f"make {place} writable, or set another folder")
+        return Finding(what, False, str(error), f"make {place} writable, or set another folder or bucket")
     return Finding(what, True, place)
 
 
@@ -131,7 +131,7 @@ def _sandbox(config: Config) -> Finding:
 def _runs_programs(config: Config) -> dict[str, bool]:
     """Of every task in the lock, whether its answers are programs; nothing where lock or store cannot be read."""
     try:
-        store = open_store(config.results)
+        store = open_store(config.results, config.s3)
         locked = read_lock(config.lock_path).tasks
         return {name: _has_code(store, task.task_id) for name, task in locked.items()}
     except EvalPlatformError:  # which is a finding of its own

@@ -242,6 +242,7 @@ def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Pl
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
         sandbox=config.sandbox.mode,
+        s3=config.s3.model_dump(exclude_none=True),
     )
 
 

@@ -1,8 +1,8 @@
 """What is asked of one arrival: pinned task ids and settings, small enough to hand to a worker as one JSON file."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Plan:
     lease_seconds: float
     retry_wait_seconds: float
     sandbox: Mode = "cold"  # where programs that the model writes are run
+    s3: Mapping[str, Any] = field(default_factory=dict)  # [s3] as configured; never a credential
 
     def to_json(self) -> str:
         return json.dumps({"plan_version": PLAN_VERSION, "platform": __version__, **asdict(self)}, indent=1)
@@ -102,6 +103,7 @@ def plan(
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
         sandbox=config.sandbox.mode,
+        s3=config.s3.model_dump(exclude_none=True),
     )
 
 

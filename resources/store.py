@@ -15,4 +15,5 @@ class StoreResource(dg.ConfigurableResource):
         return load_config(self.config_file or None)
 
     def open(self) -> Store:
-        return open_store(self.config().results)
+        config = self.config()
+        return open_store(config.results, config.s3)
