@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from eval_platform import checkpoints, scoring, tasks
+from eval_platform.config import S3
 from eval_platform.engine import ChatTemplate, Engine, PromptLengths, chat_template, prompt_lengths, resolve_settings
 from eval_platform.engine import load as load_engine
 from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
@@ -557,7 +558,7 @@ def main(folder: Path) -> int:
 
         try:
             plan = read_plan(folder / "plan.json")
-            code = work(plan, open_store(plan.store), emit, load=_load_for_good)
+            code = work(plan, open_store(plan.store, S3(**plan.s3)), emit, load=_load_for_good)
         except Stopped:
             log.warning("stopped; what was answered is in the journal")
             code = EXIT_TRY_AGAIN
