@@ -19,7 +19,7 @@ from eval_platform.values import Decision
 class Outcome:
     """How one planned task ended. `record` is the commit, `decision` what the gate said of it.
 
-    skipped: it was asked for and never planned, since its data cannot be had.
+    skipped: it was asked for and never planned: its data cannot be had, or this model cannot be asked it.
     """
 
     task: str
@@ -40,8 +40,17 @@ def drive(
 ) -> Iterator[Outcome]:
     """One Outcome per planned task, each as soon as it is known; tasks that no message spoke of come last, failed.
 
-    The worker is stopped when the iterator is closed or an error passes through it.
+    The worker is stopped when the iterator is closed or an error passes through it. Tasks that cannot be asked of the
+    model come after the others, skipped.
     """
+    if plan.tasks:
+        yield from _asked(plan, config, store, actor, on_message)
+    yield from (Outcome(name, "skipped", (why,)) for name, why in plan.skipped.items())
+
+
+def _asked(
+    plan: Plan, config: Config, store: Store, actor: str, on_message: Callable[[dict[str, Any]], None]
+) -> Iterator[Outcome]:
     quality.warm()  # Great Expectations takes seconds to import: meanwhile the worker starts
     left = {task.name for task in plan.tasks}
     handle = launch.launch(plan, config, lambda: on_message({"type": "slot", "waiting": True}))
@@ -49,19 +58,23 @@ def drive(
     last_failure: dict[str, str] = {}
     waiting: set[str] = set()
     try:
-        for message in handle.messages():
-            on_message(message)
-            task = message.get("task")
-            match message["type"]:
-                case "committed" | "linked" if task in left:
-                    left.discard(task)
-                    yield _adopted(store, config, message, actor)
-                case "failed" if task is None:
-                    whole = message
-                case "failed":
-                    last_failure[message["task"]] = message["reason"]
-                case "waiting":
-                    waiting.add(message["task"])
+        for messages in handle.messages():
+            is_fresh = False  # one refresh shows the gate all that these messages tell of
+            for message in messages:
+                on_message(message)
+                task = message.get("task")
+                match message["type"]:
+                    case "committed" | "linked" if task in left:
+                        left.discard(task)
+                        outcome = _adopted(store, config, message, actor, is_fresh=is_fresh)
+                        is_fresh = is_fresh or outcome.decision is not None
+                        yield outcome
+                    case "failed" if task is None:
+                        whole = message
+                    case "failed":
+                        last_failure[message["task"]] = message["reason"]
+                    case "waiting":
+                        waiting.add(message["task"])
         code = handle.poll()
     finally:
         handle.stop()
@@ -80,9 +93,11 @@ def drive(
     warehouse.refresh(store, config.catalog_path)  # so that whoever reads the catalog next finds every decision there
 
 
-def _adopted(store: Store, config: Config, message: Mapping[str, Any], actor: str) -> Outcome:
+def _adopted(store: Store, config: Config, message: Mapping[str, Any], actor: str, *, is_fresh: bool) -> Outcome:
     evaluation_id, attempt = message["evaluation_id"], message["attempt"]
     try:
+        if not is_fresh:
+            warehouse.refresh(store, config.catalog_path)
         decision = adopt.adopt(store, config.catalog_path, evaluation_id, attempt, actor)
     except EvalPlatformError as error:  # one task's failure never takes the others with it; undecided counts as held
         return Outcome(message["task"], "failed", (f"it is committed but could not be put through the gate: {error}",))

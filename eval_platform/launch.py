@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from eval_platform.config import Config
+from eval_platform.nursery import Child, fork_worker
 from eval_platform.plan import Plan, read_plan
 from eval_platform.store.process import known_dead
 
@@ -41,7 +42,7 @@ _POLL_SECONDS = 0.1
 class Handle:
     """A running worker. `folder` holds plan.json, messages.jsonl and worker.log."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Child
     folder: Path
 
     @property
@@ -52,8 +53,8 @@ class Handle:
         """The exit code (negative: the signal), or None while it runs."""
         return self.process.poll()
 
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Every message, each as soon as it is written; ends when the worker has ended and all is read."""
+    def messages(self) -> Iterator[list[dict[str, Any]]]:
+        """What was written since the last look, never empty; ends when the worker has ended and all is read."""
         path = self.folder / "messages.jsonl"
         rest, offset = b"", 0
         while True:
@@ -64,8 +65,8 @@ class Handle:
                     new = file.read()
                 offset += len(new)
                 *lines, rest = (rest + new).split(b"\n")
-                for line in lines:
-                    yield json.loads(line)["params"]["payload"]
+                if lines:
+                    yield [json.loads(line)["params"]["payload"] for line in lines]
             if ended:
                 return
             time.sleep(_POLL_SECONDS)
@@ -97,20 +98,26 @@ def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: Non
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     slot = _free_slot(config, waiting)
     try:
-        with (folder / "worker.log").open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "eval_platform.worker", str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(slot.fileno(),),
-                # A group of its own: a Ctrl-C meant for the parent reaches the worker as our orderly stop.
-                start_new_session=True,
-                env={**WORKER_ENV, **os.environ},
-            )
+        env = {**WORKER_ENV, **os.environ}
+        process = fork_worker(config.state_dir, folder, slot.fileno(), env) or _start(folder, slot, env)
     finally:
         slot.close()  # the worker has its own copy of the lock
     return Handle(process, folder)
+
+
+def _start(folder: Path, slot: IO[bytes], env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A worker from nothing: the ordinary way, where no nursery runs."""
+    with (folder / "worker.log").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "eval_platform.worker", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(slot.fileno(),),
+            # A group of its own: a Ctrl-C meant for the parent reaches the worker as our orderly stop.
+            start_new_session=True,
+            env=env,
+        )
 
 
 @dataclass(frozen=True)

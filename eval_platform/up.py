@@ -43,6 +43,7 @@ class Platform:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
+        env = {**launch.WORKER_ENV, **self.env} if name == "nursery" else self.env
         logs = self.config.state_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{name}.log").open("ab") as output:
@@ -52,7 +53,7 @@ class Platform:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to pass on, in order
-                env=self.env,
+                env=env,
                 cwd=self.config.folder,
             )
         self._remember()
@@ -66,7 +67,7 @@ class Platform:
 
     def stop(self) -> None:
         """End the servers in the order daemon, web server, code server, then the workers that they started."""
-        for name in ("daemon", "webserver", "code_server"):
+        for name in ("daemon", "webserver", "code_server", "nursery"):
             process = self.processes.get(name)
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGINT if name == "daemon" else signal.SIGTERM)
@@ -154,6 +155,8 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
             one.start("webserver")
             _wait(one, "webserver", lambda: _answers(f"{one.url}/server_info"))
             _must_have_loaded(one)
+            if "nursery" in one.commands:  # not waited for: until it is ready workers start without it
+                one.start("nursery")
             yield one
         finally:
             one.stop()
@@ -213,7 +216,7 @@ def _must_have_loaded(one: Platform) -> None:
 def _commands(config: Config, ports: dict[str, int]) -> dict[str, list[str]]:
     python = sys.executable
     code = str(ports["code_server"])
-    return {
+    found = {
         # One code server for both others, so that a reload after `tasks sync` reaches the sensors too.
         "code_server": [
             *(python, "-m", "dagster", "code-server", "start", "-h", "127.0.0.1", "-p", code),
@@ -226,6 +229,9 @@ def _commands(config: Config, ports: dict[str, int]) -> dict[str, list[str]]:
             *("-h", config.ui.host, "-p", str(ports["webserver"])),
         ],
     }
+    if config.worker.nursery and sys.platform == "linux":
+        found["nursery"] = [python, "-m", "eval_platform.nursery", str(config.state_dir)]
+    return found
 
 
 def _workspace(port: int) -> str:

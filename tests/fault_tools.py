@@ -38,6 +38,7 @@ from eval_platform.config import Worker as WorkerConfig
 from eval_platform.drive import Outcome, drive
 from eval_platform.plan import plan
 from eval_platform.store import LocalStore, arrivals, journal, layout, watcher_id
+from eval_platform.store.process import process_record
 from eval_platform.tasks import read_lock, sync_tasks
 from eval_platform.values import Arrival
 
@@ -294,7 +295,7 @@ class Forked:
 
                 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
                 obey(Path(os.environ[CONTROL]))
-                code = worker.main(folder)
+                code = worker.main(folder, process_record(os.getppid()))
             finally:
                 os._exit(code)
 
@@ -364,7 +365,7 @@ def sitecustomize(folder: Path) -> Path:
             import os, sys
             from pathlib import Path
 
-            if "eval_platform.worker" in sys.orig_argv:
+            if {{"eval_platform.worker", "eval_platform.nursery"}} & set(sys.orig_argv):
                 sys.path.append({str(Path(__file__).parent)!r})
                 from fault_tools import obey
 

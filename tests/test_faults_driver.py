@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_tools import CONTROL, WORDS, Driver, Place, die_at_write, forked, sitecustomize, until
 
-from eval_platform import launch
+from eval_platform import launch, warehouse
 from eval_platform.adopt import adopt
 from eval_platform.drive import drive
 from eval_platform.plan import plan
@@ -132,7 +132,8 @@ def test_killed_at_each_write_of_the_gate(place):
     with forked(place):
         worker = place.launch(place.arrive())
         assert worker.process.wait() == 0
-        committed = {m["task"]: m["evaluation_id"] for m in worker.messages() if m["type"] == "committed"}
+        told = [message for messages in worker.messages() for message in messages]
+        committed = {m["task"]: m["evaluation_id"] for m in told if m["type"] == "committed"}
         assert {row["status"] for row in place.sql("select status from evaluations")} == {"held"}
         fresh = place.folder / "fresh"
         shutil.copytree(place.results, fresh)
@@ -144,6 +145,7 @@ def test_killed_at_each_write_of_the_gate(place):
 
             def decide(n=n, catalog=catalog):
                 die_at_write(n)
+                warehouse.refresh(place.store, catalog)
                 adopt(place.store, catalog, committed["sums"], 1, "the killed")
 
             died += Driver(decide).wait() == -signal.SIGKILL

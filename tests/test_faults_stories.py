@@ -102,7 +102,7 @@ def test_overwritten_in_place_while_its_first_evaluation_runs(place, models):
     place.revoke("pause_answer")
 
     assert worker.process.wait() == EXIT_TRY_AGAIN
-    last = [m for m in worker.messages() if m["type"] == "failed"]
+    last = [m for told in worker.messages() for m in told if m["type"] == "failed"]
     assert [(m["task"], m["class"]) for m in last] == [(None, "infrastructure")]
     assert f"{WEIGHTS} was overwritten" in last[0]["reason"]
     assert place.commits() == []

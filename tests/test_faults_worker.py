@@ -177,7 +177,7 @@ def test_a_worker_stopped_past_its_lease_and_woken(place, undisturbed):
 
     os.kill(sleeper.process.pid, signal.SIGCONT)
     assert sleeper.process.wait() == EXIT_DONE
-    messages = [m for m in sleeper.messages() if m.get("task") == "sums"]
+    messages = [m for told in sleeper.messages() for m in told if m.get("task") == "sums"]
     assert messages[-1]["type"] == "linked"
     assert place.store.read(committed) == before
     told = tries.history(place.store, tries.evaluation_subject(messages[-1]["evaluation_id"], 1))
@@ -299,12 +299,12 @@ def test_the_disk_of_the_results_root_fills_up(place, small_root, undisturbed):
     place.revoke("pause_answer")
 
     assert worker.process.wait() in (EXIT_TRY_AGAIN, EXIT_FAILED)
-    said = [m for m in worker.messages() if m["type"] == "failed"]
+    said = [m for told in worker.messages() for m in told if m["type"] == "failed"]
     assert {(m["task"], m["class"]) for m in said} == {("sums", "infrastructure")}
     assert "No space left on device" in said[0]["reason"]
     assert str(place.results) in said[0]["reason"]
     assert "remedy: free space" in said[0]["reason"]
-    assert {m["task"] for m in worker.messages() if m["type"] == "linked"} == {"words"}
+    assert {m["task"] for told in worker.messages() for m in told if m["type"] == "linked"} == {"words"}
 
     asked = len(place.asked())
     filler.unlink()

@@ -83,6 +83,7 @@ class Platform:
         return record["evaluation_id"]
 
     def adopt(self, evaluation_id, attempt=1, actor="dagster"):
+        warehouse.refresh(self.store, self.catalog)
         return adopt.adopt(self.store, self.catalog, evaluation_id, attempt, actor)
 
     def board(self):
