@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 
@@ -545,10 +545,10 @@ def _load_for_good(path: Path, settings: RunSettings) -> Engine:
     return engine
 
 
-def main(folder: Path) -> int:
-    """The program: plan.json in, messages.jsonl out."""
+def main(folder: Path, driver: Mapping[str, Any]) -> int:
+    """The program: plan.json in, messages.jsonl out. `driver` is the record of the process that asked for it."""
     signal.signal(signal.SIGTERM, _stop)
-    processes = {"worker": this_process(), "driver": process_record(os.getppid())}
+    processes = {"worker": this_process(), "driver": driver}
     (folder / "process.json").write_text(json.dumps(processes), encoding="utf-8")
     with (folder / "messages.jsonl").open("a", encoding="utf-8") as messages:
 
@@ -569,6 +569,14 @@ def main(folder: Path) -> int:
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End this process at once: taking torch and all its objects apart takes most of a second, and nobody needs it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    sys.exit(main(Path(sys.argv[1])))
+    leave(main(Path(sys.argv[1]), process_record(os.getppid())))
