@@ -104,7 +104,10 @@ def up() -> None:
 
 @app.command(epilog=example("eval-platform run --checkpoint out/step_1000 --tasks copying,addition --limit 20"))
 def run(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
+    served: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of a folder: a model of [[served]], behind a server.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Names, separated by commas; default: all configured.")] = None,
     suite: Annotated[
         str | None, typer.Option(help="Name of a suite, shipped or of [suites], configured or not.")
@@ -129,7 +132,7 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The whole job for one checkpoint, without Dagster: same code, same store, same gate.
+    """The whole job for one checkpoint, or one served model, without Dagster: same code, same store, same gate.
 
     A running platform on the same results root adopts what this does, and the other way round. What is answered
     already is not asked again.
@@ -139,6 +142,8 @@ def run(
 
     if tasks is not None and suite is not None:
         raise typer.BadParameter("give tasks or a suite, not both", param_hint="--suite")
+    if (checkpoint is None) == (served is None):
+        raise typer.BadParameter("give the folder of a checkpoint, or --served NAME", param_hint="--checkpoint")
     config = configured()
     lock_path = config.lock_path
     if results is not None:
@@ -155,23 +160,24 @@ def run(
         lock, names = suite_lock(config, store, lock, lock_path, suite)
     if require_all:
         refuse_skipped(lock, names)
-    _finish(
-        lambda on_message: once.evaluate_folder(
-            config,
-            store,
-            checkpoint,
-            lock=lock,
-            tasks=names,
-            limit=limit,
-            trust_remote_code=trust_remote_code or None,
-            chat=chat,
-            system_prompt=system_prompt,
-            old_lock=old_lock,
-            actor=_actor(),
-            on_message=on_message,
-        ),
-        as_json,
-    )
+    how: dict[str, Any] = {
+        "lock": lock,
+        "tasks": names,
+        "limit": limit,
+        "chat": chat,
+        "system_prompt": system_prompt,
+        "old_lock": old_lock,
+        "actor": _actor(),
+    }
+
+    def job(on_message: Callable[[dict[str, Any]], None]) -> "Iterator[Outcome]":
+        if checkpoint is None:
+            assert served is not None
+            return once.evaluate_served(config, store, served, on_message=on_message, **how)
+        trust = trust_remote_code or None
+        return once.evaluate_folder(config, store, checkpoint, trust_remote_code=trust, on_message=on_message, **how)
+
+    _finish(job, as_json)
 
 
 @app.command(epilog=example("eval-platform status --tasks"))
@@ -244,7 +250,7 @@ def leaderboard(
 
 @app.command(epilog=example("eval-platform report --suite instructeval --format markdown"))
 def report(
-    suite: Annotated[str, typer.Option(help="Name of a suite, shipped or of [suites].")],
+    suite: Annotated[str, typer.Option(help="Name of a suite, shipped or of [suites], or of a group of lm-eval.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Show trials of `run --limit N` instead of results.")] = None,
     output: Annotated[
         Literal["markdown", "csv", "json"], typer.Option("--format", help="How it is written out.")
@@ -255,11 +261,11 @@ def report(
 
     from eval_platform import report as library
     from eval_platform import warehouse
-    from eval_platform.tasks import find_suite
+    from eval_platform.tasks import find_suite, read_lock
     from eval_platform.terminal import print_json
 
     config, store = opened()
-    wanted = find_suite(suite, config.suites)
+    wanted = find_suite(suite, config.suites, read_lock(config.lock_path).groups)
     warehouse.refresh(store, config.catalog_path)
     board = library.suite_board(config.catalog_path, store, wanted, lock_of_suite(config, wanted), limit)
     if output == "json":

@@ -72,6 +72,12 @@ class SandboxError(EvalPlatformError):
     class_ = "infrastructure"
 
 
+class ServerError(EvalPlatformError):
+    """A served model's server does not answer now, or has too much to do."""
+
+    class_ = "infrastructure"
+
+
 class QueryError(EvalPlatformError):
     """A user's SQL was refused or failed."""
 

@@ -1,6 +1,6 @@
 """What a person asks for by hand: one checkpoint now, what is missing everywhere, a word on one result."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from eval_platform import checkpoints, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import ConfigError, EvalPlatformError
-from eval_platform.plan import Plan, PlannedTask, plan
+from eval_platform.plan import Plan, PlannedTask, not_asked, plan, served_entry
 from eval_platform.store import Store, arrivals, commits, decisions, register_root, tries, watcher_id
 from eval_platform.tasks import TaskLock, read_lock
 from eval_platform.values import RunSettings
@@ -29,11 +29,6 @@ _FAILED_OF = """
     select distinct evaluation_id, attempt from evaluations
     where checkpoint_id = (select checkpoint_id from arrivals where key = {} and n = {}) and status = 'failed'
 """
-
-# The newest attempt of one evaluation that has no commit: what failed tries told of it.
-_FAILED = (
-    "select key, arrival, task, item_limit, chat from evaluations where evaluation_id = '{}' and status = 'failed'"
-)
 
 Action = Literal["release", "retract", "recheck", "rerun", "retry"]
 OnMessage = Callable[[dict[str, Any]], None]
@@ -75,18 +70,67 @@ def evaluate_folder(
     )
     for root in config.checkpoints:
         register_root(store, root.name, root.path)
-    arrival, _ = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))
     settings = config.run_settings(
-        key=arrival.key,
+        key=found.key,
         limit=limit,
         trust_remote_code=trust_remote_code,
         chat=chat,
         system_prompt=system_prompt,
     )
+    yield from _evaluate(config, store, found, settings, lock, tasks, old_lock, actor, on_message)
+
+
+def evaluate_served(
+    config: Config,
+    store: Store,
+    name: str,
+    *,
+    lock: TaskLock | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    chat: bool | None = None,
+    system_prompt: str | None = None,
+    old_lock: bool = False,
+    actor: str,
+    on_message: OnMessage = lambda message: None,
+) -> Iterator[Outcome]:
+    """As `evaluate_folder`, of the `[[served]]` model called `name`. Tasks that it cannot be asked are skipped.
+
+    Raises ConfigError when there is no such model, or it can be asked none of the tasks.
+    """
+    entry = next((entry for entry in config.served if entry.name == name), None)
+    if entry is None:
+        known = ", ".join(entry.name for entry in config.served)
+        raise ConfigError(
+            f"no [[served]] model is called {name!r}; " + (f"there are {known}" if known else "there is none"),
+            remedy="describe it in eval_platform.toml (docs/served.md)",
+        )
+    settings = config.run_settings(key=entry.key, limit=limit, chat=chat, system_prompt=system_prompt)
+    yield from _evaluate(config, store, checkpoints.as_found(entry), settings, lock, tasks, old_lock, actor, on_message)
+
+
+def _evaluate(
+    config: Config,
+    store: Store,
+    found: checkpoints.Found,
+    settings: RunSettings,
+    lock: TaskLock | None,
+    tasks: Sequence[str] | None,
+    old_lock: bool,
+    actor: str,
+    on_message: OnMessage,
+) -> Iterator[Outcome]:
+    arrival, _ = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))
     on_message({"type": "checkpoint", "key": arrival.key})
     lock = lock or read_lock(config.lock_path)
     asked, skipped = split_skipped(lock, tasks)
     todo = plan(arrival, lock, config, store, tasks=asked, settings=settings, old_lock=old_lock)
+    if not todo.tasks:
+        raise ConfigError(
+            f"{arrival.key} can be asked none of them: "
+            + "; ".join(f"{name}: {why}" for name, why in todo.skipped.items()),
+            remedy="name tasks of completions, or a provider that gives log-likelihoods",
+        )
     yield from drive(todo, config, store, actor=actor, on_message=on_message)
     yield from skipped
 
@@ -126,12 +170,16 @@ def backfill(
     wanted = set(tasks or lock.tasks)
     warehouse.refresh(store, config.catalog_path)
     missing: dict[tuple[str, int], list[str]] = {}
+    impossible: dict[str, dict[str, str]] = {}  # of served models
     for row in warehouse.query(config.catalog_path, store, _MISSING).to_pylist():
-        if row["task"] in wanted and row["task"] in lock.tasks:
+        key = row["key"]
+        if key not in impossible:
+            impossible[key] = not_asked(config, lock, store, key)
+        if row["task"] in wanted and row["task"] in lock.tasks and row["task"] not in impossible[key]:
             missing.setdefault((row["key"], row["n"]), []).append(row["task"])
     for (key, n), names in missing.items():
         arrival = arrivals.get(store, key, n)
-        if arrival is None:
+        if arrival is None or (arrival.served is not None and config.served_at(key) is None):
             continue
         on_message({"type": "checkpoint", "key": key})
         yield from drive(
@@ -211,38 +259,41 @@ def _failed_tries(forgiven: Sequence[str]) -> str:
 
 
 def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Plan | None:
-    """What answers this attempt: the very task and settings of an earlier one, else the lock's and configured ones.
+    """What answers this attempt: the very task and settings of an earlier one, or of its own tries that failed.
 
     None when no arrival is known that could be asked.
     """
-    record = next((found for n in range(attempt, 0, -1) if (found := commits.read(store, evaluation_id, n))), None)
-    if record is None:
-        rows = warehouse.query(config.catalog_path, store, _FAILED.format(evaluation_id)).to_pylist()
-        arrival = arrivals.get(store, rows[0]["key"], rows[0]["arrival"]) if rows else None
-        if arrival is None:
-            return None
-        settings = config.run_settings(key=arrival.key, limit=rows[0]["item_limit"], chat=rows[0]["chat"])
-        lock = read_lock(config.lock_path)
-        return plan(arrival, lock, config, store, tasks=[rows[0]["task"]], settings=settings, old_lock=True)
+    committed = next((found for n in range(attempt, 0, -1) if (found := commits.read(store, evaluation_id, n))), None)
+    record = committed or tries.asked(store, tries.evaluation_subject(evaluation_id, attempt))
+    if not record:
+        return None
     arrival = arrivals.get(store, record["key"], record["arrival"])
     if arrival is None:
         return None
     return Plan(
         arrival=arrival,
         tasks=(PlannedTask(record["task"], record["task_id"], record["ask_id"]),),
-        settings=RunSettings(
-            **record["settings"],
-            device=config.engine.device,
-            batch_tokens=config.engine.batch_tokens,
-            engine_path=config.engine.path,
-            deterministic=config.engine.deterministic,
-        ),
+        settings=_settings_of(config, record),
         store=store.uri,
         cache=str(config.cache_dir),
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
         sandbox=config.sandbox.mode,
+        served=served_entry(config, arrival),
         s3=config.s3.model_dump(exclude_none=True),
+    )
+
+
+def _settings_of(config: Config, record: Mapping[str, Any]) -> RunSettings:
+    """The settings that a commit or a try recorded, with what is no part of them as it is configured now."""
+    if "settings" not in record:  # a try from before tries recorded them
+        return config.run_settings(key=record["key"], limit=record.get("limit"), chat=record.get("chat"))
+    return RunSettings(
+        **record["settings"],
+        device=config.engine.device,
+        batch_tokens=config.engine.batch_tokens,
+        engine_path=config.engine.path,
+        deterministic=config.engine.deterministic,
     )
 
 

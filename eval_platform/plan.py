@@ -10,9 +10,10 @@ from eval_platform import __version__
 from eval_platform.config import Config
 from eval_platform.errors import ConfigError, SchemaError
 from eval_platform.sandbox import Mode
-from eval_platform.store import Store, layout, records
+from eval_platform.served import ROOT, ServedModel, why_not
+from eval_platform.store import Store, arrivals, layout, records
 from eval_platform.tasks import TaskLock
-from eval_platform.values import Arrival, RunSettings
+from eval_platform.values import Arrival, RunSettings, Served
 
 PLAN_VERSION = 1
 
@@ -28,7 +29,10 @@ class PlannedTask:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One worker's job. Which tasks are already answered is seen by the worker, once it knows the checkpoint_id."""
+    """One worker's job. Which tasks are already answered is seen by the worker, once it knows the checkpoint_id.
+
+    skipped: tasks that cannot be asked of this model, and why. served: a served model's `[[served]]` entry, as JSON.
+    """
 
     arrival: Arrival
     tasks: tuple[PlannedTask, ...]
@@ -39,9 +43,14 @@ class Plan:
     retry_wait_seconds: float
     sandbox: Mode = "cold"  # where programs that the model writes are run
     s3: Mapping[str, Any] = field(default_factory=dict)  # [s3] as configured; never a credential
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    served: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps({"plan_version": PLAN_VERSION, "platform": __version__, **asdict(self)}, indent=1)
+
+    def served_model(self) -> ServedModel | None:
+        return None if self.served is None else ServedModel(**self.served)
 
 
 def read_plan(path: Path) -> Plan:
@@ -55,7 +64,7 @@ def read_plan(path: Path) -> Plan:
             f"version {PLAN_VERSION}",
             remedy="install the same eval-platform for the platform and its workers",
         )
-    body["arrival"] = Arrival(**body["arrival"])
+    body["arrival"] = arrivals.read_arrival(body["arrival"])
     body["tasks"] = tuple(PlannedTask(**task) for task in body["tasks"])
     body["settings"] = RunSettings(**body["settings"])
     return Plan(**body)
@@ -74,7 +83,7 @@ def plan(
     """Everything asked of `arrival`: the lock's tasks, or those named in `tasks`.
 
     Raises ConfigError when a name is unknown or skipped for want of data, or when the store knows a newer task under
-    a name than the lock pins (`old_lock` lets an older lock through).
+    a name than the lock pins (`old_lock` lets an older lock through); and for a served model that is not configured.
     """
     names = list(lock.tasks) if tasks is None else list(dict.fromkeys(tasks))
     skipped = [f"{name} ({lock.skipped[name].reason})" for name in names if name in lock.skipped]
@@ -94,9 +103,11 @@ def plan(
     planned = tuple(PlannedTask(name, lock.tasks[name].task_id, lock.tasks[name].ask_id) for name in names)
     if not old_lock:
         _refuse_old_lock(store, planned)
+    served = served_entry(config, arrival)
+    reasons = not_asked(config, lock, store, arrival.key)
     return Plan(
         arrival=arrival,
-        tasks=planned,
+        tasks=tuple(task for task in planned if task.name not in reasons),
         settings=settings or config.run_settings(key=arrival.key),
         store=store.uri,
         cache=str(config.cache_dir),
@@ -104,7 +115,63 @@ def plan(
         retry_wait_seconds=config.worker.retry_wait_seconds,
         sandbox=config.sandbox.mode,
         s3=config.s3.model_dump(exclude_none=True),
+        skipped={task.name: reasons[task.name] for task in planned if task.name in reasons},
+        served=served,
     )
+
+
+def served_entry(config: Config, arrival: Arrival) -> dict[str, Any] | None:
+    """The `[[served]]` entry of a served model's arrival, as JSON; None for a checkpoint.
+
+    Raises ConfigError when it is configured no more, or as another model.
+    """
+    if arrival.served is None:
+        return None
+    entry = config.served_at(arrival.key)
+    if entry is None:
+        raise ConfigError(
+            f"{arrival.key}: the configuration has no [[served]] model {arrival.key.removeprefix(f'{ROOT}/')!r}",
+            remedy="name it there again: how it is asked stands nowhere else",
+        )
+    if entry.identity != arrival.served:
+        raise ConfigError(
+            f"{arrival.key}@{arrival.n} is {_shown(arrival.served)}; the configuration now says "
+            f"{_shown(entry.identity)}",
+            remedy="give another model a name of its own, or ask the newest arrival",
+        )
+    return entry.model_dump(mode="json")
+
+
+def _shown(served: Served) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(served).items() if value is not None)
+
+
+def not_asked(config: Config, lock: TaskLock, store: Store, key: str) -> dict[str, str]:
+    """Tasks of the lock that cannot be asked of the model `key`, and why; of a checkpoint there are none."""
+    entry = config.served_at(key)
+    if entry is None:
+        return {}
+    found = {name: why_not(entry, _definition(store, task.task_id)) for name, task in lock.tasks.items()}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+# By results root and task_id: a definition never changes.
+_definitions: dict[tuple[str, str], Mapping[str, Any]] = {}
+
+
+def _definition(store: Store, task_id: str) -> Mapping[str, Any]:
+    """The keys of a task's definition. Raises ConfigError when this results root does not have it."""
+    known = _definitions.get((store.uri, task_id))
+    if known is None:
+        try:
+            known = records.read_record(store, layout.task(task_id))["definition"]
+        except KeyError as error:
+            raise ConfigError(
+                f"task {task_id} of the lock is not in the results root {store.uri}",
+                remedy="run `eval-platform tasks sync`",
+            ) from error
+        _definitions[store.uri, task_id] = known
+    return known
 
 
 def _refuse_old_lock(store: Store, planned: Sequence[PlannedTask]) -> None:

@@ -7,11 +7,13 @@ from typing import Any, Literal
 from eval_platform import launch, warehouse
 from eval_platform.checkpoints import Watch, discover
 from eval_platform.config import Config
+from eval_platform.plan import not_asked
 from eval_platform.store import Store
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Incomplete
 
-# missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had.
+# missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had, or a
+# served model cannot be asked it.
 State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed", "missing", "skipped"]
 
 _TASKS = """
@@ -76,11 +78,18 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
     by_key: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_key.setdefault(row["key"], []).append(row)
-    found = [_one(key, group, lock, broken, at_work.get(key), usual) for key, group in by_key.items()]
+    found = [
+        _one(key, group, lock, broken, at_work.get(key), usual, not_asked(config, lock, store, key))
+        for key, group in by_key.items()
+    ]
     return [*found, *sorted(_not_arrived(config, set(by_key)), key=lambda one: (one.run or "", one.step or 0, one.key))]
 
 
 def _not_arrived(config: Config, known: set[str]) -> Iterator[CheckpointStatus]:
+    for entry in config.served:
+        if entry.key not in known:
+            reason = f"configured, not asked yet: `eval-platform run --served {entry.name}` does it at once"
+            yield CheckpointStatus(entry.key, "waiting", reason, entry.run or entry.name, entry.step)
     for candidate in discover(config.checkpoints, dict.fromkeys(known, ""), Watch()):
         if isinstance(candidate, Incomplete):
             yield CheckpointStatus(candidate.key, "refused" if candidate.refused else "waiting", candidate.reason)
@@ -96,13 +105,16 @@ def _one(
     broken: dict[tuple[str, int], str],
     worker: launch.Running | None,
     usual: dict[str, float],
+    impossible: dict[str, str],
 ) -> CheckpointStatus:
     first = rows[0]
     known = {row["task"]: row for row in rows if row["task"] is not None}
     reason = broken.get((key, first["n"]), "")
     tasks = []
     for name in lock.tasks:
-        if name in known and known[name]["undecided"]:
+        if name in impossible:
+            tasks.append(TaskStatus(name, "skipped", impossible[name]))
+        elif name in known and known[name]["undecided"]:
             gated: State = "running" if worker else "queued"
             tasks.append(TaskStatus(name, gated, "answered, not through the gate yet"))
         elif name in known:

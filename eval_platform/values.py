@@ -1,6 +1,6 @@
 """The values that travel the road, each a small frozen record with the field's names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,21 @@ from eval_platform.identity import content_id
 Prompt = str
 RequestKind = Literal["choice", "rolling", "generate"]
 Severity = Literal["error", "warning"]
+TRANSFORMERS = "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that only a server knows, by what it is asked through.
+
+    provider: lm-evaluation-harness's name of the back end. endpoint: URL without credentials, None where the provider
+    has its own. as_of: the day (ISO 8601) that the model is taken to be of, for nobody sees its weights change.
+    """
+
+    provider: str
+    model: str
+    endpoint: str | None
+    as_of: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +42,7 @@ class Arrival:
     tags: Mapping[str, str] = field(default_factory=dict)
     arrived_at: str | None = None  # ISO 8601, UTC; for people, never compared
     watcher: str | None = None
+    served: Served | None = None  # a model without files
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +60,10 @@ class Incomplete:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A staged model: its content identity and where it lies on local disk."""
+    """A staged model: its content identity and where it lies on local disk. Of a served one neither is seen."""
 
     checkpoint_id: str
-    weights_id: str
+    weights_id: str | None
     path: Path | None
     kind: str  # "transformers" | "adapter" | "served"
 
@@ -98,6 +114,8 @@ class Response:
     finish_reason: "scored" for log-likelihoods; "stop", "length" or "eos" for completions, "non_finite" for one whose
     logits were not numbers (its log_likelihood is NaN then, so that the gate sees it; else a completion has none).
     truncated_left_tokens: context tokens cut off on the left to fit the model's window.
+    Of a served model finish_reason is what the server says or "unknown", n_tokens None where it does not say, and
+    prompt_tokens and completion_tokens what it counted for its bill.
     """
 
     request_id: str
@@ -105,9 +123,17 @@ class Response:
     log_likelihood: float | None = None
     is_greedy: bool | None = None
     text: str | None = None
-    n_tokens: int = 0
+    n_tokens: int | None = 0
     finish_reason: str = "scored"
     truncated_left_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+def known_sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where one of them is not known, for the rest would pass for the whole."""
+    found = list(counts)
+    return None if None in found else sum(count for count in found if count is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +186,7 @@ class RunSettings:
 
     dtype: str = "auto"
     device: str = "auto"  # recorded, not part of identity
-    backend: str = "transformers"
+    backend: str = TRANSFORMERS  # or lm-evaluation-harness's name of a served model's back end
     quantization: str | None = None
     chat: bool | Literal["auto"] = False  # prompts go through the checkpoint's chat template
     system_prompt: str | None = None  # in place of the task's own, as shots_as_turns is
@@ -170,6 +196,7 @@ class RunSettings:
     trust_remote_code: bool = False
     shots_as_turns: bool | None = None
     rolling_stride: int | None = None  # new tokens scored in each later window; None: windows are disjoint
+    arguments: Mapping[str, Any] | None = None  # of a served model's back end, those that may change an answer
     # Recorded, not part of identity: by any path, in any batch, the answers are the same but for rounding.
     batch_tokens: int | None = None
     engine_path: str = "auto"  # "auto" | "tree" | "plain"
@@ -177,11 +204,17 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """The part that is hashed into settings_id. Raises ValueError while something is still "auto"."""
-        if self.dtype == "auto" or self.chat == "auto" or self.max_length is None:
+        # Nobody but its server knows a served model's window.
+        has_window = self.max_length is not None or self.backend != TRANSFORMERS
+        if self.dtype == "auto" or self.chat == "auto" or not has_window:
             raise ValueError("settings must be resolved (dtype, chat, max_length) before they have an identity")
         recorded_only = {"device", "batch_tokens", "engine_path", "deterministic"}
         fields = {k: v for k, v in asdict(self).items() if k not in recorded_only}
-        for key in ("rolling_stride", "shots_as_turns"):  # settings from before these existed keep their id
+        for key in (
+            "rolling_stride",
+            "shots_as_turns",
+            "arguments",
+        ):  # settings from before these existed keep their id
             if fields[key] is None:
                 del fields[key]
         return fields

@@ -27,7 +27,17 @@ import pyarrow as pa
 
 from eval_platform import checkpoints, scoring, tasks
 from eval_platform.config import S3
-from eval_platform.engine import ChatTemplate, Engine, PromptLengths, chat_template, prompt_lengths, resolve_settings
+from eval_platform.engine import (
+    ChatTemplate,
+    Engine,
+    Messages,
+    PromptLengths,
+    ServedEngine,
+    chat_template,
+    load_served,
+    prompt_lengths,
+    resolve_settings,
+)
 from eval_platform.engine import load as load_engine
 from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
 from eval_platform.identity import content_id, ordered_id
@@ -35,7 +45,7 @@ from eval_platform.plan import Plan, PlannedTask, read_plan
 from eval_platform.sandbox import describe as describe_sandbox
 from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
 from eval_platform.store.process import process_record, this_process
-from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings
+from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings, known_sum
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -43,6 +53,9 @@ EXIT_FAULT = 70
 EXIT_TRY_AGAIN = 75
 EXIT_WAITING = 76
 _WORST_FIRST = (EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_WAITING, EXIT_DONE)
+
+# In place of an id: a served model's tokenizer is its server's own, and no part of how prompts are written.
+_UNSEEN = "unseen"
 
 FLUSH_RESPONSES = 64
 FLUSH_SECONDS = 1.0
@@ -60,29 +73,29 @@ class Stopped(BaseException):
 
 @dataclass
 class _Model:
-    """The staged checkpoint and, once something must be asked, its loaded engine."""
+    """The staged checkpoint and, once something must be asked, its loaded engine. A served model has no path."""
 
     plan: Plan
     store: Store
     checkpoint: Checkpoint
-    path: Path
+    path: Path | None
     settings: RunSettings
     tokenizer_id: str
     load: Load
     emit: Emit
-    engine: Engine | None = None
+    engine: Engine | ServedEngine | None = None
     lengths: PromptLengths | None = None
-    template: ChatTemplate | None = None
+    template: ChatTemplate | Messages | None = None
     refused: EvalPlatformError | None = None
 
-    def loaded(self) -> Engine:
+    def loaded(self) -> Engine | ServedEngine:
         if self.refused is not None:  # what could not be loaded for one task cannot be for the next
             raise self.refused
         if self.engine is None:
             started = time.monotonic()
             try:
                 with _arrival_try(self.store, self.plan), _told_of(self.path, self.plan.arrival.uri):
-                    loaded = self.load(self.path, self.settings)
+                    loaded = self._load()
             except EvalPlatformError as error:
                 self.refused = error if error.class_ == "deterministic" else None
                 raise
@@ -90,7 +103,18 @@ class _Model:
             self.emit({"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(loaded.info)})
         return self.engine
 
+    def _load(self) -> Engine | ServedEngine:
+        entry = self.plan.served_model()
+        if entry is not None:
+            return load_served(entry, self.settings)
+        assert self.path is not None
+        return self.load(self.path, self.settings)
+
     def prompt_lengths(self) -> PromptLengths:
+        if self.path is None:
+            loaded = self.loaded()
+            assert isinstance(loaded, ServedEngine)
+            return loaded.prompt_lengths()
         if self.lengths is None:
             with _told_of(self.path, self.plan.arrival.uri):
                 self.lengths = prompt_lengths(self.path, self.settings)
@@ -100,7 +124,9 @@ class _Model:
         """How tasks are asked as a conversation; None where they are not."""
         if not self.settings.chat:
             return None
-        if self.template is None:
+        if self.path is None:
+            self.template = Messages()
+        elif self.template is None:
             with _told_of(self.path, self.plan.arrival.uri):
                 self.template = chat_template(self.path, self.settings)
         self.template.leaves_out_system = False  # what it is to this task is found out anew
@@ -159,23 +185,26 @@ def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
             trust_remote_code=plan.settings.trust_remote_code,
         )
         path = checkpoint.path
-        if path is None:
-            raise EvalPlatformError(f"checkpoint {plan.arrival.key} has no local files", remedy="stage it first")
-        with _told_of(path, plan.arrival.uri):
-            settings = resolve_settings(plan.settings, path)
+        settings = plan.settings
+        if path is not None:
+            with _told_of(path, plan.arrival.uri):
+                settings = resolve_settings(settings, path)
         arrivals.record_identity(store, plan.arrival, checkpoint)
     emit(
         {"type": "staged", "checkpoint_id": checkpoint.checkpoint_id, "weights_id": checkpoint.weights_id},
     )
-    return _Model(plan, store, checkpoint, path, settings, checkpoints.tokenizer_id(path), load, emit)
+    tokenizer_id = _UNSEEN if path is None else checkpoints.tokenizer_id(path)
+    return _Model(plan, store, checkpoint, path, settings, tokenizer_id, load, emit)
 
 
 @contextmanager
-def _told_of(staged: Path, uri: str) -> Iterator[None]:
+def _told_of(staged: Path | None, uri: str) -> Iterator[None]:
     """Errors that name a staged file name the user's own instead: that is the one to mend."""
     try:
         yield
     except EvalPlatformError as error:
+        if staged is None:
+            raise
         raise type(error)(str(error).replace(str(staged), uri)) from error
 
 
@@ -314,12 +343,14 @@ def _subject_fields(model: _Model, task: PlannedTask, ids: _Evaluation) -> dict[
         "key": model.plan.arrival.key,
         "arrival": model.plan.arrival.n,
         "checkpoint_id": model.checkpoint.checkpoint_id,
+        "kind": model.checkpoint.kind,
         "weights_id": model.checkpoint.weights_id,
         "task": task.name,
         "task_id": task.task_id,
         "ask_id": task.ask_id,
         "settings_id": ids.settings_id,
         "answers_id": ids.answers_id,
+        "settings": model.settings.identity(),
         "limit": model.settings.limit,
         "chat": model.settings.chat,
     }
@@ -374,7 +405,6 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "tokenizer_id": model.tokenizer_id,
         "dataset_id": task.dataset_id,
         "prompts_id": prompts,
-        "settings": model.settings.identity(),
         **({} if model.template is None else {"chat_leaves_out_system": model.template.leaves_out_system}),
         "trust_remote_code": model.settings.trust_remote_code,
         "dtype": model.settings.dtype,
@@ -388,8 +418,9 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "seconds": time.monotonic() - started,
         "answer_seconds": answer_seconds,
         "n_requests": len(requests),
-        "n_tokens": sum(response.n_tokens for response in responses),
+        "n_tokens": known_sum(response.n_tokens for response in responses),
         "truncated": sum(response.truncated_left_tokens > 0 for response in responses),
+        **_bill(model.plan, responses),
         "origin": origin,
         "planned": {
             "items": len(items),
@@ -513,6 +544,23 @@ def _ask(
     finally:
         flush()
     return answers, answer_seconds
+
+
+def _bill(plan: Plan, responses: Sequence[Response]) -> dict[str, Any]:
+    """What a server counted, and its cost by the configured prices; null where it did not say, or there are none.
+
+    What it counted for tries of the harness's own that came to nothing is not told. Answers scored anew cost nothing,
+    and carry no count.
+    """
+    entry = plan.served_model()
+    if entry is None:
+        return {}
+    prompt = known_sum(response.prompt_tokens for response in responses)
+    completion = known_sum(response.completion_tokens for response in responses)
+    cost = None
+    if None not in (prompt, completion, entry.price_input, entry.price_output):
+        cost = (prompt * entry.price_input + completion * entry.price_output) / 1e6  # type: ignore[operator]
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "cost": cost}
 
 
 def _digest(responses: Sequence[Response]) -> str | None:

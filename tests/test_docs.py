@@ -59,8 +59,8 @@ def sections() -> dict[str, type[BaseModel]]:
     """Heading -> its model."""
     found: dict[str, type[BaseModel]] = {"Top of the file": Config}
     for name, field in Config.model_fields.items():
-        if name == "checkpoints":
-            found["[[checkpoints]]"] = config.Root
+        if name in ("checkpoints", "served"):
+            found[f"[[{name}]]"] = {"checkpoints": config.Root, "served": config.ServedModel}[name]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found[f"[{name}]"] = field.annotation
     return found
@@ -79,6 +79,8 @@ def shown(value: Any) -> str:
             return f'`"{value}"`'
         case ():
             return "`[]`"
+        case dict():
+            return "`{}`"
         case _:
             return f"`{value}`"
 
@@ -94,7 +96,8 @@ def test_every_field_of_the_configuration_is_documented_with_its_default() -> No
             name: shown(field.default)
             for name, field in model.model_fields.items()
             if model is not Config
-            or (name not in ("folder", "file", "checkpoints") and f"[{name}]" not in models)  # which have a page each
+            # Those left out have a page each.
+            or (name not in ("folder", "file", "checkpoints", "served") and f"[{name}]" not in models)
         }
         assert told == fields, heading
     variables = set(re.findall(r"EVAL_PLATFORM_\w+", (ROOT / "eval_platform" / "config.py").read_text()))

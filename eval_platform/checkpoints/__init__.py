@@ -4,6 +4,7 @@ from eval_platform.checkpoints.discovery import Found, discover, locate
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import Identity, identify, tokenizer_id
 from eval_platform.checkpoints.inspection import Inspection, inspect
+from eval_platform.checkpoints.served import as_checkpoint, as_found
 from eval_platform.checkpoints.staging import (
     held,
     hold,
@@ -21,6 +22,8 @@ __all__ = [
     "Inspection",
     "Progress",
     "Watch",
+    "as_checkpoint",
+    "as_found",
     "discover",
     "held",
     "hold",

@@ -14,7 +14,7 @@ from eval_platform.checkpoints.watch import Watch
 from eval_platform.config import Root
 from eval_platform.errors import CheckpointError
 from eval_platform.identity import escape_key
-from eval_platform.values import Incomplete
+from eval_platform.values import Incomplete, Served
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Found:
     step: int | None = None
     tokens_seen: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    served: Served | None = None
 
 
 @dataclass(frozen=True, slots=True)

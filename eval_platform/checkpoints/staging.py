@@ -21,6 +21,7 @@ from eval_platform.checkpoints.files import Listing, list_folder
 from eval_platform.checkpoints.hashing import Meter, Progress, hash_file, read_through
 from eval_platform.checkpoints.identification import identify_files, identity_of
 from eval_platform.checkpoints.inspection import inspect
+from eval_platform.checkpoints.served import as_checkpoint
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone, StoreError
 from eval_platform.identity import content_id
 from eval_platform.values import Arrival, Checkpoint
@@ -105,6 +106,8 @@ def stage(arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_cod
     while it is read; CheckpointError when it cannot be evaluated (pickle only, no tokenizer, its own Python code
     without `trust_remote_code`); StoreError when the cache cannot be written.
     """
+    if arrival.served is not None:
+        return as_checkpoint(arrival.served)
     held = _held(arrival, cache)
     source = held if held.is_dir() else _source(arrival)
     try:

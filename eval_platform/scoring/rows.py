@@ -25,7 +25,7 @@ from eval_platform.scoring.text import exact_match, is_answered, prefix_match, t
 from eval_platform.scoring.truthful import SIMILARITIES, mass_on_true, similarity
 from eval_platform.tasks.schema import FilterPipeline, FilterStep, MetricEntry, score_name
 from eval_platform.tasks.task import Task
-from eval_platform.values import Item, Request, Response
+from eval_platform.values import Item, Request, Response, known_sum
 
 _CHOICE = pa.struct(
     [
@@ -231,7 +231,7 @@ def _choice_columns(task: Task, item: Item, answered: Sequence[Response]) -> dic
     return {
         "choices": structs,
         "chosen": chosen(log_likelihoods, both_orders=task.definition.doc_to_text_reversed is not None),
-        "n_tokens": sum(response.n_tokens for response in asked),
+        "n_tokens": known_sum(response.n_tokens for response in asked),
         "metrics": _all_entries(
             {
                 entry.metric: _choice_metric(

@@ -120,6 +120,7 @@ def _arrival(store: Store, key: str) -> Reading:
                 "n": n,
                 "checkpoint_id": identity.get("checkpoint_id"),
                 "weights_id": identity.get("weights_id"),
+                "kind": identity.get("kind"),
                 "tags": [(str(name), str(value)) for name, value in sorted((record.get("tags") or {}).items())],
                 "arrived_at": _time(record.get("arrived_at")),
                 "newest": False,
@@ -155,7 +156,7 @@ def _evaluation(store: Store, evaluation_id: str) -> Reading:
                 reading.unfinished = "open"
             continue
         reading.unfinished = reading.unfinished or "failed"
-        asked = _asked(store, subject)
+        asked = tries.asked(store, subject)
         known = {"evaluation_id": evaluation_id, "attempt": attempt, "reasons": [failure.reason], "warnings": []}
         rows["evaluations"].append(
             {
@@ -163,6 +164,7 @@ def _evaluation(store: Store, evaluation_id: str) -> Reading:
                 **known,
                 "status": "failed",
                 "shown": False,
+                "settings": _json(asked["settings"]) if "settings" in asked else None,
                 "item_limit": asked.get("limit"),
                 "failure_class": failure.class_,
             }
@@ -250,11 +252,6 @@ def _is_open(store: Store, subject: tries.Subject) -> bool:
     """Whether the newest try has neither ended well nor been told to end: its process works, or died without a word."""
     told = tries.history(store, subject)
     return bool(told) and told[-1].outcome is None
-
-
-def _asked(store: Store, subject: tries.Subject) -> Row:
-    """What the tries of an attempt without a commit say they were to answer."""
-    return next((dict(told.evaluation) for told in tries.history(store, subject) if told.evaluation), {})
 
 
 def _task(store: Store, name: str) -> Reading:

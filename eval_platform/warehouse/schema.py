@@ -21,6 +21,7 @@ TABLES: dict[str, pa.Schema] = {
             "fingerprint": _TEXT,
             "checkpoint_id": _TEXT,  # null until the checkpoint was staged
             "weights_id": _TEXT,
+            "kind": _TEXT,  # transformers | adapter | served; null until it was staged
             "uri": _TEXT,
             "run": _TEXT,
             "step": pa.int64(),
@@ -51,7 +52,8 @@ TABLES: dict[str, pa.Schema] = {
             "prompts_id": _TEXT,
             "answers_digest": _TEXT,
             "checkpoint_id": _TEXT,
-            "weights_id": _TEXT,
+            "weights_id": _TEXT,  # null: a served model's are not seen
+            "kind": _TEXT,  # of its checkpoint, as in `arrivals`
             "tokenizer_id": _TEXT,
             "settings_id": _TEXT,
             "settings": _TEXT,
@@ -78,6 +80,9 @@ TABLES: dict[str, pa.Schema] = {
             "n_requests": pa.int64(),
             "n_tokens": pa.int64(),
             "truncated": pa.int64(),
+            "prompt_tokens": pa.int64(),  # what a served model's server counted
+            "completion_tokens": pa.int64(),
+            "cost": pa.float64(),  # by the prices of [[served]], in their currency
             "planned_items": pa.int64(),
             "planned_samples": pa.int64(),
             "planned_sample_ids": _TEXT,
@@ -170,7 +175,7 @@ VIEWS: dict[str, str] = {
     "leaderboard": """
         select a.key, a.run, a.step, a.tokens_seen, t.name as task, s.subset, s.metric, s.value, s.standard_error,
             s.ci_low, s.ci_high, s.interval_method, s.n, t.higher_is_better, t.chance, s.warnings, a.arrived_at,
-            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt, s.chat
+            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt, s.chat, a.kind
         from scores s
         join tasks t on t.task_id = s.task_id and t.primary_metric = s.metric and t.current
         join arrivals a on a.checkpoint_id = s.checkpoint_id and a.newest
@@ -186,7 +191,7 @@ VIEWS: dict[str, str] = {
         select a.key, a.run, a.step, a.tokens_seen, coalesce(t.name, s.task) as task, s.subset, s.metric, s.subject,
             s.value, s.standard_error, s.ci_low, s.ci_high, s.interval_method, s.n, s.is_primary, t.higher_is_better,
             t.chance, coalesce(not t.current, false) as stale, s.warnings, a.arrived_at,
-            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt, s.chat
+            s.checkpoint_id, s.task_id, s.settings_id, s.evaluation_id, s.attempt, s.chat, a.kind
         from scores s
         join arrivals a on a.checkpoint_id = s.checkpoint_id and a.newest
         left join names t on t.task_id = s.task_id
