@@ -88,31 +88,36 @@ def test_from_a_dropped_folder_to_everybody_who_should_know(tmp_path: Path, webh
 
         # Held: the alert comes, the check is red, the board is as it was.
         bad = drop(world, "a/step_2", seed=2, nan=True)
-        # Meanwhile somebody evaluates a folder of their own by hand.
+        # Meanwhile somebody evaluates a folder of their own by hand, and another takes the first checkpoint back.
         elsewhere = make_checkpoint(tmp_path / "elsewhere", seed=3)
         command(world, "run", "--checkpoint", str(elsewhere))
         ran = time.monotonic()
-        (told,) = until(lambda: webhook.told, "the alert")
-        assert told["checkpoint"] == bad
-        assert "larger held" in told["reasons"][0]
-        until(lambda: world.events("summary", bad), "the summary of what is held")
-        assert world.check("larger", bad) == (False, ERROR)
+        evaluation = board[0]["evaluation_id"]
+        command(world, "retract", evaluation, "--reason", "to see it move")
+        waits: dict[str, float] = {}
 
         # What the command did appears.
         adhoc = until(lambda: world.partitions() - {good, bad}, "the hand-run checkpoint's partition").pop()
         assert adhoc.startswith("adhoc/elsewhere-")
         until(lambda: world.events("summary", adhoc), "what the command line evaluated")
-        waits = {"run": time.monotonic() - ran}
+        waits["run"] = time.monotonic() - ran
+
+        # What was taken back is red, and off the board; given back, it is as it was. In the end the board shows both.
+        until(lambda: world.check("larger", good)[1] == ERROR, "retract in Dagster")
+        waits["retract"] = time.monotonic() - ran
+        assert [row["key"] for row in world.sql("select key from leaderboard")] == [adhoc]
+        command(world, "release", evaluation, "--reason", "to see it move")
+        released = time.monotonic()
+        until(lambda: world.check("larger", good)[1] == WARN, "release in Dagster")
+        waits["release"] = time.monotonic() - released
+
+        (told,) = until(lambda: webhook.told, "the alert")
+        assert told["checkpoint"] == bad
+        assert "larger held" in told["reasons"][0]
+        until(lambda: world.events("summary", bad), "the summary of what is held")
+        assert world.check("larger", bad) == (False, ERROR)
         keys = [row["key"] for row in world.sql("select key from leaderboard order by key")]
         assert keys == [adhoc, good]
-
-        # A person takes it back, and gives it back: the check follows, and in the end the board.
-        evaluation = board[0]["evaluation_id"]
-        for act, severity in (("retract", ERROR), ("release", WARN)):
-            command(world, act, evaluation, "--reason", "to see it move")
-            acted = time.monotonic()
-            until(lambda severity=severity: world.check("larger", good)[1] == severity, f"{act} in Dagster")
-            waits[act] = time.monotonic() - acted
         until(lambda: all(key in shown_board(world) for key in (good, adhoc)), "both on the leaderboard asset")
         assert len(webhook.told) == 1
         print({what: round(seconds, 1) for what, seconds in waits.items()}, "load", os.getloadavg()[0])

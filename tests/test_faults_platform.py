@@ -95,7 +95,7 @@ def place(tmp_path):
     (tmp_path / "eval_platform.toml").write_text("""
         results = "results"
         state = "state"
-        checkpoints = [{name = "runs", path = "checkpoints", require_success = true}]
+        checkpoints = [{name = "runs", path = "checkpoints", require_success = true, quiet_seconds = 0}]
         tasks = {folders = ["tasks"]}
         engine = {device = "cpu", dtype = "float32", max_length = 256}
         sensor = {interval_seconds = 1}
