@@ -22,6 +22,7 @@ from eval_platform.engine.encoding import encode_pairs, encode_prompts
 from eval_platform.engine.settings import has_chat_template
 from eval_platform.errors import CheckpointError, ConfigError, TaskError
 from eval_platform.identity import content_id
+from eval_platform.once import act
 from eval_platform.plan import plan
 from eval_platform.store import arrivals, open_store, watcher_id
 from eval_platform.tasks import Chat, build_task, read_lock, render, sync_tasks
@@ -230,12 +231,23 @@ def test_boards_keep_chats_apart(place: Place, capsys: pytest.CaptureFixture[str
 
 def test_a_template_that_fails_fails_the_task_and_names_the_users_folder(place: Place, tmp_path: Path) -> None:
     folder = make_chat_checkpoint(tmp_path / "broken", CHATML.replace("m.content", "m.content.strip(7)"))
-    code, messages = place.ask(folder, ["choosing"], chat=True)
+    code, messages = place.ask(folder, ["choosing"], chat=True, system_prompt="Only this once.")
     assert code == EXIT_FAILED
     (failed,) = (message for message in messages if message["type"] == "failed")
     assert (failed["task"], failed["class"]) == ("choosing", "deterministic")
     assert f"the chat template in {folder} fails on a conversation of system, user" in failed["reason"]
     assert "remedy: mend the template, or ask without it: --no-chat" in failed["reason"]
+
+    # A retry asks that very evaluation, what was said by hand included.
+    (one,) = place.sql(
+        "select evaluation_id, task_id, settings, checkpoint_id from evaluations where status = 'failed'"
+    )
+    todo = act(place.config, place.store, "retry", one["evaluation_id"], attempt=None, actor="me", reason="mended").todo
+    assert todo is not None
+    assert todo.settings.system_prompt == "Only this once."
+    assert todo.settings.identity() == json.loads(one["settings"])
+    identity = {"checkpoints": [one["checkpoint_id"]], "task_id": todo.tasks[0].task_id}
+    assert content_id(identity | {"settings_id": content_id(todo.settings.identity())}) == one["evaluation_id"]
 
 
 def test_auto_is_what_the_tokenizer_has(place: Place, tmp_path: Path) -> None:

@@ -116,6 +116,11 @@ def history(store: Store, subject: Subject) -> list[Told]:
     return told
 
 
+def asked(store: Store, subject: Subject) -> Mapping[str, Any]:
+    """What the tries of the subject say they were to answer (`start`); empty when none says anything."""
+    return next((told.evaluation for told in history(store, subject) if told.evaluation), {})
+
+
 def state(store: Store, subject: Subject) -> Failure | None:
     """None while the subject may be tried; else why it may not until `retry`. class_ "gone": its checkpoint is gone.
 
