@@ -11,7 +11,7 @@ from resources.warehouse import WarehouseResource
 # {asked} are the lock's tasks. A decision on the highest decided attempt of an evaluation; where several settings
 # were evaluated, what was finished last. `newest` is the arrival that boards show.
 _STANDING = """
-    with asked(task, task_id, ask_id) as (values {asked}),
+    with asked(task, task_id, ask_id, base_ask_id) as (values {asked}),
     decided as (
         select e.checkpoint_id, l.task, e.evaluation_id, e.attempt, d.n as decision, e.finished_at, d.time,
             e.status, e.reasons, e.primary_value
@@ -46,7 +46,7 @@ _ONE_BY_ONE = """
 # Newest arrivals that may still be evaluated, with the tasks that have neither a decision nor a final failure.
 # `answered`: those of them whose very answers are stored, so that they need no model.
 _UNFINISHED = """
-    with asked(task, task_id, ask_id) as (values {asked}),
+    with asked(task, task_id, ask_id, base_ask_id) as (values {asked}),
     newest as (select key, max(n) as n from arrivals group by key),
     settled as (
         select distinct e.checkpoint_id, e.task_id
@@ -63,7 +63,7 @@ _UNFINISHED = """
     join newest using (key, n)
     cross join asked l
     left join settled on settled.checkpoint_id = a.checkpoint_id and settled.task_id = l.task_id
-    left join stored on stored.checkpoint_id = a.checkpoint_id and stored.ask_id = l.ask_id
+    left join stored on stored.checkpoint_id = a.checkpoint_id and stored.ask_id in (l.ask_id, l.base_ask_id)
     where not a.failed and settled.task_id is null
     group by a.key, a.n
     order by max(a.arrived_at) desc, a.key
@@ -124,9 +124,8 @@ def unfinished(warehouse: WarehouseResource, lock: TaskLock) -> list[Unfinished]
 
 
 def _asked(lock: TaskLock) -> str:
-    return ", ".join(
-        f"({_literal(name)}, {_literal(task.task_id)}, {_literal(task.ask_id)})" for name, task in lock.tasks.items()
-    )
+    rows = [(name, task.task_id, task.ask_id, task.base_ask_id or task.ask_id) for name, task in lock.tasks.items()]
+    return ", ".join(f"({', '.join(map(_literal, row))})" for row in rows)
 
 
 def _literal(text: str) -> str:

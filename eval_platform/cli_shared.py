@@ -77,10 +77,11 @@ def suite_lock(
     A task that the suite names and that is not there is told on standard error and left out. Raises ConfigError when
     the suite is not there, or none of its tasks is.
     """
-    from eval_platform.tasks import find_suite
+    from eval_platform.tasks import find_suite, shipped_suites
 
-    names = list(find_suite(suite, config.suites).tasks)
-    if any(name not in lock.tasks and name not in lock.skipped for name in names):
+    names = list(find_suite(suite, config.suites, lock.groups).tasks)
+    is_suite = suite in config.suites or suite in shipped_suites()  # a group is in the lock as far as it can be had
+    if is_suite and any(name not in lock.tasks and name not in lock.skipped for name in names):
         selected = config.tasks.model_copy(update={"include": (), "suites": (suite,)})
         lock = synced(
             config.model_copy(update={"tasks": selected}), store, _suite_lock_path(config, lock_path, suite)

@@ -77,7 +77,8 @@ def tasks_sync(require_all: RequireAll = False, as_json: AsJson = False) -> None
 
 @tasks_app.command("list", epilog=example("eval-platform tasks list"))
 def tasks_list(
-    suite: Annotated[str | None, typer.Option(help="Only the tasks of this suite.")] = None, as_json: AsJson = False
+    suite: Annotated[str | None, typer.Option(help="Only the tasks of this suite, or group of lm-eval.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """The tasks of the lock: what every new checkpoint is asked, and what is skipped because its data is not here."""
     from eval_platform.tasks import TaskLock, find_suite, library_tasks, read_lock
@@ -87,7 +88,7 @@ def tasks_list(
     lock = read_lock(config.lock_path)
     absent: list[str] = []
     if suite is not None:
-        names = find_suite(suite, config.suites).tasks
+        names = find_suite(suite, config.suites, lock.groups).tasks
         absent = [name for name in names if name not in lock.tasks and name not in lock.skipped]
         lock = TaskLock(
             {name: lock.tasks[name] for name in names if name in lock.tasks},

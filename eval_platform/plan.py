@@ -25,6 +25,7 @@ class PlannedTask:
     name: str
     task_id: str
     ask_id: str
+    base_ask_id: str | None = None  # where it is asked without a chat, of which its file says something
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ def plan(
         )
     if not names:
         raise ConfigError("there is nothing to ask: the lock has no tasks", remedy="run `eval-platform tasks sync`")
-    planned = tuple(PlannedTask(name, lock.tasks[name].task_id, lock.tasks[name].ask_id) for name in names)
+    locked = [(name, lock.tasks[name]) for name in names]
+    planned = tuple(PlannedTask(name, task.task_id, task.ask_id, task.base_ask_id) for name, task in locked)
     if not old_lock:
         _refuse_old_lock(store, planned)
     served = served_entry(config, arrival)

@@ -254,8 +254,14 @@ def _identify(model: _Model, task: PlannedTask) -> _Evaluation:
     settings_id = content_id(model.settings.identity())
     checkpoint_id = model.checkpoint.checkpoint_id
     evaluation_id = content_id({"checkpoints": [checkpoint_id], "task_id": task.task_id, "settings_id": settings_id})
-    answers_id = content_id({"checkpoint": checkpoint_id, "ask_id": task.ask_id, "settings_id": settings_id})
+    asked = _ask_id(model, task)
+    answers_id = content_id({"checkpoint": checkpoint_id, "ask_id": asked, "settings_id": settings_id})
     return _Evaluation(evaluation_id, answers_id, settings_id, commits.slot(model.store, evaluation_id))
+
+
+def _ask_id(model: _Model, task: PlannedTask) -> str:
+    """What the model is asked: without a chat, whatever the task says of chats does not matter."""
+    return task.ask_id if model.settings.chat or task.base_ask_id is None else task.base_ask_id
 
 
 def _one_task(model: _Model, task: PlannedTask, watch: leases.LeaseWatch | None = None) -> int:
@@ -347,7 +353,7 @@ def _subject_fields(model: _Model, task: PlannedTask, ids: _Evaluation) -> dict[
         "weights_id": model.checkpoint.weights_id,
         "task": task.name,
         "task_id": task.task_id,
-        "ask_id": task.ask_id,
+        "ask_id": _ask_id(model, task),
         "settings_id": ids.settings_id,
         "answers_id": ids.answers_id,
         "settings": model.settings.identity(),

@@ -177,6 +177,20 @@ def test_templates_edited_then_only_the_scorer(place):
     assert [row["metric"] for row in place.sql("select metric from leaderboard")] == ["acc_norm"]
 
 
+def test_a_tasks_chat_edited_asks_no_base_model_again(place):
+    arrival = place.arrive()
+    for chat, stale in ((None, []), ({"system_prompt": "Be brief."}, [True]), ({"shots_as_turns": False}, [True] * 2)):
+        place.write_task("sums", **({} if chat is None else {"chat": chat}))
+        place.sync()
+        assert statuses(place, arrival) == ["published"]
+        rows = place.sql("select stale, origin, answers_id from evaluations order by finished_at")
+        assert [row["stale"] for row in rows] == [*stale, False]
+        assert {row["origin"] for row in rows[1:]} <= {"rescored"}
+        assert len({row["answers_id"] for row in rows}) == 1
+    assert len(place.asked()) == 80
+    assert place.loads() == 1
+
+
 def test_weights_a_b_a_under_one_name(place, models):
     first = place.arrive()
     assert statuses(place, first) == ["published"]

@@ -8,6 +8,7 @@ sync, snapshot, engine, scoring and stored rows.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +22,26 @@ from tiny_models import make_checkpoint
 from eval_platform.config import Tasks
 from eval_platform.engine import Engine, load, resolve_settings
 from eval_platform.errors import TaskError
+from eval_platform.report import board_of_rows, suite_markdown
+from eval_platform.report.suite_means import Cell, group_means
 from eval_platform.scoring import SAMPLE_SCHEMA, aggregate, responses_from_sample, score_items
 from eval_platform.store import LocalStore
-from eval_platform.tasks import SyncReport, build_task, load_task, package_versions, render, sync_tasks
+from eval_platform.tasks import (
+    SyncReport,
+    build_task,
+    find_suite,
+    harness_files,
+    load_task,
+    package_versions,
+    read_lock,
+    render,
+    sync_tasks,
+)
 from eval_platform.tasks import hub as our_hub
 from eval_platform.tasks.building import open_task
 from eval_platform.tasks.harness_files import folder as harness_folder
-from eval_platform.tasks.harness_files import leaves
+from eval_platform.tasks.harness_files import groups, leaves
+from eval_platform.tasks.lock import GroupMean, LockedGroup
 from eval_platform.values import Generation, Item, Request, Response, RunSettings, Score, make_request
 
 WORDS = ["the river", "a mountain", "seven", "London", "naïve café", "東京", "copy", "larger", "and so 12 on", "x"]
@@ -304,6 +318,71 @@ def test_scores_are_the_harness_own(
     assert len(rows) == theirs["n-samples"][name]["original"]
 
 
+def test_a_groups_mean_is_the_harness_own(
+    world: Path, engine: Once, synced: SyncReport, theirs: dict[str, Any]
+) -> None:
+    name = "include_base_44_belarusian"
+    suite = find_suite(name, {}, read_lock(world / "lock.json").groups)
+    assert suite.tasks == tuple(GROUP)
+    rows = [
+        {"key": "r/1", "run": "r", "step": 1, "n_parameters": None, "primary_metric": "acc", "attempt": 1}
+        | {"status": "published", "finished_at": 1, "reasons": []}
+        | asdict(score)
+        for task in GROUP
+        for score in _scores(world, engine, synced.lock.tasks[task].task_id)[0].values()
+        if score.subset == ""
+    ]
+    (line,) = board_of_rows(suite, synced.lock, rows).lines
+    expected = {
+        key.removesuffix(",none"): value
+        for key, value in theirs["groups"][name].items()
+        if "," in key and "_stderr" not in key
+    }
+    assert expected
+    assert 0 < expected["acc"] < 1
+    assert {score: cell.value for score, cell in line.means.items() if cell} == pytest.approx(expected)
+    # The tasks differ in size, so that another weighing gives another mean: theirs for it is ours too.
+    from lm_eval.api.metrics import aggregate_subtask_metrics
+
+    evenly = suite.model_copy(update={"means": tuple(replace(mean, by_size=False) for mean in suite.means)})
+    (other,) = board_of_rows(evenly, synced.lock, rows).lines
+    values = [theirs["results"][task]["acc,none"] for task in GROUP]
+    assert other.means["acc"] is not None
+    assert other.means["acc"].value == pytest.approx(aggregate_subtask_metrics(values, [3, 3, 6], False))
+    assert other.means["acc"].value != pytest.approx(expected["acc"])
+    # Without one of them there is none.
+    (short,) = board_of_rows(suite, synced.lock, [row for row in rows if row["task"] != GROUP[1]]).lines
+    assert set(short.means.values()) == {None}
+    assert "| mean (acc) |" in suite_markdown(board_of_rows(suite, synced.lock, rows))
+
+
+def test_groups_in_groups_and_every_way_to_name_filters() -> None:
+    found = groups("mmlu_pro_plus")
+    ((_, whole),) = found.items()
+    assert whole.means == (GroupMean("exact_match", ("custom-extract",), True),)
+    assert len(whole.tasks) == 14
+    assert groups("arc_easy") == {}
+    inner = {"group": "inner", "task": ["arc_challenge"], "aggregate_metric_list": {"metric": "acc"}}
+    outer = harness_files._groups("outer", {"group_alias": "Both", "task": ["arc_easy", inner]})
+    assert outer == {
+        "outer": LockedGroup("Both", ("arc_easy", "arc_challenge")),
+        "outer--inner": LockedGroup("outer::inner", ("arc_challenge",), (GroupMean("acc", None, True),)),
+    }
+    scores = {
+        "a": {"f1": Cell(0.5, 0.1, None, None, 4), "f1,x": Cell(0.2, 0.2, None, None, 3)},
+        "b": {"f1,x": Cell(0.8, None, None, None, 1)},
+    }
+    names = {task: list(given) for task, given in scores.items()}
+    made = group_means([GroupMean("f1", None, True)], names, scores)
+    # A task without the score is left out; sizes are 4 (the fullest score) and 1.
+    assert made["f1"] == Cell(0.5, 0.1, None, None, 4)
+    assert made["f1,x"] == Cell(pytest.approx((4 * 0.2 + 0.8) / 5), None, None, None, 4)
+    assert group_means([GroupMean("f1", ("x", "none", "y"), False)], names, scores) == {
+        "f1,x": Cell(pytest.approx(0.5), None, None, None, 4),
+        "f1": Cell(0.5, 0.1, None, None, 4),
+    }
+
+
 def test_the_numbers_are_not_all_alike(theirs: dict[str, Any]) -> None:
     values = [
         value
@@ -356,8 +435,6 @@ def test_a_score_that_is_no_mean_has_an_interval_and_no_value_without_an_answer(
 
 
 def test_another_code_than_was_synced_is_refused(world: Path, synced: SyncReport, engine: Once) -> None:
-    from dataclasses import replace
-
     task = load_task(LocalStore(world / "results"), synced.lock.tasks["cola"].task_id)
     assert task.definition.lm_eval is not None
     changed = task.definition.lm_eval.model_copy(update={"code": "0" * 64})
@@ -419,13 +496,14 @@ def test_without_the_package_the_error_names_it_and_the_name_stands_for_what_it_
 ) -> None:
     import importlib.util
 
-    asked, store, lock = Tasks(lm_eval=("arc_easy",)), LocalStore(tmp_path / "results"), tmp_path / "lock.json"
-    before = sync_tasks(asked, store, lock).lock.tasks
+    names = ("arc_easy", "include_base_44_belarusian")
+    asked, store, lock = Tasks(lm_eval=names), LocalStore(tmp_path / "results"), tmp_path / "lock.json"
+    before = sync_tasks(asked, store, lock).lock
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
 
     report = sync_tasks(asked, store, lock)
 
     assert 'pip install "eval-platform[lm-eval]"' in str(report.errors[0])
-    assert report.lock.tasks == before
-    assert list(before) == ["arc_easy"]
+    assert report.lock == before
+    assert sorted(before.tasks) == ["arc_easy", *GROUP]

@@ -1,6 +1,5 @@
 """What has each checkpoint scored on the tasks of a suite, by which rule, and what is missing?"""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from eval_platform import warehouse
 from eval_platform.report.names import called
+from eval_platform.report.suite_means import Cell, group_means, mean_cell
 from eval_platform.store import Store
 from eval_platform.tasks import Suite, TaskLock
 from eval_platform.warehouse.connection import literal
@@ -29,22 +29,12 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One number: what `values.Score` says of it."""
-
-    value: float | None
-    standard_error: float | None
-    ci_low: float | None
-    ci_high: float | None
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
 class Line:
     """One checkpoint; key says so where it was asked in chats. scores: task -> metric -> number, of what is published.
 
     missing: task -> why it is not. n_parameters: of the model, where it was recorded. average: of the suite's columns
-    that count in it, None unless all are there; a mean over whatever there is would compare nothing.
+    that count in it, None unless all are there; a mean over whatever there is would compare nothing. means: score ->
+    the mean that the suite, a group of lm-evaluation-harness, defines of it; None likewise.
     """
 
     key: str
@@ -54,6 +44,7 @@ class Line:
     scores: Mapping[str, Mapping[str, Cell]]
     missing: Mapping[str, str]
     average: Cell | None
+    means: Mapping[str, Cell | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +80,21 @@ def board_of_rows(suite: Suite, lock: TaskLock, rows: Sequence[Row], limit: int 
     for row in rows:
         by_key.setdefault(called(row), []).append(row)
     asked = [task for task in suite.tasks if task not in absent]
-    lines = tuple(_line(suite, primary, asked, found) for found in by_key.values())
+    names = {task: lock.tasks[task].score_names for task in suite.tasks if task in lock.tasks}
+    # What a task would give that is not there (skipped for want of data) nobody knows: there is no mean without it.
+    whole = len(names) == len(suite.tasks)
+    lines = tuple(_line(suite, primary, asked, names if whole else {}, found) for found in by_key.values())
     return SuiteBoard(suite, limit, primary, absent, lines)
 
 
-def _line(suite: Suite, primary: Mapping[str, str], asked: Sequence[str], rows: Sequence[Row]) -> Line:
+def _line(
+    suite: Suite,
+    primary: Mapping[str, str],
+    asked: Sequence[str],
+    names: Mapping[str, Sequence[str]],
+    rows: Sequence[Row],
+) -> Line:
+    """names: task -> the scores that it gives, for the suite's means."""
     scores: dict[str, dict[str, Cell]] = {}
     missing = dict.fromkeys(asked, "not evaluated")
     for task in suite.tasks:
@@ -121,27 +122,13 @@ def _line(suite: Suite, primary: Mapping[str, str], asked: Sequence[str], rows: 
         n_parameters=sizes[-1] if sizes else None,
         scores=scores,
         missing=missing,
-        average=_average([scores.get(task, {}).get(primary.get(task, "")) for task in counted]),
+        average=mean_cell([scores.get(task, {}).get(primary.get(task, "")) for task in counted]),
+        means=group_means(suite.means, names, scores),
     )
 
 
 def _cell(row: Row) -> Cell:
     return Cell(row["value"], row["standard_error"], row["ci_low"], row["ci_high"], row["n"])
-
-
-def _average(cells: Sequence[Cell | None]) -> Cell | None:
-    """The mean of the columns, each counting the same, with the standard error of a mean of independent numbers."""
-    there = [cell for cell in cells if cell is not None and cell.value is not None]
-    if not there or len(there) < len(cells):
-        return None
-    errors = [cell.standard_error for cell in there if cell.standard_error is not None]
-    return Cell(
-        value=math.fsum(cell.value or 0.0 for cell in there) / len(there),
-        standard_error=math.sqrt(math.fsum(e**2 for e in errors)) / len(there) if len(errors) == len(there) else None,
-        ci_low=None,
-        ci_high=None,
-        n=sum(cell.n for cell in there),
-    )
 
 
 def as_json(board: SuiteBoard) -> dict[str, Any]:
@@ -181,4 +168,8 @@ def as_rows(board: SuiteBoard) -> list[dict[str, Any]]:
         if line.average is not None:
             named = {**about, "task": None, "column": "average", "metric": None, "is_primary": None}
             found.append({**named, **asdict(line.average), "missing": None})
+        for score, cell in line.means.items():
+            if cell is not None:
+                named = {**about, "task": None, "column": "mean", "metric": score, "is_primary": None}
+                found.append({**named, **asdict(cell), "missing": None})
     return found

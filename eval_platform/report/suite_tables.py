@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from eval_platform.report.suite_board import Cell, Line, SuiteBoard
+from eval_platform.report.suite_board import Line, SuiteBoard
+from eval_platform.report.suite_means import Cell
 from eval_platform.tasks.metrics import METRICS
 from eval_platform.tasks.suite import Column
 
@@ -39,6 +40,7 @@ def _main_table(board: SuiteBoard) -> str:
     columns = board.suite.columns
     averaged = any(column.average for column in columns)
     heads = [_head(column.title, board.primary.get(column.task)) for column in columns]
+    means = list(dict.fromkeys(score for line in board.lines for score in line.means))
     lines = []
     for line in board.lines:
         cells = [
@@ -46,8 +48,10 @@ def _main_table(board: SuiteBoard) -> str:
             for column in columns
         ]
         average = [_average(line)] if averaged else []
-        lines.append([line.key, _size(line.n_parameters), *cells, *average])
-    return _table(["checkpoint", "size", *heads, *(["average"] if averaged else [])], lines)
+        group = [_mean(line, score) for score in means]
+        lines.append([line.key, _size(line.n_parameters), *cells, *average, *group])
+    last = [*(["average"] if averaged else []), *(_head("mean", score) for score in means)]
+    return _table(["checkpoint", "size", *heads, *last], lines)
 
 
 def _beside_table(board: SuiteBoard, columns: Sequence[Column]) -> str:
@@ -70,6 +74,12 @@ def _rules(board: SuiteBoard) -> str:
     counted = [column.title for column in board.suite.columns if column.average]
     if counted:
         told.append(f"- average: the mean of {', '.join(counted)}, where all are there")
+    if board.suite.means:
+        by_size = {mean.by_size for mean in board.suite.means}
+        how = "every item" if by_size == {True} else "every task" if by_size == {False} else "every item or every task"
+        told.append(
+            f"- mean: lm-evaluation-harness's of this group, {how} counting the same, where all tasks are there"
+        )
     return "Per cent ± standard error (n items).\n\n" + "\n".join(told)
 
 
@@ -97,6 +107,11 @@ def _shown(line: Line, task: str, metric: str | None, *, absent: bool) -> str:
 
 def _average(line: Line) -> str:
     return "" if line.average is None else _number(line.average, is_share=True)
+
+
+def _mean(line: Line, score: str) -> str:
+    cell = line.means.get(score)
+    return "" if cell is None else _number(cell, is_share=_is_share(score))
 
 
 def _is_share(metric: str) -> bool:

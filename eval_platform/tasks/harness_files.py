@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_platform.errors import TaskError
+from eval_platform.tasks.lock import GroupMean, LockedGroup
 
 _INSTALL = 'pip install "eval-platform[lm-eval]"'
 _NAMED = re.compile(
@@ -77,6 +78,18 @@ def leaves(name: str, overrides: Mapping[str, Any] | None = None) -> list[Leaf]:
         raise TaskError(f"group {name} of lm-eval has no tasks", remedy="name one of its tasks")
     distinct = {leaf.name: leaf for leaf in found}  # a task that two groups of a group hold is asked once
     return list(distinct.values())
+
+
+def groups(name: str) -> dict[str, LockedGroup]:
+    """The group of this name and all that it holds, by the names that they have here; none for a task or a tag.
+
+    Raises TaskError as `leaves`.
+    """
+    check_installed()
+    file = _names()["group"].get(name)
+    if name in _names()["task"] or file is None:
+        return {}
+    return _groups(name, read_config(file, functions=False))
 
 
 def our_name(task: str) -> str:
@@ -152,6 +165,34 @@ def _members(
                 f"group {group} of lm-eval defines its task {member['task']} itself, without a file",
                 remedy="name its other tasks one by one; this one is not supported",
             )
+
+
+def _groups(name: str, config: Mapping[str, Any]) -> dict[str, LockedGroup]:
+    """As `TaskFactory._build_group` of lm-eval 0.4.13: a group that stands only inside another has both names."""
+    tasks = dict.fromkeys(leaf.name for leaf in _members(name, config, {}, ()))
+    found = {our_name(name): LockedGroup(str(config.get("group_alias") or name), tuple(tasks), _means(config))}
+    members = config.get("task")
+    for member in members if isinstance(members, list) else []:
+        inner = member.get("group", member.get("task")) if isinstance(member, Mapping) else member
+        if file := _names()["group"].get(inner):
+            found |= _groups(inner, read_config(file, functions=False))
+        elif isinstance(member, Mapping) and "group" in member:
+            found |= _groups(f"{name}::{inner}", member)
+    return found
+
+
+def _means(config: Mapping[str, Any]) -> tuple[GroupMean, ...]:
+    """What `aggregate_metric_list` says (lm_eval/config/group.py). Its own function of an aggregation is never called
+    there (`api/group.py:Group.aggregate`): it is the mean always."""
+    said = config.get("aggregate_metric_list") or []
+    found = []
+    for one in [said] if isinstance(said, Mapping) else said:
+        filters = one.get("filter_list")
+        named = [filters] if isinstance(filters, str) else filters
+        found.append(
+            GroupMean(str(one["metric"]), None if named is None else tuple(named), one.get("weight_by_size", True))
+        )
+    return tuple(found)
 
 
 def _is_known(name: str) -> bool:

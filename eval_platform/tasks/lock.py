@@ -17,7 +17,8 @@ LOCK_VERSION = 1
 class LockedTask:
     """What must be known of a task without opening the store. The ids are identity, the rest is for people.
 
-    suites: those of the configured suites that it is in, the first of them its group in Dagster.
+    suites: those of the configured suites that it is in, the first of them its group in Dagster. base_ask_id: what is
+    asked where it is not asked as a chat; None where its file says nothing of chats, so that this is the ask_id.
     """
 
     task_id: str
@@ -37,6 +38,7 @@ class LockedTask:
     source: str
     licence: str
     suites: tuple[str, ...] = ()
+    base_ask_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,34 @@ class SkippedTask:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupMean:
+    """A mean over a group's tasks: of the metric after each of the filters; None: whichever filters the tasks have.
+
+    by_size: every item counts the same, so that a task weighs what it has of them; else every task counts the same.
+    """
+
+    metric: str
+    filters: tuple[str, ...] | None
+    by_size: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LockedGroup:
+    """A group of lm-evaluation-harness that the configuration names, or that such a one holds: our names of its tasks,
+    in its order, and the means that it defines over them."""
+
+    title: str
+    tasks: tuple[str, ...]
+    means: tuple[GroupMean, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TaskLock:
-    """Task name -> what it stands for, and tasks that are skipped for want of data; both sorted by name."""
+    """Task name -> what it stands for, tasks that are skipped for want of data, groups by name; all sorted by name."""
 
     tasks: Mapping[str, LockedTask]
     skipped: Mapping[str, SkippedTask] = field(default_factory=dict)
+    groups: Mapping[str, LockedGroup] = field(default_factory=dict)
 
 
 def read_lock(path: Path) -> TaskLock:
@@ -80,6 +105,7 @@ def read_lock(path: Path) -> TaskLock:
         return TaskLock(
             {name: _locked(entry) for name, entry in sorted(body["tasks"].items())},
             {name: SkippedTask(**entry) for name, entry in sorted(body.get("skipped", {}).items())},
+            {name: _group(entry) for name, entry in sorted(body.get("groups", {}).items())},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SchemaError(f"{path} is not a task lock: {error!r}", remedy="run `eval-platform tasks sync`") from error
@@ -91,6 +117,8 @@ def write_lock(path: Path, lock: TaskLock) -> bool:
     body["tasks"] = {name: _entry(task) for name, task in lock.tasks.items()}
     if lock.skipped:
         body["skipped"] = {name: asdict(task) for name, task in lock.skipped.items()}
+    if lock.groups:
+        body["groups"] = {name: asdict(group) for name, group in lock.groups.items()}
     text = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
@@ -101,12 +129,24 @@ def write_lock(path: Path, lock: TaskLock) -> bool:
     return True
 
 
+# Left out where they say nothing, so that a lock from before them stays what it was.
+_LATER = ("suites", "base_ask_id")
+
+
 def _entry(task: LockedTask) -> dict[str, Any]:
-    """Without `suites` where there are none, so that a lock from before them stays what it was."""
-    return {name: value for name, value in asdict(task).items() if name != "suites" or value}
+    return {name: value for name, value in asdict(task).items() if name not in _LATER or value}
 
 
 def _locked(entry: Mapping[str, Any]) -> LockedTask:
-    known = {one.name: entry[one.name] for one in fields(LockedTask) if one.name != "suites"}
+    known = {one.name: entry[one.name] for one in fields(LockedTask) if one.name not in _LATER}
     lists = {name: tuple(known[name]) for name in ("score_names", "tags")}
-    return LockedTask(**{**known, **lists, "suites": tuple(entry.get("suites", ()))})
+    later = {"suites": tuple(entry.get("suites", ())), "base_ask_id": entry.get("base_ask_id")}
+    return LockedTask(**{**known, **lists, **later})
+
+
+def _group(entry: Mapping[str, Any]) -> LockedGroup:
+    means = [
+        GroupMean(one["metric"], None if one["filters"] is None else tuple(one["filters"]), one["by_size"])
+        for one in entry["means"]
+    ]
+    return LockedGroup(entry["title"], tuple(entry["tasks"]), tuple(means))

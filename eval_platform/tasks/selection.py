@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval_platform import config
 from eval_platform.errors import ConfigError, TaskError
 from eval_platform.tasks.building import build_task
-from eval_platform.tasks.harness_files import Leaf, leaves, our_name
+from eval_platform.tasks.harness_files import Leaf, groups, leaves, our_name
+from eval_platform.tasks.lock import LockedGroup
 from eval_platform.tasks.reading import read_task_file, task_name
 from eval_platform.tasks.schema import TaskFile, did_you_mean
 from eval_platform.tasks.suite import OwnSuites, suites_of_tasks
@@ -71,23 +73,31 @@ def select_files(tasks: config.Tasks, own_suites: OwnSuites) -> tuple[dict[str, 
     return selected, errors
 
 
-def select_harness(names: Sequence[str], errors: list[TaskError]) -> tuple[list[Leaf], set[str]]:
-    """(tasks of lm-evaluation-harness that `[tasks] lm_eval` names, groups as their tasks; names that are none).
+@dataclass(frozen=True, slots=True)
+class OfHarness:
+    """What `[tasks] lm_eval` names: its tasks, groups as theirs; the groups; and names that are none."""
 
-    Adds to `errors`.
-    """
+    tasks: tuple[Leaf, ...]
+    groups: Mapping[str, LockedGroup]
+    unknown: frozenset[str]
+
+
+def select_harness(names: Sequence[str], errors: list[TaskError]) -> OfHarness:
+    """What the names of lm-evaluation-harness stand for. Adds to `errors`."""
     unknown: set[str] = set()
     found: dict[str, Leaf] = {}
+    in_groups: dict[str, LockedGroup] = {}
     for name in names:
         try:
             # A task that is named itself and stands in a group is asked as it is by itself.
             for leaf in leaves(name):
                 if leaf.name not in found or not leaf.groups:
                     found[leaf.name] = leaf
+            in_groups |= groups(name)
         except TaskError as error:
             errors.append(inside("[tasks] lm_eval: ", error))
             unknown.add(our_name(name))
-    return list(found.values()), unknown
+    return OfHarness(tuple(found.values()), in_groups, frozenset(unknown))
 
 
 def _named_by(task: str, in_suites: Mapping[str, Sequence[str]]) -> str:

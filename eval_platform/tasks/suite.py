@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval_platform.errors import ConfigError, TaskError
+from eval_platform.tasks.lock import GroupMean, LockedGroup
 from eval_platform.tasks.schema import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
@@ -31,14 +32,15 @@ class Column(_Section):
 
 
 class Suite(_Section):
-    """Tasks that belong together, in the order of their table."""
+    """Tasks that belong together, in the order of their table. means: what is computed over all that have the score."""
 
-    suite: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    suite: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     title: str
     about: str = ""
     source: str = ""
     citation: str = ""
     columns: tuple[Column, ...] = Field(min_length=1)
+    means: tuple[GroupMean, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -50,8 +52,11 @@ def shipped_suites() -> list[str]:
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
-def find_suite(name: str, own: OwnSuites) -> Suite:
-    """The suite of this name, one's own or shipped. Raises ConfigError when there is none, or there are two."""
+def find_suite(name: str, own: OwnSuites, groups: Mapping[str, LockedGroup] = MappingProxyType({})) -> Suite:
+    """The suite of this name, one's own, shipped, or a group of lm-evaluation-harness that the lock has.
+
+    Raises ConfigError when there is none, or one's own is called as one that is shipped.
+    """
     shipped = shipped_suites()
     if name in own and name in shipped:
         raise ConfigError(
@@ -61,7 +66,11 @@ def find_suite(name: str, own: OwnSuites) -> Suite:
         return Suite(suite=name, title=name, columns=tuple(Column(task=task, title=task) for task in own[name]))
     if name in shipped:
         return read_suite(SUITES / f"{name}.yaml")
-    known = [*own, *shipped]
+    if name in groups:
+        group = groups[name]
+        columns = tuple(Column(task=task, title=task) for task in group.tasks)
+        return Suite(suite=name, title=group.title, columns=columns, means=group.means)
+    known = [*own, *shipped, *groups]
     raise ConfigError(
         f"there is no suite {name!r}{did_you_mean(name, known)}",
         remedy=f"name one of {', '.join(known)}, or add your own under [suites]",

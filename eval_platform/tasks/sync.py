@@ -13,7 +13,7 @@ from eval_platform.tasks.differences import DocumentChange, compare_documents
 from eval_platform.tasks.documents import as_documents
 from eval_platform.tasks.facts import ItemFacts, item_facts
 from eval_platform.tasks.harness_files import Leaf
-from eval_platform.tasks.lock import LockedTask, SkippedTask, TaskLock, read_lock, write_lock
+from eval_platform.tasks.lock import LockedGroup, LockedTask, SkippedTask, TaskLock, read_lock, write_lock
 from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files, select_harness
 from eval_platform.tasks.snapshots import freeze_documents, frozen_ids
 from eval_platform.tasks.suite import NO_SUITES, OwnSuites, suites_of_tasks
@@ -50,7 +50,7 @@ class SyncReport:
 class _Built:
     """tasks: that work. errors: of those that do not; broken: the names these claim. skipped: there is no data.
 
-    facts: of the items of those tasks that are to be checked.
+    facts: of the items of those tasks that are to be checked. groups: of lm-evaluation-harness, as far as found.
     """
 
     tasks: list[Task]
@@ -58,6 +58,7 @@ class _Built:
     broken: set[str]
     skipped: dict[str, SkippedTask]
     facts: dict[str, ItemFacts]
+    groups: Mapping[str, LockedGroup]
 
 
 def sync_tasks(
@@ -91,7 +92,10 @@ def sync_tasks(
         warnings = _checked(store, built, check(built.facts))
     in_suites = suites_of_tasks(tasks.suites, own_suites)
     frozen = {name for name in built.skipped if name in before.tasks and _is_frozen(store, before.tasks[name])}
-    locked = {name: before.tasks[name] for name in built.broken | frozen if name in before.tasks}
+    # A group that cannot be looked up now (lm-eval is not installed) stands for its tasks.
+    of_groups = {task for name in built.broken if name in before.groups for task in before.groups[name].tasks}
+    broken = built.broken | (of_groups - {task.name for task in built.tasks} - set(built.skipped))
+    locked = {name: before.tasks[name] for name in broken | frozen if name in before.tasks}
     changed: list[str] = []
     documents: dict[str, DocumentChange] = {}
     shots: dict[str, DocumentChange] = {}
@@ -107,7 +111,9 @@ def sync_tasks(
                 shots[task.name] = change
     skipped = {name: skip for name, skip in built.skipped.items() if name not in frozen}
     locked = {name: replace(task, suites=in_suites.get(name, ())) for name, task in locked.items()}
-    lock = TaskLock(dict(sorted(locked.items())), dict(sorted(skipped.items())))
+    skipped |= {name: skip for name, skip in before.skipped.items() if name in broken and name not in locked}
+    groups = {name: group for name, group in before.groups.items() if {*group.tasks} <= of_groups} | dict(built.groups)
+    lock = TaskLock(dict(sorted(locked.items())), dict(sorted(skipped.items())), dict(sorted(groups.items())))
     write_lock(lock_path, lock)
     kept = {name: built.skipped[name] for name in sorted(frozen)}
     return SyncReport(lock, tuple(changed), tuple(built.errors), kept, documents, shots, warnings)
@@ -130,8 +136,9 @@ def _build(
     """Every selected task; what `proven` knows of an opened one is not rendered once more."""
     selected, errors = select_files(tasks, own_suites)
     files: dict[str, list[Path | Leaf]] = {name: [*paths] for name, paths in selected.items()}
-    of_harness, broken = select_harness(tasks.lm_eval, errors)
-    for leaf in of_harness:
+    of_harness = select_harness(tasks.lm_eval, errors)
+    broken = set(of_harness.unknown)
+    for leaf in of_harness.tasks:
         files.setdefault(leaf.name, []).append(leaf)
     facts: dict[str, ItemFacts] = {}
     built: dict[str, Task] = {}
@@ -167,7 +174,7 @@ def _build(
         built[name] = task
         if to_check(task):
             facts[name] = item_facts(task, items, shipped=_is_shipped(paths[0]))
-    return _Built(list(built.values()), errors, broken, skipped, facts)
+    return _Built(list(built.values()), errors, broken, skipped, facts, of_harness.groups)
 
 
 def _as_before(store: Store, opened: Task, locked: LockedTask | None) -> Task | None:
@@ -294,4 +301,5 @@ def _locked(task: Task) -> LockedTask:
         tags=tuple(tags),
         source=definition.source,
         licence=definition.licence,
+        base_ask_id=task.base_ask_id,
     )

@@ -49,6 +49,13 @@ class Task:
         return bool(self.definition.higher_is_better)
 
     @property
+    def base_ask_id(self) -> str | None:
+        """The ask_id of the task without what its `chat` says, under which the answers of models that are not asked
+        as a chat are kept; None where it says nothing."""
+        plain = ask_id(self.definition.model_copy(update={"chat": None}), self.dataset_id, self.fewshot_dataset_id)
+        return None if plain == self.ask_id else plain
+
+    @property
     def fields(self) -> frozenset[str]:
         """Every field that some document has: what a key like doc_to_text may name instead of being a template."""
         return frozenset().union(*(document.fields for document in self.documents))
