@@ -58,7 +58,7 @@ _MODULES = (
 # Variables that libraries read when they are loaded, so that setting them in a fork would come too late.
 _READ_AT_IMPORT = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "DNNL_", "ONEDNN_", "ATEN_", "ARROW_"),
-    *("TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("TORCH_", "PYTORCH_", "CUDA_", "NVIDIA_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_"),
     *("GLIBC_TUNABLES", "MALLOC_", "LD_", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED"),
 )
 _READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES"})  # when the first thing is put on a device
@@ -163,6 +163,7 @@ class _Nursery:
     """The serving process: who listens, which children live, who wants to know of their end."""
 
     listener: socket.socket
+    address: Path
     made_of: str
     read_at_import: dict[str, str]
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
@@ -228,6 +229,7 @@ class _Nursery:
             self.is_retired = True
             self.selector.unregister(self.listener)
             self.listener.close()
+            self.address.unlink()
 
     def _leave_behind(self) -> None:
         """In the child: what the nursery holds for others would keep them from seeing its end."""
@@ -286,7 +288,7 @@ def main(folder: Path) -> None:
     os.umask(mask)
     listener.listen()
     log.info("ready")
-    request = _Nursery(listener, made_of, read_at_import).serve()
+    request = _Nursery(listener, folder / _SOCKET, made_of, read_at_import).serve()
     if request is not None:
         _work(request)
 

@@ -65,7 +65,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("nursery")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(sitecustomize(folder / "python")))
+        patch.setenv("PYTHONPATH", str(sitecustomize(folder / "python")), prepend=os.pathsep)
         patch.setenv(CONTROL, str(folder / "place" / "control"))
         one = World(folder / "place")
         yield one
