@@ -185,8 +185,8 @@ def _checkpoint(arrival: Arrival, record: Mapping[str, Any]) -> dg.MaterializeRe
     )
 
 
-def checkpoint_metadata(arrival: Arrival, checkpoint_id: str, weights_id: str) -> dict[str, Any]:
-    """What a person wants to know of a checkpoint."""
+def checkpoint_metadata(arrival: Arrival, checkpoint_id: str, weights_id: str | None) -> dict[str, Any]:
+    """What a person wants to know of a checkpoint, or of a served model."""
     found: dict[str, Any] = {
         "run": arrival.run,
         "step": arrival.step,
@@ -197,6 +197,8 @@ def checkpoint_metadata(arrival: Arrival, checkpoint_id: str, weights_id: str) -
         "weights_id": weights_id,
     }
     shown = {name: value for name, value in found.items() if value is not None}
+    if arrival.served is not None:
+        return {**shown, **arrival.tags, "endpoint": arrival.uri}
     return {**shown, "path": dg.MetadataValue.path(arrival.uri)}
 
 
@@ -239,7 +241,7 @@ def _summary(
     warehouse.refresh()
     lines = {one.task: metadata.standing_line(one) for one in standing(warehouse, lock, [key])[key]}
     for outcome in outcomes:
-        if outcome.status in {"failed", "waiting"}:
+        if outcome.status in {"failed", "waiting", "skipped"}:
             lines[outcome.task] = metadata.Line(outcome.task, outcome.status, None, outcome.reasons)
     body = metadata.summary_metadata(arrival, list(lines.values()))
     version = marks(warehouse, lock).get(key) or content_id("nothing stands")

@@ -1,9 +1,12 @@
 """Is everything there that the platform needs? Looks, says what it found, and what to do about it."""
 
+import http.client
 import importlib.metadata
 import os
 import shutil
 import sys
+import urllib.error
+import urllib.request
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,13 @@ from eval_platform import __version__
 from eval_platform.config import S3, Config, load_config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.sandbox import describe as describe_sandbox
+from eval_platform.served import ServedModel
 from eval_platform.store import Store, layout, open_store, read_record
 from eval_platform.tasks import check_tasks, read_lock
 
 PACKAGES = ("dagster", "dagster-webserver", "torch", "transformers", "duckdb", "great-expectations", "pyarrow")
 LOW_DISK_GB = 5.0
+ANSWER_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,28 @@ def examine(config_file: Path | None) -> list[Finding]:
     findings += [_writable("results", config.results, config.s3), state := _writable("state", config.state)]
     if state.ok:
         findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config)]
-    return [*findings, *_tasks(config), _sandbox(config)]
+    return [*findings, *_tasks(config), _sandbox(config), *(_served(entry) for entry in config.served)]
+
+
+def _served(entry: ServedModel) -> Finding:
+    """Whether lm-evaluation-harness is there to ask it, and its endpoint answers at all; no key is sent."""
+    what = f"served {entry.name}"
+    try:
+        importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        remedy = 'pip install -c constraints.txt -e ".[lm-eval]"'
+        return Finding(what, False, "lm-evaluation-harness is not installed", remedy)
+    if entry.endpoint is None:
+        return Finding(what, True, f"{entry.provider} model {entry.model}; the provider's own endpoint is not asked")
+    try:
+        with urllib.request.urlopen(entry.endpoint, timeout=ANSWER_SECONDS) as reply:
+            status = reply.status
+    except urllib.error.HTTPError as error:  # it wants a POST and perhaps a key: it answers
+        status = error.code
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        found = f"{entry.endpoint} does not answer: {getattr(error, 'reason', error)}"
+        return Finding(what, False, found, "start the server, or mend `endpoint` in [[served]]")
+    return Finding(what, True, f"{entry.endpoint} answers (HTTP {status} to a GET)")
 
 
 def _python() -> Finding:

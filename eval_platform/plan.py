@@ -153,27 +153,27 @@ def not_asked(config: Config, lock: TaskLock, store: Store, key: str) -> dict[st
     entry = config.served_at(key)
     if entry is None:
         return {}
-    found = {name: why_not(entry, _definition(store, task.task_id)) for name, task in lock.tasks.items()}
-    return {name: why for name, why in found.items() if why is not None}
+    found: dict[str, str] = {}
+    for name, task in lock.tasks.items():
+        definition = _definition(store, task.task_id)
+        why = why_not(entry, definition) if definition is not None else None
+        if why is not None:
+            found[name] = why
+    return found
 
 
 # By results root and task_id: a definition never changes.
 _definitions: dict[tuple[str, str], Mapping[str, Any]] = {}
 
 
-def _definition(store: Store, task_id: str) -> Mapping[str, Any]:
-    """The keys of a task's definition. Raises ConfigError when this results root does not have it."""
-    known = _definitions.get((store.uri, task_id))
-    if known is None:
-        try:
-            known = records.read_record(store, layout.task(task_id))["definition"]
-        except KeyError as error:
-            raise ConfigError(
-                f"task {task_id} of the lock is not in the results root {store.uri}",
-                remedy="run `eval-platform tasks sync`",
-            ) from error
-        _definitions[store.uri, task_id] = known
-    return known
+def _definition(store: Store, task_id: str) -> Mapping[str, Any] | None:
+    """The keys of a task's definition; None where it was never synced to this results root, which `plan` refuses."""
+    if (store.uri, task_id) not in _definitions:
+        record = records.find_record(store, layout.task(task_id))
+        if record is None:
+            return None
+        _definitions[store.uri, task_id] = record["definition"]
+    return _definitions[store.uri, task_id]
 
 
 def _refuse_old_lock(store: Store, planned: Sequence[PlannedTask]) -> None:

@@ -9,8 +9,9 @@ import dagster as dg
 
 from assets.partitions import checkpoints
 from assets.results import ARRIVAL_TAG, CHECKPOINT, EVALUATE_JOB, SUMMARY, TASKS_TAG, arrival_name, results_key
-from eval_platform.checkpoints import Found, Watch, discover, hold
-from eval_platform.store import arrivals, register_root, watcher_id
+from eval_platform.checkpoints import Found, Watch, as_found, discover, hold
+from eval_platform.config import Config
+from eval_platform.store import Store, arrivals, register_root, watcher_id
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Arrival, Incomplete
 from resources.store import StoreResource
@@ -71,6 +72,7 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
                 found.append(candidate)
             else:
                 waiting.append(candidate)
+        found += _configured(config, opened, known)
         watcher = watcher_id(config.state_dir)
         requests, events, added = [], [], []
         for one in _in_turn(found):
@@ -89,7 +91,7 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
                 dg.AssetObservation(
                     CHECKPOINT,
                     partition=arrival.key,
-                    description=f"arrival {arrival.n}; " + ("held by hard links" if held else "not held: copied later"),
+                    description=f"arrival {arrival.n}; " + _hold_told(arrival, held=held),
                 )
             )
         cursor = {
@@ -111,6 +113,22 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
         )
 
     return new_checkpoints
+
+
+def _configured(config: Config, store: Store, known: Collection[str]) -> list[Found]:
+    """The `[[served]]` models that the store or Dagster does not know as they are configured. No server is asked."""
+    found = []
+    for one in (as_found(entry) for entry in config.served):
+        newest = arrivals.newest(store, one.key)
+        if one.key not in known or newest is None or newest.fingerprint != one.fingerprint:
+            found.append(one)
+    return found
+
+
+def _hold_told(arrival: Arrival, *, held: bool) -> str:
+    if arrival.served is not None:
+        return "a served model"
+    return "held by hard links" if held else "not held: copied later"
 
 
 def _in_turn(found: Iterable[Found]) -> list[Found]:

@@ -12,6 +12,8 @@ from assets.results import ARRIVAL_TAG, TASKS_TAG, arrival_name, results_key
 from assets.standing import Unfinished
 from eval_platform.checkpoints import hold, release_other_holds
 from eval_platform.config import Config
+from eval_platform.plan import not_asked
+from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.store import Store, arrivals, commits, layout, log, tries
 from eval_platform.tasks import TaskLock
 from sensors.arrivals import run_request
@@ -71,6 +73,9 @@ def repairs(
         name = arrival_name(one.key, one.n)
         if one.key not in known or memory.settled.get(name) == one:
             continue
+        is_served = config.served_at(one.key) is not None
+        if one.key.startswith(f"{SERVED_ROOT}/") and not is_served:
+            continue  # configured no more: how it is asked stands nowhere else
         if looked == LOOKED_AT_PER_TICK or count == REPAIRS_PER_TICK:
             return
         looked += 1
@@ -84,9 +89,9 @@ def repairs(
         if any(_will_be_retried(record, records) for record in records):
             continue
         asked = {task for record in records for task in _asked_of(record.dagster_run, lock)}
-        if not records and one.key.partition("/")[0] in roots:
+        if not records and (is_served or one.key.partition("/")[0] in roots):
             asked = set(lock.tasks)  # `eval-platform run` asks its own checkpoints what it was told to ask, no more
-        owed = (asked | _due(config, one)) & one.missing
+        owed = (asked | _due(config, one)) & one.missing - not_asked(config, lock, store, one.key).keys()
         if not owed:
             memory.settled[name] = one
             continue

@@ -373,6 +373,11 @@ def _listening(kind: Any, heard: _Heard) -> Any:
             heard.said += outputs if isinstance(outputs, list) else [outputs]
             return outputs
 
+        def _create_payload(self, *args: Any, **keys: Any) -> Any:
+            payload = super()._create_payload(*args, **keys)
+            # No stop string is no field: `transformers serve` fails on an empty list.
+            return {name: value for name, value in payload.items() if name != "stop" or value}
+
     return Listening
 
 
