@@ -1,6 +1,6 @@
-"""`eval-platform up`: Dagster's code server, daemon and web server over the configured folders, kept running.
+"""`eval-platform up`: Dagster's code server, daemon and web server over the configured folders, and the nursery.
 
-The three are processes of their own, started with this interpreter; what they are is written to `<state>/up.json`, so
+They are processes of their own, started with this interpreter; what they are is written to `<state>/up.json`, so
 that a later `up` ends what a power cut or a kill -9 left of them, by process id. A server that dies is started again.
 """
 
@@ -66,7 +66,7 @@ class Platform:
         return dead
 
     def stop(self) -> None:
-        """End the servers in the order daemon, web server, code server, then the workers that they started."""
+        """End the servers, what starts work first and what work hangs on last; then the workers they started."""
         for name in ("daemon", "webserver", "code_server", "nursery"):
             process = self.processes.get(name)
             if process is not None and process.poll() is None:
