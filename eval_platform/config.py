@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eval_platform.errors import ConfigError
+from eval_platform.identity import content_id
 from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.served import ServedModel
 from eval_platform.values import RunSettings
@@ -230,7 +231,8 @@ class Config(_Section):
 
     @property
     def catalog_path(self) -> Path:
-        return self.state_dir / "catalog.duckdb"
+        """A mirror of its own for every results root: `run --results` elsewhere leaves this one's as it is."""
+        return self.state_dir / f"catalog-{content_id(self.results)[:8]}.duckdb"
 
     @property
     def cache_dir(self) -> Path:

@@ -24,6 +24,7 @@ from eval_platform.store.base import Entry, check_key, check_prefix
 from eval_platform.store.s3_requests import DEADLINE_S, Requests, code_of, status_of
 
 SCHEME = "s3://"
+PAGE_KEYS = 1000  # what S3 lists at most in one answer
 MAX_CREATED_BYTES = 5 * 2**30  # what one PutObject may carry
 PART_BYTES = 16 * 2**20
 _MAX_PARTS = 10_000
@@ -54,7 +55,7 @@ class S3Store:
 
     def list(self, prefix: str, delimiter: str | None = None, after: str | None = None) -> Iterator[Entry]:
         check_prefix(prefix)
-        where: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
+        where: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, "MaxKeys": PAGE_KEYS}
         if delimiter is not None:
             where["Delimiter"] = delimiter
         if after is not None:

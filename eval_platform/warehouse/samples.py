@@ -1,9 +1,10 @@
 """Where are the samples? In the files that the evaluations name, never in what a glob finds."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_platform.errors import QueryError
-from eval_platform.store import LocalStore, Store, layout
+from eval_platform.store import Store, layout
+from eval_platform.store.nearby import local_files
 from eval_platform.warehouse.connection import literal
 
 if TYPE_CHECKING:
@@ -11,16 +12,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def define_samples(con: "duckdb.DuckDBPyConnection", store: Store) -> list[str]:
+def define_samples(con: "duckdb.DuckDBPyConnection", store: Store, cache: Path) -> list[str]:
     """Define the view `samples` on this connection; returns the paths that it reads.
 
     One row per sample of every committed attempt, whatever its status: with `scoring.SAMPLE_SCHEMA` come who was
     asked what (key, run, step and task of the arrival that it was first asked for; a linked copy has the same
-    checkpoint_id), `status`, and the prompt. Files that `prune` has removed are left out.
-    Raises QueryError when the store is not on this machine.
+    checkpoint_id), `status`, and the prompt. Files that `prune` has removed are left out. Of a store that is not on
+    this machine copies are read, which are kept in `cache`. Raises StoreError when they cannot be had.
     """
-    if not isinstance(store, LocalStore):
-        raise QueryError(f"samples of {store.uri} cannot be read in place", remedy="query a results folder on disk")
     rows = con.execute(
         """
         select e.evaluation_id, e.attempt, e.status, e.key, a.run, a.step, e.task, e.task_id, e.checkpoint_id,
@@ -29,13 +28,13 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store) -> list[str]:
         where e.samples_key is not null
         """
     ).fetchall()
-    files, prompts = [], {}
-    for *known, samples_key, prompts_id in rows:
-        path = store.path(samples_key)
-        if path.is_file():
-            files.append((*known, str(path), prompts_id))
-            prompts[prompts_id] = store.path(layout.prompts(prompts_id))
-    prompt_files = {prompts_id: str(path) for prompts_id, path in prompts.items() if path.is_file()}
+    prompt_keys = {row[-1]: layout.prompts(row[-1]) for row in rows}
+    near = local_files(store, dict.fromkeys([*(row[-2] for row in rows), *prompt_keys.values()]), cache)
+    files = [(*known, str(near[key]), prompts_id) for *known, key, prompts_id in rows if key in near]
+    asked = {file[-1] for file in files}
+    prompt_files = {
+        prompts_id: str(near[key]) for prompts_id, key in prompt_keys.items() if prompts_id in asked and key in near
+    }
     con.execute("create schema memory.bookkeeping")
     con.register("_described", _described(files, prompt_files))
     con.execute("create table memory.bookkeeping.sample_files as from _described")
