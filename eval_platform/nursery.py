@@ -11,8 +11,8 @@ it; the child's answer `{"pid": n}` or the nursery's `{"refused": why}`; later s
 exit code. Only the nursery signals its children, so no number of an ended process is ever used. A worker whose
 nursery was killed goes on to its end, like one whose driver was killed.
 
-Forking is safe because nothing here computes: no OpenMP team, no CUDA context exists before the fork. A nursery that
-finds a GPU driver opened by an import retires at once.
+Forking is safe because nothing here computes: no OpenMP team, no CUDA context exists before the fork. Where an import
+has begun to use a GPU all the same, nothing is forked.
 """
 
 import gc
@@ -274,8 +274,8 @@ def main(folder: Path) -> None:
     with collector_paused():
         for module in _MODULES:
             importlib.import_module(module)
-    if (device := _opened_device()) is not None:
-        log.warning("an import opened %s; workers start the ordinary way", device)
+    if not _forks_may_use_gpus():
+        log.warning("an import began to use a GPU, which cannot go on in a fork: workers start the ordinary way")
         signal.pause()  # a nursery that ended would be started again, for nothing
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page that holds an object
@@ -329,13 +329,14 @@ def _made_of() -> str:
     return ordered_id([sys.executable, sys.version, *stamps])
 
 
-def _opened_device() -> str | None:
-    """A GPU's device file that this process holds open, or None."""
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            if (target := os.readlink(entry)).startswith(("/dev/nvidia", "/dev/kfd")):
-                return target
-    return None
+def _forks_may_use_gpus() -> bool:
+    """Whether torch lets a fork of this process put things on a GPU: asked in a fork, where alone it is known."""
+    import torch
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitpid(pid, 0)[1] == 0
 
 
 @contextmanager
