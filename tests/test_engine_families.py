@@ -106,7 +106,7 @@ def test_a_family_has_right_numbers_with_onednns_packed_products(
     monkeypatch.setattr(kernels, "_SMALL_MODEL", 0)
     monkeypatch.setattr(kernels, "_choose", lambda samples, seconds: dict.fromkeys(samples, "onednn-packed"))
     tiny = subject(make_family(tmp_path, family), "tree")
-    assert any(type(module) is kernels._Linear for module in tiny.engine._model.modules())  # type: ignore[attr-defined]
+    assert any(type(module) is kernels.Linear for module in tiny.engine._model.modules())  # type: ignore[attr-defined]
     answered, completed = ask(tiny.engine, SCORED), ask(tiny.engine, COMPLETED)
     for request in SCORED:
         check_scored(tiny, request, answered[request.request_id, 0])

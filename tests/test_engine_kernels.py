@@ -134,7 +134,7 @@ def test_deterministic_leaves_torch_and_repeats_to_the_last_digit(dtype: torch.d
     chosen = install(model, deterministic=True)
     assert set(chosen.linear.values()) == {"torch"}
     assert chosen.threads == threads == torch.get_num_threads()
-    assert not any(isinstance(module, kernels._Linear) for module in model.modules())
+    assert not any(isinstance(module, kernels.Linear) for module in model.modules())
     tokens = torch.arange(200)[None]
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, model(tokens).logits)
@@ -184,7 +184,7 @@ def test_a_packed_layer_whose_weight_is_read_becomes_what_it_was(dtype: torch.dt
     layer = (Conv1D(48, 24) if is_transposed else nn.Linear(24, 48)).to(dtype)
     original, x = layer.weight.detach().clone(), _random(1, 5, 24, dtype=dtype)
     expected = layer(x)
-    swapped = kernels._Linear(layer, "onednn-packed")
+    swapped = kernels.Linear(layer, "onednn-packed")
     assert not [name for name, _ in swapped.named_parameters() if "weight" in name]
     torch.testing.assert_close(swapped(x), expected)
     assert torch.equal(swapped.weight, original)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_oracle import Subject, ask, check_completed, check_scored, decoding_with, running_with, subject
 from model_families import FAMILIES, make_family
 from test_engine_trie import check_what_is_kept
 
-from eval_platform.engine import attention, load, tree
+from eval_platform.engine import attention, load, narrowing, tree
+from eval_platform.engine.attention import StreamPass
 from eval_platform.engine.decoding import _Run
 from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
@@ -74,11 +76,11 @@ def causal_off_by(keys: int) -> Plant:
 def positions_after_a_branch(patch: pytest.MonkeyPatch) -> None:
     run = PackedModel.run
 
-    def shifted(self: PackedModel, forward: Forward) -> Any:
+    def shifted(self: PackedModel, forward: Forward, wanted: Any = None) -> Any:
         positions = forward.positions.copy()
         for piece in forward.pieces:
             positions[piece.row : piece.stop] += piece.node.parent is not None
-        return run(self, replace(forward, positions=positions))
+        return run(self, replace(forward, positions=positions), wanted)
 
     patch.setattr(PackedModel, "run", shifted)
 
@@ -87,9 +89,9 @@ def block_of_another_node(patch: pytest.MonkeyPatch) -> None:
     """What is kept of a node are the keys and values of as many rows at the start of its forward."""
     run = PackedModel.run
 
-    def mistaken(self: PackedModel, forward: Forward) -> Any:
+    def mistaken(self: PackedModel, forward: Forward, wanted: Any = None) -> Any:
         keep = [(Piece(piece.node, piece.first, piece.last, 0), block) for piece, block in forward.keep]
-        return run(self, replace(forward, keep=keep))
+        return run(self, replace(forward, keep=keep), wanted)
 
     patch.setattr(PackedModel, "run", mistaken)
 
@@ -128,6 +130,22 @@ def target_row_off_by(rows: int) -> Plant:
         want(wanted, end, first + rows, tokens, part)
 
     return lambda patch: patch.setattr(tree, "_want", off)
+
+
+def last_layer_off_by(rows: int) -> Plant:
+    wanted_rows = narrowing._rows
+
+    def off() -> Any:
+        found = wanted_rows()
+        return None if found is None else (found + rows).clamp_min(0)
+
+    return lambda patch: patch.setattr(narrowing, "_rows", off)
+
+
+def last_attention_of_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        StreamPass, "_wanted_in", lambda self, *_: torch.empty(0, dtype=torch.long) if self.is_narrow else None
+    )
 
 
 def slot_not_moved(patch: pytest.MonkeyPatch) -> None:
@@ -188,6 +206,9 @@ BUGS: dict[str, tuple[Plant, str, bool]] = {
     # What the check at load does not run: gathering of targets, and slots of several samples.
     "target read one row late": (target_row_off_by(1), "llama", False),
     "target read one row early": (target_row_off_by(-1), "llama", False),
+    # There the last layer is then computed for all rows.
+    "the last products of the row before": (last_layer_off_by(-1), "llama", False),
+    "the last attention left out": (last_attention_of_nothing, "llama", False),
     "slot not moved on retirement": (slot_not_moved, "llama", False),
     "decoding forgets the newest key": (decoding_off(lengths=-1), "llama", True),
     "decoding sees an empty slot": (decoding_off(lengths=1), "llama", True),

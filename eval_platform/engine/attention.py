@@ -14,7 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -29,6 +31,8 @@ _SCORES = 2**20
 _SHORT = 48
 # A bunch's longest piece is at most this many times its shortest: what fills up is computed for nothing.
 _FILL = 1.5
+# In the last layer so many times fewer wanted rows than rows are few: they are then attended for by themselves.
+_FEW = 4
 # Arguments of attention functions that change nothing here: the mask's marker carries the window, the rest is about
 # outputs and caches. Anything else that is set is a kind of attention we do not know.
 _HARMLESS = {
@@ -110,14 +114,41 @@ class Pass(abc.ABC):
     positions: Tensor  # [rows], absolute
     reaches: Sequence[Reach] | None  # of the model's masks, in the order it makes them; None: find out
     found: list[Reach] = field(default_factory=list)
+    # Rows, ascending, whose last hidden state is asked for; None: all. Nobody looks at the last layer of the others.
+    wanted: NDArray[np.int64] | None = None
+    all_layers: int = 0  # how many attend; 0: not known yet
     layers: int = 0
     masks: int = 0
     token_bytes: int = 0  # of one token's keys and values, in all layers so far
     broken: Broken | None = None
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether what is computed now serves the wanted rows alone: in the last layer's attention and behind it."""
+        return self.wanted is not None and 0 < self.all_layers <= self.layers + 1
+
     @abc.abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> Tensor:
         """query [heads, rows, d], key and value [key-value heads, rows, d] -> [rows, heads, d of value]."""
+
+    def look_at(
+        self,
+        output: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        rows: slice | Tensor,
+        blocks: Sequence[tuple[Tensor, Tensor, int]],
+        how: "How",
+    ) -> None:
+        """Merge into `output` and `lse` what `rows` see of blocks (keys, values, position of the first)."""
+        chosen, at = query[:, :, rows], self.positions[rows]
+        so_far, so_far_lse = output[:, :, rows], lse[:, :, rows]
+        for keys, values, start in blocks:
+            part = _dense(chosen, keys, values, at, start, how)
+            if part is not None:
+                _merge(so_far, so_far_lse, *part)
+        if not isinstance(rows, slice):  # those were copies
+            output[:, :, rows], lse[:, :, rows] = so_far, so_far_lse
 
     def look_at_layer(self, *states: Tensor) -> None:
         """Note what is not finite of a layer's queries, keys and values. The fused kernel would hide it: torch 2.13 on
@@ -164,21 +195,45 @@ class StreamPass(Pass):
             output, lse = _empty(grouped, value)
             for piece in self.pieces:
                 rows = slice(piece.row, piece.stop)
-                part = _causal(grouped[:, :, rows], key[:, rows], value[:, rows], self.positions[rows], how)
-                output[:, :, rows], lse[:, :, rows] = part
+                some = self._wanted_in(piece.row, piece.stop)
+                if some is None:
+                    part = _causal(grouped[:, :, rows], key[:, rows], value[:, rows], self.positions[rows], how)
+                    output[:, :, rows], lse[:, :, rows] = part
+                    continue
+                output[:, :, rows], lse[:, :, rows] = 0.0, 0.0
+                if len(some):
+                    part = _blocked(
+                        grouped[:, :, some],
+                        key[:, rows],
+                        value[:, rows],
+                        self.positions[some],
+                        self.positions[rows],
+                        how,
+                    )
+                    output[:, :, some], lse[:, :, some] = part
             for bunch in self.bunches:
                 output[:, :, bunch.rows], lse[:, :, bunch.rows] = _bunched(grouped, key, value, bunch, how)
             for ancestor in self.ancestors:
-                rows = slice(ancestor.first, ancestor.last)
+                some = self._wanted_in(ancestor.first, ancestor.last)
+                if some is not None and not len(some):
+                    continue
                 if isinstance(ancestor.source, Piece):
                     there = slice(ancestor.source.row, ancestor.source.stop)
                     keys, values = key[:, there], value[:, there]
                 else:
                     keys, values = ancestor.source.layers[layer]
-                part = _dense(grouped[:, :, rows], keys, values, self.positions[rows], ancestor.start, how)
-                if part is not None:
-                    _merge(output[:, :, rows], lse[:, :, rows], *part)
+                rows = slice(ancestor.first, ancestor.last) if some is None else some
+                self.look_at(output, lse, grouped, rows, [(keys, values, ancestor.start)], how)
         return _finish(output, lse, how)
+
+    def _wanted_in(self, first: int, last: int) -> Tensor | None:
+        """The wanted rows from `first` to `last`, where it is they alone that count and few; None: take all."""
+        if self.wanted is None or not self.is_narrow:
+            return None
+        low, high = np.searchsorted(self.wanted, (first, last))
+        if (high - low) * _FEW > last - first:
+            return None
+        return torch.from_numpy(self.wanted[low:high]).to(self.positions.device)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -199,15 +254,8 @@ class DecodingPass(Pass):
         grouped = query.unflatten(0, (key.shape[0], -1))
         output, lse = _own(grouped, keys[:rows, :, : self.longest + 1], values[:rows, :, : self.longest + 1], self, how)
         for group in self.groups:
-            chosen = grouped[:, :, group.rows]
-            at = self.positions[group.rows]
-            so_far, so_far_lse = output[:, :, group.rows], lse[:, :, group.rows]
-            for block in group.blocks:
-                part = _dense(chosen, *block.layers[self.layers], at, block.start, how)
-                if part is not None:
-                    _merge(so_far, so_far_lse, *part)
-            if not isinstance(group.rows, slice):  # those were copies
-                output[:, :, group.rows], lse[:, :, group.rows] = so_far, so_far_lse
+            blocks = [(*block.layers[self.layers], block.start) for block in group.blocks]
+            self.look_at(output, lse, grouped, group.rows, blocks, how)
         return _finish(output, lse, how)
 
 
@@ -222,6 +270,11 @@ class How:
 
 
 _current: ContextVar[Pass | None] = ContextVar("_current", default=None)
+
+
+def current() -> Pass | None:
+    """The pass that is running, if one is."""
+    return _current.get()
 
 
 @contextlib.contextmanager

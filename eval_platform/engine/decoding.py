@@ -18,6 +18,7 @@ from eval_platform.engine.batching import again_with_less
 from eval_platform.engine.completion import PLAIN, Completion, Prompt, StopFinder, generator, sample
 from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
+from eval_platform.engine.remembering import Remembered
 from eval_platform.engine.stream import Block, Kept, forwards
 from eval_platform.engine.trie import Node
 
@@ -85,9 +86,10 @@ def complete(
     ends: frozenset[int],
     *,
     budget: int,
+    remembered: Remembered | None = None,
 ) -> Iterator[tuple[Prompt, Completion]]:
     """Complete every prompt, each as soon as its completion has ended. A prompt's completion depends on its own
-    tokens, settings and seed only, beyond rounding.
+    tokens, settings and seed only, beyond rounding. What is `remembered` is not computed again; what ends is added.
 
     When memory runs out the samples at hand start again with half as many at once. Raises MemoryError when a single one
     does not fit.
@@ -99,7 +101,8 @@ def complete(
     done: set[int] = set()
 
     def attempt() -> Iterator[tuple[Prompt, Completion]]:
-        for prompt, completion in _Run(packed, head, tokenizer, waiting, ends, budget, slots).samples():
+        run = _Run(packed, head, tokenizer, waiting, ends, budget, slots, remembered)
+        for prompt, completion in run.samples():
             done.add(prompt.owner)
             yield prompt, completion
 
@@ -109,6 +112,8 @@ def complete(
             return False
         slots //= 2
         budget = max(1, budget // 2)
+        if remembered is not None:
+            remembered.clear()
         _log.warning("out of memory; going on with %d completions at once", slots)
         waiting = [prompt for prompt in waiting if prompt.owner not in done]
         return True
@@ -128,12 +133,14 @@ class _Run:
         ends: frozenset[int],
         budget: int,
         slots: int,
+        remembered: Remembered | None,
     ) -> None:
         self._packed = packed
         self._head = head
         self._ends = ends
         self._budget = budget
         self._kept = Kept()
+        self._remembered = remembered
         self._computed: set[Node] = set()
         self._ruined: set[Node] = set()
         self._last_hidden: dict[Node, Tensor] = {}
@@ -146,6 +153,10 @@ class _Run:
                 one.own = one.length
             else:
                 one.own = 0 if self._users[one.end] > 1 else len(one.end.tokens)
+        if remembered is not None:
+            # Of its last token the hidden state is needed.
+            paths = [(_tokens(one.end), one.end, one.length - 1) for one in self._queue]
+            self._computed |= remembered.lay(self._kept, paths)
         self._queue.reverse()  # taken from its end
         self._active: list[_Sample] = []
         # On a GPU slots are made once, as large as any sample may need: a step recorded for them stays good.
@@ -175,14 +186,15 @@ class _Run:
         order = sorted(nodes, key=self._place.__getitem__)
         self._kept.pinned |= nodes
         for forward in forwards(order, self._budget, self._kept):
-            hidden, broken = self._packed.run(forward)
+            ending = [p for p in forward.pieces if p.last == len(p.node.tokens) and p.node in self._ending]
+            hidden, broken = self._packed.run(forward, np.array([piece.stop - 1 for piece in ending], dtype=np.int64))
+            for piece, state in zip(ending, hidden, strict=True):
+                self._last_hidden[piece.node] = state.clone()
             bad = None if broken is None else broken.rows.cpu().numpy()
             for piece in forward.pieces:
                 node = piece.node
                 if node.parent in self._ruined or (bad is not None and bad[piece.row : piece.stop].any()):
                     self._ruined.add(node)
-                if piece.last == len(node.tokens) and node in self._ending:
-                    self._last_hidden[node] = hidden[piece.stop - 1].clone()
         self._computed |= nodes
         self._groups = None
 
@@ -314,6 +326,8 @@ class _Run:
         """Free the slots of `ended`, and the shared nodes that nobody uses any more."""
         for one in ended:
             row, last = self._active.index(one), len(self._active) - 1
+            if self._remembered is not None:
+                self._remember(self._remembered, row, one)
             if row != last:
                 moved = self._active[row] = self._active[last]
                 length = moved.own + len(moved.completion.tokens)
@@ -328,6 +342,32 @@ class _Run:
         for one in ended:
             for prompt in one.prompts:
                 yield prompt, one.completion
+
+    def _remember(self, remembered: Remembered, row: int, one: _Sample) -> None:
+        """Keep what the sample in slot `row` has computed: all of its prompt, and what it drew but for the last token,
+        which was never read.
+        """
+        drawn = one.completion.tokens[:-1]
+        if one.completion.finish_reason == "non_finite":
+            return
+        blocks = [] if self._packed.on_gpu else [b for node in _down(one.end) for b in self._kept.blocks.get(node, ())]
+        here = one.own + len(drawn)
+        if here:
+            slot = Block(one.length - one.own, one.length + len(drawn))
+            for keys, values in zip(self._slots.keys, self._slots.values, strict=True):
+                slot.layers.append((keys[row, :, :here].clone(), values[row, :, :here].clone()))
+            blocks.append(slot)
+        remembered.add(np.concatenate([_tokens(one.end), np.asarray(drawn, dtype=np.int64)]), blocks)
+
+
+def _down(end: Node) -> list[Node]:
+    """The path to `end`, root first."""
+    return list(end.path())[::-1]
+
+
+def _tokens(end: Node) -> trie.Tokens:
+    """All tokens of the sequence that ends with the node `end`."""
+    return np.concatenate([node.tokens for node in _down(end)])
 
 
 def _samples(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[_Sample], dict[Node, int]]:

@@ -1,6 +1,7 @@
 """The engine's face: what every way of running a model offers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,14 @@ class Engine(Protocol):
         Raises, when iterated: TaskError for a request that no answer exists for (empty continuation, longer than
         the model's window), naming it, before anything is computed; CheckpointError for a tokenizer that cannot
         encode it for this model; MemoryError when a single request does not fit.
+        """
+        ...
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """Within, completions are kept for what goes on from them: of a later request that begins with an earlier
+        prompt and its answer (the next turn of a conversation) only what is new is computed. What is kept is bounded
+        by a share of the free memory, and freed at the end. It changes no answer beyond rounding; an engine for which
+        there is nothing to keep computes everything anew.
         """
         ...
 

@@ -143,7 +143,7 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight.default(weight, _PACKED_FOR)
 
 
-class _Linear(nn.Module):
+class Linear(nn.Module):
     """A linear layer that runs one of oneDNN's products, in the place of an `nn.Linear` or a `Conv1D`.
 
     Some models read `layer.weight` beside calling the layer (its dtype, or for a product of their own). The first
@@ -189,7 +189,7 @@ def _swap(parent: nn.Module, name: str, kind: str, pages: "Pages") -> None:
     layer = getattr(parent, name)
     where, size = layer.weight.data_ptr(), layer.weight.nbytes
     with torch.no_grad():
-        setattr(parent, name, _Linear(layer, kind))
+        setattr(parent, name, Linear(layer, kind))
     del layer
     if kind == "onednn-packed":
         pages.release(where, size)

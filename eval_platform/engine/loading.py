@@ -101,6 +101,7 @@ def _tree_engine(
     from eval_platform.engine.attention import Unsupported
     from eval_platform.engine.head import Head
     from eval_platform.engine.memory import token_budget
+    from eval_platform.engine.narrowing import narrow
     from eval_platform.engine.tree import TreeEngine
 
     expected = support.reference(model)
@@ -113,6 +114,7 @@ def _tree_engine(
         support.check(packed, head, expected)
     except Unsupported as error:
         raise support.WrongProducts(f"with {chosen.describe()}, {error}") from error
+    narrow(model, packed, expected.sequences[0][0], expected.hidden)
     return TreeEngine(model, tokenizer, settings, info, packed=packed, head=head, budget=budget, kernels=chosen)
 
 

@@ -13,6 +13,9 @@ _BEST = {"cpu": 2048, "cuda": 16384}
 _LEAST = 64
 # Half of what is free is left to the head's blocks, to kept keys and values, and to whatever else runs.
 _SHARE = 0.5
+# Of what is free, for keys and values of finished turns; and in bytes, where it is not known what is free.
+_REMEMBERED_SHARE = 0.125
+_REMEMBERED = 2**30
 
 
 def best_tokens(device: torch.device) -> int:
@@ -25,6 +28,12 @@ def token_budget(model: "PreTrainedModel") -> int:
     best = best_tokens(model.device)
     free = _free_bytes(model.device)
     return best if free is None else max(_LEAST, min(best, int(free * _SHARE / _bytes_per_token(model))))
+
+
+def remembered_bytes(device: torch.device) -> int:
+    """How much of `device`'s memory finished turns of conversations may take."""
+    free = _free_bytes(device)
+    return _REMEMBERED if free is None else int(free * _REMEMBERED_SHARE)
 
 
 def _bytes_per_token(model: "PreTrainedModel") -> int:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eval_platform.engine.attention import (
@@ -33,6 +35,9 @@ _log = logging.getLogger(__name__)
 _GPUS = ("cuda",)
 # Rows of recorded decoding steps: a step of fewer rows runs as the next larger one.
 _RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+# Of this many times more rows than are wanted the last layer is computed for the wanted ones only.
+_NARROW = 1.5
 
 # Names that configs have for their number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -64,6 +69,7 @@ class PackedModel:
         self.reaches = reaches
         self.original_attention = original_attention
         self.device = model.device
+        self._layers = 0
         self.forwards = 0
         self.tokens = 0
         self.first_broken = ""  # where a number was not finite first
@@ -75,8 +81,18 @@ class PackedModel:
         config = self._base.config.get_text_config()
         return any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
 
-    def run(self, forward: Forward) -> tuple[Tensor, Broken | None]:
-        """Hidden states [rows, hidden size] of a forward, and which rows are no numbers; fills the blocks to keep."""
+    def run(self, forward: Forward, wanted: NDArray[np.int64] | None = None) -> tuple[Tensor, Broken | None]:
+        """Hidden states [wanted, hidden size] of the `wanted` rows of a forward (ascending; None: of all), and which of
+        all its rows are no numbers from some layer on; fills the blocks to keep.
+        """
+        narrow = wanted if wanted is not None and len(wanted) * _NARROW <= len(forward.tokens) else None
+        hidden, broken = self._run(forward, narrow)
+        if wanted is None:
+            return hidden, broken
+        return hidden[torch.from_numpy(wanted).to(self.device)], broken
+
+    def _run(self, forward: Forward, wanted: NDArray[np.int64] | None) -> tuple[Tensor, Broken | None]:
+        """Hidden states of all rows; where `wanted` are given the others' may be anything."""
         positions = torch.from_numpy(forward.positions).to(self.device)
         if self.on_gpu:
             a_pass = VarlenPass(positions=positions, reaches=self.reaches, forward=forward)
@@ -89,6 +105,9 @@ class PackedModel:
             bunches=bunches,
             ancestors=forward.ancestors,
             keep=forward.keep,
+            # Where nothing is wanted (the first part of a long text) one row is computed all the same.
+            wanted=np.zeros(1, dtype=np.int64) if wanted is not None and not len(wanted) else wanted,
+            all_layers=self._layers,
         )
         return self._through(torch.from_numpy(forward.tokens), a_pass)
 
@@ -208,8 +227,11 @@ class PackedModel:
                 input_ids=tokens[None].to(self.device), position_ids=a_pass.positions[None], use_cache=False
             )
         self.token_bytes = a_pass.token_bytes
+        self._layers = a_pass.layers
         hidden: Tensor = output.last_hidden_state[0]
-        a_pass.look_for_broken("the last hidden state", hidden[None])
         if a_pass.broken is not None:
             self.first_broken = self.first_broken or a_pass.broken.where
+        elif not self.first_broken and not bool(hidden.sum(dtype=torch.float32).isfinite()):
+            # Nothing follows from it for other rows, and the head makes a NaN of it by itself.
+            self.first_broken = "the last hidden state"
         return hidden, a_pass.broken

@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,10 @@ class PlainEngine:
         for prompt, completion in self._complete(prompts):
             request = generating[prompt.owner]
             yield self._finite_or_said(request, self._reader.completed(request, prompt, completion))
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """See `face.Engine.remembering`. Here nothing is kept."""
+        return nullcontext()
 
     def token_scores(self, request: Request, alternatives: int = 0) -> list[TokenScore]:
         """See `face.Engine.token_scores`."""

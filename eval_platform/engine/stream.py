@@ -65,6 +65,10 @@ class Kept:
         self.blocks: dict[Node, list[Block]] = {}
         self.pinned: set[Node] = set()
 
+    def length(self, node: Node) -> int:
+        """How many of the node's tokens are kept; they are its first."""
+        return sum(block.end - block.start for block in self.blocks.get(node, ()))
+
     def drop(self, node: Node) -> None:
         self.blocks.pop(node, None)
         self.pinned.discard(node)
@@ -76,7 +80,8 @@ def forwards(order: Sequence[Node], budget: int, kept: Kept) -> Iterator[Forward
 
     A node's keys and values are kept from the forward that computes them until the last of its descendants in `order`
     has run, longer when it is pinned: what is held at any time is one open path, and a path is no longer than the
-    model's window. A node is cut where the budget ends, unless it is small enough for the next forward to take whole.
+    model's window. Of a node whose first tokens are kept already only the rest is computed. A node is cut where the
+    budget ends, unless it is small enough for the next forward to take whole.
     """
     last_use: dict[Node, int] = {}
     for i, node in enumerate(order):
@@ -86,7 +91,7 @@ def forwards(order: Sequence[Node], budget: int, kept: Kept) -> Iterator[Forward
     pieces: list[Piece] = []
     rows = 0
     for i, node in enumerate(order):
-        done, length = 0, len(node.tokens)
+        done, length = kept.length(node), len(node.tokens)
         while done < length:
             room = budget - rows
             left = length - done

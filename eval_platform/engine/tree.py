@@ -19,8 +19,10 @@ from eval_platform.engine.face import EngineInfo
 from eval_platform.engine.head import Head
 from eval_platform.engine.kernels import Kernels
 from eval_platform.engine.likelihood import Row, Scored
+from eval_platform.engine.memory import remembered_bytes
 from eval_platform.engine.packed import PackedModel
 from eval_platform.engine.plain import PlainEngine
+from eval_platform.engine.remembering import Remembered
 from eval_platform.engine.stream import Forward, Kept, forwards
 from eval_platform.engine.trie import Node
 from eval_platform.values import RunSettings
@@ -68,8 +70,9 @@ class TreeEngine(PlainEngine):
         self._head = head
         self._budget = budget
         self._head_rows = 0
-        self._min_shared = least_shared(info.n_parameters)
+        self._min_shared = least_shared(info.n_parameters - _embeddings(model))
         self._completes_plainly = bool(refusal)
+        self._remembered: Remembered | None = None
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -79,6 +82,17 @@ class TreeEngine(PlainEngine):
             "head_rows": self._head_rows,
             "forwards": self._packed.forwards,
         }
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """See `face.Engine.remembering`."""
+        outer = self._remembered
+        if outer is None:
+            self._remembered = Remembered(remembered_bytes(self._model.device))
+        try:
+            yield
+        finally:
+            self._remembered = outer
 
     def _score(self, rows: Sequence[Row]) -> Iterator[Scored]:
         waiting = list(rows)
@@ -94,6 +108,8 @@ class TreeEngine(PlainEngine):
             if self._budget <= _LEAST_TOKENS:
                 return False
             self._budget //= 2
+            if self._remembered is not None:
+                self._remembered.clear()
             _log.warning("out of memory; going on with %d tokens in one forward", self._budget)
             waiting = _unfinished(waiting, finished)
             finished.clear()
@@ -116,16 +132,20 @@ class TreeEngine(PlainEngine):
         ruined: dict[Node, int] = {}
 
         order = list(trie.depth_first(roots))
-        for forward in forwards(order, self._budget, Kept()):
+        kept = Kept()
+        if self._remembered is not None:
+            paths = [(np.asarray(r.tokens_in, dtype=np.int64), end, r.first) for r, end in zip(rows, ends, strict=True)]
+            self._remembered.lay(kept, paths)
+            kept.pinned.clear()  # kept as long as a descendant needs it, as what is computed
+        for forward in forwards(order, self._budget, kept):
             at, tokens, part = _targets(forward, wanted)
-            hidden, broken = self._packed.run(forward)
+            needed, index = np.unique(at, return_inverse=True)
+            hidden, broken = self._packed.run(forward, needed)
             _note_ruined(ruined, forward, broken)
             if not len(part):
                 continue
-            needed, index = np.unique(at, return_inverse=True)
             self._head_rows += len(needed)
-            chosen = hidden if len(needed) == len(hidden) else hidden[torch.from_numpy(needed).to(hidden.device)]
-            value, best = self._head.score(chosen, index.tolist(), tokens.tolist())
+            value, best = self._head.score(hidden, index.tolist(), tokens.tolist())
             values, bests = value.numpy(), best.numpy()
             if ruined:
                 bad = _ruined_rows(forward, ruined)[at]
@@ -151,12 +171,25 @@ class TreeEngine(PlainEngine):
                 yield from super()._complete(prompts)
             return
         yield from decoding.complete(
-            self._packed, self._head, self._tokenizer, prompts, self._ends, budget=self._budget
+            self._packed,
+            self._head,
+            self._tokenizer,
+            prompts,
+            self._ends,
+            budget=self._budget,
+            remembered=self._remembered,
         )
 
 
+def _embeddings(model: "PreTrainedModel") -> int:
+    """Parameters that are looked up, or multiplied with targets only; the kernels may have packed the head's."""
+    table: Any = model.get_input_embeddings()
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return table.weight.numel() * (1 if is_tied else 2)
+
+
 def least_shared(n_parameters: int) -> int:
-    """How many shared tokens are worth a node of their own.
+    """How many shared tokens are worth a node of their own in a model of so many parameters without embeddings.
 
     A node costs about two attention calls in each layer, a token 2 x parameters operations: at 24 M parameters and the
     rates of docs/performance.md a node is reckoned at 4 tokens.

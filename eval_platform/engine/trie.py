@@ -38,9 +38,8 @@ def build(sequences: Sequence[Tokens], min_shared: int = 1) -> tuple[list[Node],
     own, so for a few tokens of a small model it is cheaper to compute them twice. Sorted by token, depth-first order
     is one, whatever order the sequences came in. O(n log n) comparisons.
     """
-    # Big-endian bytes sort as the tokens do.
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].astype(">u4").tobytes())
-    shared = [0] + [_common(sequences[order[i - 1]], sequences[order[i]]) for i in range(1, len(order))]
+    order = sorted(range(len(sequences)), key=lambda i: sort_key(sequences[i]))
+    shared = [0] + [common(sequences[order[i - 1]], sequences[order[i]]) for i in range(1, len(order))]
     roots: list[Node] = []
     ends: dict[int, Node] = {}
     # (first, last, depth, parent): sequences order[first:last] agree up to depth, which is where parent ends.
@@ -75,7 +74,12 @@ def depth_first(roots: Sequence[Node]) -> Iterator[Node]:
         waiting.extend(reversed(node.children))
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def sort_key(tokens: Tokens) -> bytes:
+    """Bytes that sort as the tokens do, the beginning of a sequence before it."""
+    return tokens.astype(">u4").tobytes()
+
+
+def common(a: Tokens, b: Tokens) -> int:
     """Length of the longest common beginning."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
