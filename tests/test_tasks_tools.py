@@ -64,6 +64,24 @@ def test_new_makes_a_task_of_documents_as_people_have_them(
     assert "# guessed: " in made.read_text()
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"answer": "w"}, "document 2: 'answer' is 'w', which names none of its choices"),
+        ({"answer": 1}, "document 2: 'answer' is 1, which names none"),
+        ({"answer": None}, "document 2: 'answer' is None, which names none"),
+        ({"question": None}, "document 2 has no 'question'"),
+    ],
+)
+def test_new_says_which_document_does_not_fit(other: dict[str, Any], words: str, tmp_path: Path) -> None:
+    row = {"question": "Q?", "choices": ["x", "y"], "answer": "y"}
+    file = write(tmp_path / "a.jsonl", [row, {**row, "answer": "x"}, row | other])
+
+    with pytest.raises(TaskError, match=words):
+        new_task_file(file)
+    assert not (tmp_path / "a.yaml").exists()
+
+
 def test_new_never_overwrites_and_leaves_nothing_broken_behind(tmp_path: Path) -> None:
     rows = write(tmp_path / "a.jsonl", [{"question": "Q?", "answer": "x"}])
     made = new_task_file(rows)

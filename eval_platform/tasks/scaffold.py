@@ -2,7 +2,7 @@
 values. A guess is a beginning: the first prompt is shown, and the file says what was guessed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,14 @@ def guess_fields(rows: Sequence[Mapping[str, Any]], file: Path) -> Guess:
                     "doc_to_target": why,
                 },
             )
+        if target is None and (choices is None or choices.lower() in _CHOICES):
+            n = _misfit(rows, answer, lists)
+            raise TaskError(
+                f"{file}, document {n}: {answer!r} is {rows[n][answer]!r}, which names none of its choices in the way "
+                "of the others",
+                remedy="say everywhere the text of the right choice, or its letter, or its number from 0 or from 1; "
+                "or write the task file by hand: docs/task_files.md",
+            )
     if question is not None and answer is not None:
         return Guess(
             "generate_until",
@@ -96,6 +104,11 @@ def guess_fields(rows: Sequence[Mapping[str, Any]], file: Path) -> Guess:
             text,
             {"doc_to_target": f"the field {text!r}: how well the model foresees it, in bits per byte"},
         )
+    for known in (_QUESTION, _ANSWER):
+        field = _named(known, list(rows[0]))
+        for n, row in enumerate(rows) if field is not None else ():
+            if row.get(field) is None:
+                raise TaskError(f"{file}, document {n} has no {field!r}", remedy="fill it in, or take the document out")
     raise TaskError(
         f"{file}: no question and answer can be made out of the fields {', '.join(rows[0])}",
         remedy=f"call them {_QUESTION[0]!r} and {_ANSWER[0]!r} (and {_CHOICES[0]!r}), or write the task file by hand: "
@@ -198,21 +211,35 @@ def _lettered(row: Mapping[str, Any]) -> list[str]:
     return [row[letter] for letter in _LETTERS if letter in row]
 
 
+# How an answer may name the right one of several choices: the text, the letter, the number from 0, from 1.
+_WAYS: tuple[Callable[[Any, Sequence[str]], bool], ...] = (
+    lambda value, among: isinstance(value, str) and value in among,
+    lambda value, among: isinstance(value, str) and len(value) == 1 and value in _LETTERS[: len(among)],
+    lambda value, among: (number := _number(value)) is not None and 0 <= number < len(among),
+    lambda value, among: (number := _number(value)) is not None and 1 <= number <= len(among),
+)
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _right(rows: Sequence[Mapping[str, Any]], answer: str, choices: Sequence[Sequence[str]]) -> tuple[str | None, str]:
-    """(doc_to_target, why) where the answers are texts, letters or numbers of choices; (None, "") else."""
-    values = [row[answer] for row in rows]
-    both = list(zip(values, choices, strict=True))
-    if all(isinstance(value, str) and value in among for value, among in both):
-        return answer, f"the field {answer!r}, the text of the right choice"
-    if all(isinstance(value, str) and len(value) == 1 and value in _LETTERS[: len(among)] for value, among in both):
-        return "{{'" + _LETTERS + "'.index(" + answer + ")}}", f"the letter in {answer!r}: A is the first choice"
-    numbers = [int(v) if isinstance(v, str) and v.isascii() and v.isdigit() else v for v in values]
-    whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
-    if len(whole) < len(numbers):
-        return None, ""
-    placed = list(zip(whole, choices, strict=True))
-    if all(0 <= number < len(among) for number, among in placed):
-        return "{{" + answer + "}}", f"the number in {answer!r}, taken as counted from 0"
-    if all(1 <= number <= len(among) for number, among in placed):
-        return "{{" + answer + "|int - 1}}", f"the number in {answer!r}, counted from 1 there"
-    return None, ""
+    """(doc_to_target, why) where the answers all name a choice in one of the ways; (None, "") else."""
+    both = [(row[answer], among) for row, among in zip(rows, choices, strict=True)]
+    said = (
+        (answer, f"the field {answer!r}, the text of the right choice"),
+        ("{{'" + _LETTERS + "'.index(" + answer + ")}}", f"the letter in {answer!r}: A is the first choice"),
+        ("{{" + answer + "}}", f"the number in {answer!r}, taken as counted from 0"),
+        ("{{" + answer + "|int - 1}}", f"the number in {answer!r}, counted from 1 there"),
+    )
+    fitting = (one for one, way in zip(said, _WAYS, strict=True) if all(way(*pair) for pair in both))
+    return next(fitting, (None, ""))
+
+
+def _misfit(rows: Sequence[Mapping[str, Any]], answer: str, choices: Sequence[Sequence[str]]) -> int:
+    """The first document whose answer does not name a choice in the way in which most do."""
+    fits = [[way(row[answer], among) for row, among in zip(rows, choices, strict=True)] for way in _WAYS]
+    return max(fits, key=sum).index(False)
