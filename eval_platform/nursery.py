@@ -189,6 +189,7 @@ class _Nursery:
         """The request, in the child that is to fulfil it; None in the nursery."""
         connection, _ = self.listener.accept()
         connection.settimeout(_ANSWER_SECONDS)
+        request: dict[str, Any] = {}
         slots: list[int] = []
         try:
             packet, slots, _, _ = socket.recv_fds(connection, _PACKET_BYTES, 1)
