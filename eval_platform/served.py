@@ -19,14 +19,16 @@ from eval_platform.values import Served
 ROOT = "served"  # first part of every key of a served model; no root of checkpoints may be called so
 
 # lm-evaluation-harness 0.4.13 (models/__init__.py, and azure of models/openai_completions.py): those that are given
-# messages, and the one that is given text and yet tells no log-likelihoods. tests/test_served.py asks its classes.
+# messages, those that are given text and yet tell no log-likelihoods, and those that tell them of an answer, but not of
+# a whole text. tests/test_served.py asks its classes.
 CHAT_PROVIDERS = frozenset(
     {
         *("local-chat-completions", "openai-chat-completions", "azure-openai-chat-completions"),
         *("anthropic-chat", "anthropic-chat-completions", "litellm", "litellm-chat", "litellm-chat-completions"),
     }
 )
-_ONLY_COMPLETES = frozenset({"anthropic-completions"})
+_ONLY_COMPLETES = frozenset({"anthropic-completions", "hf-audiolm-qwen", "hf-multimodal", "vllm-vlm"})
+_NOT_WHOLE_TEXTS = frozenset({"ggml", "gguf", "textsynth"})
 # Of OpenAI's models the only two that tell log-likelihoods of a prompt.
 _OPENAI_SCORES = frozenset({"babbage-002", "davinci-002"})
 
@@ -128,6 +130,8 @@ def why_not(entry: ServedModel, definition: Mapping[str, Any]) -> str | None:
     kind: Literal["generate_until"] | str = definition["output_type"]
     if kind != "generate_until" and not entry.gives_log_likelihoods:
         return f"{kind} needs log-likelihoods, which {entry.provider} does not give"
+    if kind == "loglikelihood_rolling" and entry.provider in _NOT_WHOLE_TEXTS:
+        return f"{kind} needs log-likelihoods of whole texts, which {entry.provider} does not give"
     own = definition.get("chat") or {}
     if entry.is_chat and (own.get("gen_prefix") or definition.get("gen_prefix")):
         return f"it begins the model's answer (gen_prefix), which {entry.provider} does not go on with"

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_factory import make_checkpoint
 from dagster_world import DagsterWorld, dagster_world
 
-from eval_platform.store import arrivals
+from eval_platform.store import arrivals, create_record, layout
 
 pytestmark = pytest.mark.dagster
 
@@ -117,3 +117,39 @@ def test_without_tasks_nothing_is_taken_and_the_remedy_is_said(tmp_path: Path) -
         assert arrivals.keys(world.store) == []
         world.lock(a="a1")
         assert until_asked(world) == ["runs/a/step_1@1"]
+
+
+SERVED = """
+[[served]]
+name = "api"
+provider = "local-chat-completions"
+model = "m"
+endpoint = "http://127.0.0.1:9/v1/chat/completions"
+as_of = "2026-11-21"
+"""
+
+
+def test_a_served_model_arrives_once_for_every_day_it_is_of(tmp_path: Path) -> None:
+    """Of the configuration alone: nothing listens on its port. What it cannot be asked is owed by nobody."""
+    with dagster_world(tmp_path, SERVED) as world:
+        world.lock(a="a1", b="b1")
+        for task_id, kind in (("a1", "multiple_choice"), ("b1", "generate_until")):
+            create_record(world.store, layout.task(task_id), {"definition": {"output_type": kind}})
+        assert keys(world.tick("new_checkpoints")) == ["served/api@1"]
+        assert world.partitions() == {"served/api"}
+        assert keys(world.tick("new_checkpoints")) == []
+        world.file.write_text(world.file.read_text().replace("11-21", "11-22"))
+        assert keys(world.tick("new_checkpoints", apply=False)) == ["served/api@2"]
+        world.reload()
+        assert keys(world.tick("reconciliation")) == []  # the run of the day before is still going on
+        for run in world.runs():
+            world.instance.delete_run(run.run_id)
+        (request,) = world.tick("reconciliation").run_requests
+        assert request.run_key == "served/api@2"
+        assert json.loads(request.tags["eval/tasks"]) == ["b"]
+        # A model that is configured no more cannot be asked: how stands nowhere else.
+        for run in world.runs():
+            world.instance.delete_run(run.run_id)
+        world.file.write_text(world.file.read_text().partition("[[served]]")[0])
+        world.reload()
+        assert keys(world.tick("reconciliation")) == []

@@ -24,7 +24,7 @@ from tiny_models import make_checkpoint
 from eval_platform.config import Config, load_config
 from eval_platform.engine import Engine, load, load_served
 from eval_platform.errors import ConfigError, EvalPlatformError, ServerError
-from eval_platform.served import CHAT_PROVIDERS, ServedModel, served_id
+from eval_platform.served import ServedModel, served_id, why_not
 from eval_platform.values import Generation, Request, Response, RunSettings, Served, make_request
 
 pytestmark = pytest.mark.slow
@@ -275,20 +275,24 @@ def test_who_gives_log_likelihoods_is_as_the_harness_has_it() -> None:
     for name in {*lm_eval.models.MODEL_MAPPING, *model_registry.keys()} - {"eval-platform"}:
         try:
             kind: Any = get_model(name)
-        except (ImportError, AttributeError):  # its packages are not here
+        except (ImportError, ValueError):  # its packages are not here, or registered twice
             continue
         looked += 1
-        try:
-            kind.loglikelihood(object.__new__(kind), [])
-            refuses = False
-        except NotImplementedError:
-            refuses = True
-        except Exception:  # noqa: BLE001 -- it went to work, with nothing of what it needs
-            refuses = False
         one = entry(None, None, provider=name, arguments={}, model="davinci-002")
-        assert one.gives_log_likelihoods is not refuses, name
-        assert one.is_chat == (name in CHAT_PROVIDERS)
-    assert looked > 15
+        assert one.gives_log_likelihoods is not refuses(kind, "loglikelihood"), name
+        if refuses(kind, "loglikelihood_rolling"):
+            assert why_not(one, {"output_type": "loglikelihood_rolling"}) is not None, name
+    assert looked > 25
+
+
+def refuses(kind: Any, call: str) -> bool:
+    try:
+        getattr(kind, call)(object.__new__(kind), [])
+    except NotImplementedError:
+        return True
+    except Exception:  # noqa: BLE001 -- it goes to work, with nothing of what it needs
+        return False
+    return False
 
 
 def test_identity() -> None:

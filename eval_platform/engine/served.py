@@ -360,8 +360,8 @@ def _model_class(provider: str) -> Any:
         )
     try:
         return get_model(provider)
-    except ImportError as error:
-        raise ConfigError(f"the back end {provider} needs a package: {error}", remedy="install it") from error
+    except (ImportError, ValueError) as error:  # ValueError: two names of one class get in each other's way there
+        raise ConfigError(f"the back end {provider} cannot be had: {error}", remedy="install what it needs") from error
 
 
 def _listening(kind: Any, heard: _Heard) -> Any:
