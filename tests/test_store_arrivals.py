@@ -15,13 +15,14 @@ from eval_platform.errors import CheckpointChanged, StoreError
 from eval_platform.store import LocalStore, arrivals, log
 from eval_platform.values import Checkpoint
 
+pytest_plugins = ["store_roots"]
+
 
 def see(store, fingerprint, key="runs/a", watcher="w"):
     return arrivals.register(store, key=key, uri=f"/x/{key}", fingerprint=fingerprint, run="r", watcher=watcher)
 
 
-def test_an_arrival_is_read_back_as_it_was_registered(tmp_path):
-    store = LocalStore(tmp_path)
+def test_an_arrival_is_read_back_as_it_was_registered(store):
     arrival, new = arrivals.register(
         store,
         key="runs/a=20b/step-5",
@@ -41,8 +42,7 @@ def test_an_arrival_is_read_back_as_it_was_registered(tmp_path):
     assert arrivals.get(store, arrival.key, 2) is None
 
 
-def test_a_b_a_again_is_1_2_3(tmp_path):
-    store = LocalStore(tmp_path)
+def test_a_b_a_again_is_1_2_3(store):
     seen = [see(store, fingerprint) for fingerprint in "AABBAA"]
     assert [arrival.n for arrival, _ in seen] == [1, 1, 2, 2, 3, 3]
     assert [new for _, new in seen] == [True, False] * 3
@@ -62,16 +62,14 @@ def test_watchers_that_see_alike_number_every_change_once(sightings):
         assert [arrival.fingerprint for arrival in arrivals.history(store, "runs/a")] == states
 
 
-def test_watchers_that_see_one_folder_differently_do_not_take_turns(tmp_path):
-    store = LocalStore(tmp_path)
+def test_watchers_that_see_one_folder_differently_do_not_take_turns(store):
     for _ in range(5):
         see(store, "at 10:00:00.5", watcher="local")
         see(store, "at 10:00:00", watcher="over NFS")
     assert [arrival.n for arrival in arrivals.history(store, "runs/a")] == [1, 2]
 
 
-def test_a_return_is_new_though_another_watcher_registered_the_change(tmp_path):
-    store = LocalStore(tmp_path)
+def test_a_return_is_new_though_another_watcher_registered_the_change(store):
     see(store, "A", watcher="one")
     see(store, "B", watcher="two")
     assert see(store, "B", watcher="one") == (arrivals.newest(store, "runs/a"), False)
@@ -123,24 +121,22 @@ class Numbering(RuleBasedStateMachine):
 TestNumbering = Numbering.TestCase
 
 
-def test_of_many_processes_that_see_one_change_one_registers_it(tmp_path):
-    store = LocalStore(tmp_path)
-    keys = [f"runs/{i}" for i in range(15)]
+def test_of_many_processes_that_see_one_change_one_registers_it(store, fewer):
+    keys = [f"runs/{i}" for i in range(fewer(15))]
     new = race(4, lambda i: [see(store, "A", key, watcher=f"w{i}")[1] for key in keys])
     assert [sum(one) for one in zip(*new, strict=True)] == [1] * len(keys)
     assert arrivals.numbers(store) == dict.fromkeys(keys, 1)
 
 
-def test_processes_that_see_different_changes_number_them_without_gap_or_loss(tmp_path):
-    store = LocalStore(tmp_path)
-    race(4, lambda i: [see(store, f"{i}-{j}", watcher=f"w{i}") for j in range(8)])
+def test_processes_that_see_different_changes_number_them_without_gap_or_loss(store, fewer):
+    each = fewer(8)
+    race(4, lambda i: [see(store, f"{i}-{j}", watcher=f"w{i}") for j in range(each)])
     history = arrivals.history(store, "runs/a")
-    assert [one.n for one in history] == list(range(1, 33))
-    assert {one.fingerprint for one in history} == {f"{i}-{j}" for i in range(4) for j in range(8)}
+    assert [one.n for one in history] == list(range(1, 4 * each + 1))
+    assert {one.fingerprint for one in history} == {f"{i}-{j}" for i in range(4) for j in range(each)}
 
 
-def test_the_clock_stepping_back_changes_no_number(tmp_path, monkeypatch):
-    store = LocalStore(tmp_path)
+def test_the_clock_stepping_back_changes_no_number(store, monkeypatch):
     times = (f"2026-03-01T{hour:02}:00:00.000000Z" for hour in range(23, 0, -1))
     for module in (arrivals, log):
         monkeypatch.setattr(module, "utc_now", lambda: next(times))
@@ -148,8 +144,7 @@ def test_the_clock_stepping_back_changes_no_number(tmp_path, monkeypatch):
     assert arrivals.newest(store, "runs/a").n == 3
 
 
-def test_every_arrival_is_announced(tmp_path):
-    store = LocalStore(tmp_path)
+def test_every_arrival_is_announced(store):
     for fingerprint in "AAB":
         see(store, fingerprint)
     announced = [(entry["kind"], entry["key"], entry["n"]) for entry in log.read(store, log.dates(store))]
@@ -176,8 +171,7 @@ def test_a_file_system_that_lists_late_ends_in_an_error_not_in_a_loop(tmp_path):
         see(Late(tmp_path), "B")
 
 
-def test_identity_is_recorded_once_and_may_not_change(tmp_path):
-    store = LocalStore(tmp_path)
+def test_identity_is_recorded_once_and_may_not_change(store):
     arrival, _ = see(store, "A")
     assert arrivals.identity(store, arrival.key, 1) is None
     model = Checkpoint("c" * 32, "d" * 32, None, "transformers")

@@ -8,14 +8,11 @@ import pytest
 from store_processes import Child, kill_after, race
 
 from eval_platform.errors import EvalPlatformError, SchemaError, StoreError
-from eval_platform.store import LocalStore, commits, leases, log
+from eval_platform.store import commits, leases, log
+
+pytest_plugins = ["store_roots"]
 
 E = "e" * 32
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path)
 
 
 def take(store, evaluation_id=E, ttl_s=30.0):
@@ -61,14 +58,14 @@ def test_a_record_with_nan_is_refused(store):
     assert commits.read(store, E, 1) is None
 
 
-def test_of_many_processes_that_all_believe_to_hold_the_lease_one_commits(store):
+def test_of_many_processes_that_all_believe_to_hold_the_lease_one_commits(store, fewer):
     """Each took the lease over and looked last when it held it: what decides is the file created once."""
 
     class AsleepSinceItLooked(leases.Lease):
         def held(self) -> bool:
             return True
 
-    ids = [f"{i:032x}" for i in range(10)]
+    ids = [f"{i:032x}" for i in range(fewer(10))]
 
     def run(i: int) -> list[bool]:
         return [
@@ -182,7 +179,7 @@ def test_of_many_who_ask_for_a_rerun_one_opens_it(store):
     assert [attempt for attempt in race(4, ask) if attempt is not None] == [2]
 
 
-def test_samples_are_read_back_as_committed_or_not_at_all(store, tmp_path):
+def test_samples_are_read_back_as_committed_or_not_at_all(store):
     table = pa.table({"sample_id": ["s1", "s2"], "log_likelihood": [-0.5, float("nan")]})
     samples = commits.write_samples(store, E, "t", table)
     assert samples["key"] == f"samples/{E}/t.parquet"
@@ -193,10 +190,9 @@ def test_samples_are_read_back_as_committed_or_not_at_all(store, tmp_path):
     assert read["sample_id"].to_pylist() == ["s1", "s2"]
     with pytest.raises(StoreError, match="two writers"):
         commits.write_samples(store, E, "t", table)
-    path = tmp_path / samples["key"]
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    store.put(samples["key"], store.read(samples["key"])[:-1] + b"?")
     with pytest.raises(SchemaError, match=samples["key"]):
         commits.read_samples(store, evaluation)
-    path.unlink()
+    store.delete(samples["key"])
     with pytest.raises(StoreError, match=samples["key"]):
         commits.read_samples(store, evaluation)

@@ -13,6 +13,8 @@ from eval_platform.store import LocalStore
 from eval_platform.store.journal import Journal
 from eval_platform.values import Response
 
+pytest_plugins = ["store_roots"]
+
 
 def bits(value):
     return value if value is None else struct.pack(">d", value)
@@ -53,8 +55,7 @@ def test_every_answer_comes_back_bit_for_bit(tmp_path_factory, batches):
     assert {key: exact(response) for key, response in journal.finished().items()} == expected
 
 
-def test_later_tries_read_earlier_ones_and_other_attempts_read_nothing(tmp_path):
-    store = LocalStore(tmp_path)
+def test_later_tries_read_earlier_ones_and_other_attempts_read_nothing(store):
     Journal(store, "a", 1, "one").append([Response("r1", 0, -1.0), Response("r1", 1, text="x", finish_reason="eos")])
     second = Journal(store, "a", 1, "two")
     second.append([Response("r2", 0, -2.0)])
@@ -65,9 +66,8 @@ def test_later_tries_read_earlier_ones_and_other_attempts_read_nothing(tmp_path)
     assert Journal(store, "a", 10, "five").finished() == {}
 
 
-def test_what_was_appended_before_a_kill_is_there_after_it(tmp_path):
-    store = LocalStore(tmp_path)
-    written = [Response(f"r{i}", 0, -float(i)) for i in range(20)]
+def test_what_was_appended_before_a_kill_is_there_after_it(store, fewer):
+    written = [Response(f"r{i}", 0, -float(i)) for i in range(fewer(20))]
 
     def work() -> None:
         journal = Journal(store, "a", 1, "t")
@@ -78,14 +78,13 @@ def test_what_was_appended_before_a_kill_is_there_after_it(tmp_path):
     assert sorted(Journal(store, "a", 1, "u").finished().values(), key=lambda r: -r.log_likelihood) == written
 
 
-def test_a_torn_altered_or_foreign_segment_is_named(tmp_path):
-    store = LocalStore(tmp_path)
+def test_a_torn_altered_or_foreign_segment_is_named(store, fewer):
     Journal(store, "a", 1, "t").append([Response("r1", 0, -1.5), Response("r2", 0, -2.5)])
     [entry] = store.list("journal/")
     whole = store.read(entry.key)
     altered = whole.replace(b"-1.5", b"-1.4")
     newer = whole.replace(b'"schema_version": 1', b'"schema_version": 2')
-    for broken in [whole[:cut] for cut in range(0, len(whole), 7)] + [whole[:-1], altered, newer]:
+    for broken in [whole[:cut] for cut in range(0, len(whole), len(whole) // fewer(40))] + [whole[:-1], altered, newer]:
         store.put(entry.key, broken)
         with pytest.raises(SchemaError, match=entry.key):
             Journal(store, "a", 1, "u").finished()
@@ -95,8 +94,7 @@ def test_a_torn_altered_or_foreign_segment_is_named(tmp_path):
         Journal(store, "a", 2, "u").finished()
 
 
-def test_two_writers_of_one_try_are_refused(tmp_path):
-    store = LocalStore(tmp_path)
+def test_two_writers_of_one_try_are_refused(store):
     Journal(store, "a", 1, "t").append([Response("r1", 0, -1.0)])
     with pytest.raises(StoreError, match="two writers"):
         Journal(store, "a", 1, "t").append([Response("r2", 0, -1.0)])

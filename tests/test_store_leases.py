@@ -10,6 +10,8 @@ from store_processes import Child, kill_after, race
 from eval_platform.errors import StoreError
 from eval_platform.store import LocalStore, create_record, leases, process
 
+pytest_plugins = ["store_roots"]
+
 
 class Clock:
     """A monotonic clock that the test moves."""
@@ -19,11 +21,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path)
 
 
 @pytest.fixture
@@ -115,14 +112,14 @@ def test_the_wall_clock_stepping_an_hour_changes_nothing(store, elsewhere, monke
     assert watch.acquire(30) is not None
 
 
-def test_of_many_processes_one_takes_each_lease(store):
-    names = [f"e{i}" for i in range(15)]
+def test_of_many_processes_one_takes_each_lease(store, fewer):
+    names = [f"e{i}" for i in range(fewer(15))]
     taken = race(4, lambda i: [leases.acquire(store, name, 30) is not None for name in names])
     assert [sum(one) for one in zip(*taken, strict=True)] == [1] * len(names)
 
 
-def test_of_many_processes_one_takes_over(store):
-    names = [f"e{i}" for i in range(10)]
+def test_of_many_processes_one_takes_over(store, fewer):
+    names = [f"e{i}" for i in range(fewer(10))]
     kill_after(lambda: [take(store, name) for name in names])
     taken = race(4, lambda i: [(lease := leases.acquire(store, name, 30)) and lease.generation for name in names])
     assert [sorted(filter(None, one)) for one in zip(*taken, strict=True)] == [[2]] * len(names)
@@ -189,7 +186,8 @@ def test_keep_releases_when_the_work_fails(store):
     assert take(store).generation == 2
 
 
-def test_a_release_that_cannot_be_written_hides_no_failure(store, tmp_path):
+def test_a_release_that_cannot_be_written_hides_no_failure(tmp_path):
+    store = LocalStore(tmp_path)
     lease = take(store)
     (tmp_path / "leases" / "e" / "1.json").rename(tmp_path / "kept")
     (tmp_path / "leases" / "e").rmdir()
@@ -200,7 +198,8 @@ def test_a_release_that_cannot_be_written_hides_no_failure(store, tmp_path):
         raise RuntimeError("the work's own")
 
 
-def test_a_beat_that_cannot_be_written_is_an_error_and_the_thread_goes_on(store, tmp_path):
+def test_a_beat_that_cannot_be_written_is_an_error_and_the_thread_goes_on(tmp_path):
+    store = LocalStore(tmp_path)
     lease = take(store)
     in_the_way = tmp_path / "leases" / "e" / "1.beat"
     in_the_way.mkdir()
@@ -215,7 +214,8 @@ def test_a_beat_that_cannot_be_written_is_an_error_and_the_thread_goes_on(store,
             time.sleep(0.01)
 
 
-def test_a_stopped_holder_loses_the_lease_and_knows_it_when_it_wakes(store):
+def test_a_stopped_holder_loses_the_lease_and_knows_it_when_it_wakes(tmp_path):
+    store = LocalStore(tmp_path)
     ttl_s = 1.5
 
     def hold(tell, hear):

@@ -7,9 +7,10 @@ import pytest
 from eval_platform.errors import SchemaError
 from eval_platform.store import LocalStore, log
 
+pytest_plugins = ["store_roots"]
 
-def test_an_entry_is_read_back_with_its_fields(tmp_path):
-    store = LocalStore(tmp_path)
+
+def test_an_entry_is_read_back_with_its_fields(store):
     key = log.write(store, "arrival", key="runs/a", n=3)
     [day] = log.dates(store)
     [entry] = log.read(store, [day])
@@ -19,8 +20,7 @@ def test_an_entry_is_read_back_with_its_fields(tmp_path):
     assert entry["time"].startswith(day)
 
 
-def test_entries_are_a_set_of_their_dates(tmp_path, monkeypatch):
-    store = LocalStore(tmp_path)
+def test_entries_are_a_set_of_their_dates(store, monkeypatch):
     times = iter(["2026-03-01T00:10:00.000000Z", "2026-02-28T23:10:00.000000Z", "2026-03-01T00:10:00.000000Z"])
     monkeypatch.setattr(log, "utc_now", lambda: next(times))  # a clock that steps back over midnight
     keys = {log.write(store, "try", n=n) for n in range(3)}
