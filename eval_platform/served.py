@@ -37,7 +37,7 @@ _NO_IDENTITY = frozenset({"batch_size", "ca_cert_path", "max_retries", "timeout"
 _OWN_FIELDS = {"base_url": "endpoint", "model": "model", "num_concurrent": "concurrency", "pretrained": "model"}
 _SECRET_ARGUMENTS = frozenset({"api_key", "auth_token", "header", "headers", "password", "token"})
 _SECRET_PARAMETERS = frozenset({"access_token", "api_key", "apikey", "key", "password", "secret", "sig", "token"})
-_BY_ENVIRONMENT = "keys come from the environment only (OPENAI_API_KEY, ANTHROPIC_API_KEY, as the provider has it)"
+_BY_ENVIRONMENT = "keys come from the environment only; key_variable names another variable than the provider's own"
 
 
 class ServedModel(BaseModel):
@@ -54,6 +54,11 @@ class ServedModel(BaseModel):
     step: int | None = Field(default=None, ge=0)
     tokens_seen: int | None = Field(default=None, ge=0)
     arguments: dict[str, Any] = Field(default={}, description="of the back end, as `--model_args` of the harness")
+    key_variable: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable that holds the key; default: as the provider has it",
+    )
     concurrency: int = Field(default=1, ge=1, description="requests at a time")
     log_likelihoods: bool | None = Field(
         default=None, description="whether it tells those of a prompt; default: as the provider usually does"

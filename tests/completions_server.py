@@ -1,6 +1,7 @@
-"""A real server of OpenAI's completions on 127.0.0.1: http.server over a checkpoint, computed by transformers alone.
+"""Real servers on 127.0.0.1: transformers' own, and one of OpenAI's completions that also tells log-likelihoods.
 
-It shares nothing with our engine. The path says which server it is:
+The latter is http.server over a checkpoint, computed by transformers alone; it shares nothing with our engine. The path
+says which server it is:
 
     /v1/completions         as vLLM: `echo` and `logprobs` of the prompt, prompts as text or tokens
     /mute/v1/completions    does not know `echo`: log-likelihoods of what it draws only
@@ -8,6 +9,7 @@ It shares nothing with our engine. The path says which server it is:
     /locked/v1/completions  refuses every key, and says it
     /busy/v1/completions    HTTP 429 to the first request, then as the first
     /down/v1/completions    HTTP 503 always
+    /flaky/v1/completions   HTTP 503 to the third request
 
 Every body that was asked is appended to `asked.jsonl` in its folder.
 """
@@ -15,8 +17,12 @@ Every body that was asked is appended to `asked.jsonl` in its folder.
 import json
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -77,6 +83,7 @@ class _Model:
 
 def _handler(model: _Model, folder: Path) -> type[BaseHTTPRequestHandler]:
     was_busy: list[bool] = []
+    flaky: list[bool] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -89,6 +96,8 @@ def _handler(model: _Model, folder: Path) -> type[BaseHTTPRequestHandler]:
             if kind == "locked":
                 key = self.headers.get("Authorization", "").removeprefix("Bearer ")
                 self.say(401, {"error": {"message": f"Incorrect API key provided: {key}"}})
+            elif kind == "flaky" and (flaky.append(True) or len(flaky) == 3):
+                self.say(503, {"error": {"message": "restarting"}})
             elif kind == "down":
                 self.say(503, {"error": {"message": "out of memory"}})
             elif kind == "busy" and not was_busy:
@@ -116,22 +125,56 @@ def _handler(model: _Model, folder: Path) -> type[BaseHTTPRequestHandler]:
 def completions_server(checkpoint: Path, folder: Path) -> Iterator[str]:
     """The server in a process of its own, a fork of this one, which has torch imported already; its address."""
     folder.mkdir(parents=True, exist_ok=True)
-    readable, writable = os.pipe()
+
+    def serve(port: int) -> None:
+        ThreadingHTTPServer(("127.0.0.1", port), _handler(_Model(checkpoint), folder)).serve_forever()
+
+    with forked_server(serve, folder / "server.log") as address:
+        yield address
+
+
+@contextmanager
+def transformers_serve(checkpoint: Path, log: Path) -> Iterator[str]:
+    """transformers' own server, what `transformers serve CHECKPOINT --device cpu` runs, in a fork of this process."""
+
+    def serve(port: int) -> None:
+        import torch
+        from transformers.cli.serve import Serve
+
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        Serve(force_model=str(checkpoint), device="cpu", host="127.0.0.1", port=port)
+
+    with forked_server(serve, log) as address:
+        yield address
+
+
+@contextmanager
+def forked_server(serve: Callable[[int], None], log: Path) -> Iterator[str]:
+    """`serve(port)` in a fork of this process, which has torch imported already; ended by its process number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     pid = os.fork()
     if pid == 0:
         try:
-            server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(_Model(checkpoint), folder))
-            os.write(writable, str(server.server_port).encode())
-            os.close(writable)
-            server.serve_forever()
+            with log.open("wb") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 -- until it is ended
+            serve(port)
+        except BaseException:  # noqa: BLE001 -- the last word of a process
+            traceback.print_exc()
         finally:
             os._exit(1)
-    os.close(writable)
-    port = os.read(readable, 16).decode()
-    os.close(readable)
-    assert port, "the server ended before it listened"
     try:
+        while True:
+            with socket.socket() as there:
+                if there.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), log.read_text()
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from completions_server import MODEL, completions_server
 from dagster_world import DagsterWorld, write_task
 from fault_tools import forked
 from tiny_models import make_checkpoint
@@ -138,3 +139,37 @@ def test_what_nobody_can_evaluate_fails_in_words(world: DagsterWorld) -> None:
         assert "run `eval-platform tasks sync`" in failure.user_failure_data.description
     finally:
         lock.write_text(before)
+
+
+def test_a_served_model_is_a_partition_like_any_other(world: DagsterWorld) -> None:
+    """One that gives log-likelihoods is asked all; of one that does not, `summary` says what is skipped and why."""
+    folder = world.checkpoints / "a" / "step_1"
+    before = world.file.read_text()
+    with completions_server(folder, world.folder / "server") as address:
+        for name, chat in (("plain", ""), ("chat", "chat/")):
+            provider = "local-chat-completions" if chat else "local-completions"
+            said = {"name": name, "provider": provider, "model": MODEL, "as_of": "2026-11-22"}
+            said["endpoint"] = f"{address}/v1/{chat}completions"
+            lines = [f"{field} = {json.dumps(value)}" for field, value in said.items()]
+            more = ["[served.arguments]", f"tokenizer = {json.dumps(str(folder))}"] if not chat else []
+            world.file.write_text("\n".join([world.file.read_text(), "[[served]]", *lines, *more]))
+        try:
+            world.reload()
+            assert len(world.tick("new_checkpoints").run_requests) >= 2
+            asked = evaluate(world, "served/plain")
+            nothing = evaluate(world, "served/chat")
+        finally:
+            world.file.write_text(before)
+            world.reload()
+    assert asked.success
+    assert told(asked) == ["checkpoint", "results/larger", "results/smaller.than", "summary"]
+    shown = world.events("checkpoint", "served/plain")[0].metadata
+    assert shown["endpoint"].value == f"{address}/v1/completions"
+    assert shown["model"].value == MODEL
+    board = world.sql("select task from leaderboard where kind = 'served' order by task")
+    assert [row["task"] for row in board] == ["larger", "smaller.than"]
+    assert nothing.success
+    assert told(nothing) == ["summary"]
+    tasks = str(world.events("summary", "served/chat")[0].metadata["tasks"].value)
+    assert tasks.count("skipped") == 2
+    assert "multiple_choice needs log-likelihoods, which local-chat-completions does not give" in tasks

@@ -3,21 +3,15 @@
 import json
 import logging
 import math
-import os
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_tools import run_cli
-from completions_server import MODEL, completions_server
+from completions_server import MODEL, completions_server, transformers_serve
 from fault_tools import WORDS, Place, forked
 from tiny_models import make_checkpoint
 
@@ -204,6 +198,21 @@ def test_what_a_server_refuses(
     assert KEY not in caplog.text
 
 
+def test_a_key_of_its_own(server: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named by its variable: OpenAI's key goes to no other server, and a missing one is named."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    one = entry(server, checkpoint, "/locked/v1/completions", key_variable="OTHER_KEY")
+    with pytest.raises(ConfigError, match="environment variable OTHER_KEY is not set"):
+        load_served(one, settings(one))
+    monkeypatch.setenv("OTHER_KEY", "other")
+    said = told(one, WRITTEN[0])
+    assert "Incorrect API key provided: ***" in said
+    assert "set OTHER_KEY" in said
+    assert KEY not in said
+    with pytest.raises(ConfigError, match="variables of its own"):
+        load_served(entry(None, checkpoint, provider="hf", key_variable="OTHER_KEY"), settings(one))
+
+
 def test_a_busy_server_is_waited_for(server: str, checkpoint: Path) -> None:
     (response,) = ask(entry(server, checkpoint, "/busy/v1/completions"), WRITTEN[:1]).values()
     assert response.text
@@ -249,6 +258,7 @@ def test_what_cannot_be_made(fields: dict[str, Any], expected: str) -> None:
         ({"arguments": {"base_url": "http://x"}}, "base_url is said by the field endpoint"),
         ({"arguments": {"timeout": math.nan}}, "timeout is neither"),
         ({"as_of": "some day"}, "as_of"),
+        ({"key_variable": KEY}, "key_variable"),
         ({"name": "a/b"}, "name"),
     ],
 )
@@ -343,6 +353,9 @@ def test_completions_from_the_command_to_sql(server: str, checkpoint: Path, tmp_
         # The same model, taken to be of another day: another arrival, asked anew, and equal numbers are no fault.
         later = configured(place, one.model_copy(update={"as_of": one.as_of.replace(day=23)}))
         third = run_cli(*later, "run", "--served", "one", "--tasks", "choices", "--json")
+        (first_id,) = rows(later, "select evaluation_id from evaluations where arrival = 2")
+        rerun = run_cli(*later, "rerun", first_id["evaluation_id"], "--reason", "once more", "--json")
+    assert [(row["status"], row["linked"]) for row in rerun.json] == [("published", False)]
     assert [row["linked"] for row in again.json] == [True, True]
     assert [(row["status"], row["linked"]) for row in third.json] == [("published", False)]
 
@@ -368,35 +381,6 @@ def test_completions_from_the_command_to_sql(server: str, checkpoint: Path, tmp_
     (finding,) = [one for one in doctor.json if one["what"] == "served one"]
     assert finding["ok"]
     assert "answers (HTTP 501" in finding["found"]
-
-
-@contextmanager
-def transformers_serve(checkpoint: Path, log: Path) -> Iterator[str]:
-    """transformers' own server, by its own command; ended by its process number."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(checkpoint)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def test_transformers_serve(checkpoint: Path, own: Engine, tmp_path: Path) -> None:
@@ -427,6 +411,7 @@ def test_transformers_serve(checkpoint: Path, own: Engine, tmp_path: Path) -> No
         "skipped",
         "multiple_choice needs log-likelihoods, which local-chat-completions does not give",
     )
+    assert "Nothing is missing" in run_cli(*config, "backfill").out
     shown = rows(config, "select prompt, response, finish_reason from samples order by position")
     messages = [json.loads(row["prompt"]) for row in shown]
     assert [message["role"] for message in messages[0]] == ["system", "user"]
@@ -448,6 +433,14 @@ def test_transformers_serve(checkpoint: Path, own: Engine, tmp_path: Path) -> No
     assert "log_likelihoods = false" in scored
 
 
+def test_the_command_wants_one_model(tmp_path: Path) -> None:
+    config = configured(Place(tmp_path))
+    for words in ([], ["--served", "one", "--checkpoint", "out/step_1"]):
+        answer = run_cli(*config, "run", *words)
+        assert answer.code == 2
+        assert "give the folder of a checkpoint, or --served NAME" in " ".join(answer.err.replace("│", "").split())
+
+
 def test_a_chat_endpoint_decides_about_chat(tmp_path: Path) -> None:
     one = entry("http://127.0.0.1:9", None, provider="local-chat-completions")
     config = Config(folder=tmp_path, served=(one,))
@@ -456,6 +449,22 @@ def test_a_chat_endpoint_decides_about_chat(tmp_path: Path) -> None:
         config.run_settings(key=one.key, chat=False)
     with pytest.raises(ConfigError, match="takes plain text only"):
         Config(folder=tmp_path, served=(entry(None, None),)).run_settings(key="served/one", chat=True)
+
+
+def test_what_is_answered_is_not_asked_again(checkpoint: Path, own: Engine, tmp_path: Path) -> None:
+    """A server that fails in the middle: the next try asks the rest."""
+    place = Place(tmp_path / "place")
+    place.write_task("words", 5, **WORDS)
+    with completions_server(checkpoint, tmp_path) as address, forked(place):
+        one = entry(address, checkpoint, "/flaky/v1/completions", log_likelihoods=False)
+        one = one.model_copy(update={"arguments": {"max_retries": 1}})
+        answer = run_cli(*configured(place, one), "run", "--served", "one", "--json")
+    assert [row["status"] for row in answer.json] == ["published"]
+    asked = [json.loads(line)["prompt"] for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert len(asked) == 6
+    assert asked.count(asked[2]) == 2
+    assert len(set(asked)) == 5
+    assert len(set(place.journaled())) == 5
 
 
 def test_a_failing_server_fails_the_task_and_a_retry_mends_it(server: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -469,6 +478,10 @@ def test_a_failing_server_fails_the_task_and_a_retry_mends_it(server: str, check
     assert "HTTP 503" in failed.json[0]["reasons"][0]
     (row,) = rows(config, "select failure_class, kind from evaluations where status = 'failed'")
     assert row == {"failure_class": "infrastructure", "kind": "served"}
+    with forked(place):
+        again = run_cli(*config, "retry", "served/one", "--reason", "it is up", "--json")
+    assert again.code == 1  # it is tried again, and is not up
+    assert "HTTP 503" in again.json[0]["reasons"][0]
     none = run_cli(*config, "run", "--served", "two")
     assert none.code == 2
     assert "no [[served]] model is called 'two'; there are one" in none.err

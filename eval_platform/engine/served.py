@@ -8,6 +8,7 @@ counted. Back ends that run in this process (vllm, hf) are asked in chunks. Retr
 
 import json
 import logging
+import os
 import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,9 +107,21 @@ class ServedEngine:
             yield from self._in_chunks(requests)
             return
         pool = ThreadPoolExecutor(self._entry.concurrency, thread_name_prefix="served")
+        failed: BaseException | None = None
         try:
-            for done in as_completed([pool.submit(self._one, request) for request in requests]):
-                yield done.result()
+            asked = [pool.submit(self._one, request) for request in requests]
+            for done in as_completed(asked):
+                if done.cancelled():
+                    continue
+                error = done.exception()
+                if error is None:
+                    yield done.result()
+                elif failed is None:
+                    failed = error
+                    for one in asked:  # those under way still come, and need not be paid for again
+                        one.cancel()
+            if failed is not None:
+                raise failed
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -302,7 +315,7 @@ def load_served(entry: ServedModel, settings: RunSettings) -> ServedEngine:
     heard: _Heard | None = None
     if issubclass(kind, api_models.TemplateAPI):
         heard = _Heard()
-        kind = _listening(kind, heard)
+        kind = _listening(kind, heard, entry.key_variable)
         arguments = {"seed": settings.seed, **arguments, "model": entry.model, "num_concurrent": 1, "batch_size": 1}
         # Each request is a call, which would draw a bar of its own.
         api_models.tqdm = partial(api_models.tqdm, disable=True)
@@ -317,6 +330,11 @@ def load_served(entry: ServedModel, settings: RunSettings) -> ServedEngine:
     if entry.endpoint is not None:
         arguments["base_url"] = entry.endpoint
     where = f"[[served]] {entry.name}"
+    if entry.key_variable is not None and (heard is None or entry.provider.startswith("litellm")):
+        raise ConfigError(
+            f"{where}: field key_variable: {entry.provider} takes its keys from variables of its own",
+            remedy="leave it out, and set the variable that the provider knows",
+        )
     try:
         model = kind(**arguments)
         key = getattr(model, "api_key", None)  # reading it raises where it is needed and missing
@@ -364,10 +382,18 @@ def _model_class(provider: str) -> Any:
         raise ConfigError(f"the back end {provider} cannot be had: {error}", remedy="install what it needs") from error
 
 
-def _listening(kind: Any, heard: _Heard) -> Any:
-    """The class, with what the server sends written down."""
+def _listening(kind: Any, heard: _Heard, variable: str | None) -> Any:
+    """The class, with what the server sends written down, and its key taken from `variable` where one is named."""
 
     class Listening(kind):
+        if variable is not None:
+
+            @property
+            def api_key(self) -> str:
+                if variable not in os.environ:
+                    raise ValueError(f"API key not found in {variable}")
+                return os.environ[variable]
+
         def model_call(self, *args: Any, **keys: Any) -> Any:
             outputs = super().model_call(*args, **keys)
             heard.said += outputs if isinstance(outputs, list) else [outputs]
@@ -393,7 +419,9 @@ def _takes(kind: Any, name: str) -> bool:
 
 
 def key_variable(entry: ServedModel) -> str:
-    """The environment variable that the harness takes the provider's key from."""
+    """The environment variable that the key is taken from."""
+    if entry.key_variable is not None:
+        return entry.key_variable
     if entry.provider.startswith("anthropic"):
         return "ANTHROPIC_API_KEY"
     return "AZURE_OPENAI_API_KEY" if entry.provider.startswith("azure") else "OPENAI_API_KEY"
