@@ -16,7 +16,8 @@ from eval_platform.scoring import aggregate, responses_from_sample, score_item, 
 from eval_platform.scoring.code import pass_at_k
 from eval_platform.scoring.filters import extract
 from eval_platform.tasks import build_task, render
-from eval_platform.tasks.schema import FilterStep, TaskFile
+from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.scoring_keys import FilterStep
 from eval_platform.tasks.task import Task, ask_id, task_id
 from eval_platform.values import Document, Item, Response, make_request
 from tests.machine import needs_sandbox

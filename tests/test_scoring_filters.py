@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from eval_platform.scoring.filters import extract, selects
 from eval_platform.scoring.text import exact_match, squad_words, token_f1
 from eval_platform.tasks.metrics import FILTERS
-from eval_platform.tasks.schema import FilterStep
+from eval_platform.tasks.scoring_keys import FilterStep
 
 lm_filters = pytest.importorskip("lm_eval.filters", reason="lm-eval, the oracle, is not installed")
 

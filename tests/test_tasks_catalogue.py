@@ -88,7 +88,11 @@ def test_a_typo_is_an_error_and_not_missing_data(written: str, told: str, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "body"),
-    [("test.jsonl", b'{"question": '), ("test.jsonl", b"\xff\xfe"), ("test.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9])],
+    [
+        ("test.jsonl", b'{"question": '),
+        ("test.jsonl", b"\xff\xfe"),
+        ("test.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9]),
+    ],
 )
 def test_a_broken_file_is_an_error_that_names_it(name: str, body: bytes, tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()

@@ -9,12 +9,14 @@ from cli_tools import Place
 
 from eval_platform.errors import NoData
 from eval_platform.tasks import build_task, catalogue, library_tasks, render
+from eval_platform.tasks.asking import GenerationKwargs
 from eval_platform.tasks.card import BY_DEFINITION, page, section
 from eval_platform.tasks.examples import EXAMPLES
 from eval_platform.tasks.metrics import FILTERS, METRIC_ARGUMENTS, METRICS
 from eval_platform.tasks.reading import read_task_file
-from eval_platform.tasks.schema import Documents, GenerationKwargs, TaskFile
+from eval_platform.tasks.schema import TaskFile
 from eval_platform.tasks.selection import LIBRARY
+from eval_platform.tasks.sources import Documents
 from tests.data import REPOSITORY, use_originals
 
 TEXT = (REPOSITORY / "docs" / "task_files.md").read_text(encoding="utf-8")

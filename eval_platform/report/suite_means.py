@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval_platform.tasks.lock import GroupMean
-from eval_platform.tasks.schema import score_name
+from eval_platform.tasks.scoring_keys import score_name
 
 
 @dataclass(frozen=True, slots=True)

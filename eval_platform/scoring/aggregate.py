@@ -8,7 +8,7 @@ from eval_platform.scoring.likelihood import WEIGHTS, surprise
 from eval_platform.scoring.sums import terms_estimate
 from eval_platform.statistics import Estimate, macro_estimate, mean_estimate, ratio_estimate
 from eval_platform.tasks.metrics import METRICS
-from eval_platform.tasks.schema import score_name
+from eval_platform.tasks.scoring_keys import score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Score
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from eval_platform.tasks.metrics import UNPARSED
-from eval_platform.tasks.schema import FilterStep
+from eval_platform.tasks.scoring_keys import FilterStep
 
 DEFAULT_REGEX = r"#### (\-?[0-9\.\,]+)"
 # Filters that leave one answer of all an item's repeats.

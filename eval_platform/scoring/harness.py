@@ -20,7 +20,7 @@ from eval_platform.statistics import estimate as why
 from eval_platform.statistics.estimate import without_interval
 from eval_platform.tasks.harness_task import frozen_task
 from eval_platform.tasks.metrics import UNPARSED
-from eval_platform.tasks.schema import Harness, score_name
+from eval_platform.tasks.scoring_keys import Harness, score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Item, Response
 

@@ -23,7 +23,7 @@ from eval_platform.scoring.refusal import refused, refused_rightly
 from eval_platform.scoring.terms import Terms, entries
 from eval_platform.scoring.text import exact_match, is_answered, prefix_match, token_f1
 from eval_platform.scoring.truthful import SIMILARITIES, mass_on_true, similarity
-from eval_platform.tasks.schema import FilterPipeline, FilterStep, MetricEntry, score_name
+from eval_platform.tasks.scoring_keys import FilterPipeline, FilterStep, MetricEntry, score_name
 from eval_platform.tasks.task import Task
 from eval_platform.values import Item, Request, Response, known_sum
 

@@ -15,9 +15,10 @@ from eval_platform.tasks.documents import read_documents
 from eval_platform.tasks.examples import EXAMPLES
 from eval_platform.tasks.reading import read_task_file
 from eval_platform.tasks.render import render
-from eval_platform.tasks.schema import DatasetSource, TaskFile
+from eval_platform.tasks.schema import TaskFile
 from eval_platform.tasks.selection import LIBRARY, library_tasks
 from eval_platform.tasks.show import show_item
+from eval_platform.tasks.sources import DatasetSource
 from eval_platform.tasks.suite import find_suite, shipped_suites
 
 BY_DEFINITION = "by definition only"

@@ -18,7 +18,8 @@ from eval_platform.errors import NoData, TaskError
 from eval_platform.identity import content_id
 from eval_platform.tasks import hub, s3
 from eval_platform.tasks.files import read_rows
-from eval_platform.tasks.schema import LOCAL_FORMATS, HubSource, Source, TaskFile
+from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.sources import LOCAL_FORMATS, HubSource, Source
 from eval_platform.tasks.templates import inside
 from eval_platform.values import Document
 

@@ -6,7 +6,7 @@ from typing import Any
 from eval_platform.errors import NoData, TaskError
 from eval_platform.tasks import hub
 from eval_platform.tasks.harness_files import Leaf, code_digest, harness_version, quiet, read_config
-from eval_platform.tasks.schema import Harness
+from eval_platform.tasks.scoring_keys import Harness
 
 # Formats that need no hub.
 _LOCAL = frozenset({"json", "csv", "parquet", "text", "arrow"})

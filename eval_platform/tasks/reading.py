@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from eval_platform.errors import TaskError
-from eval_platform.tasks.schema import REFUSED_KEYS, TaskFile, did_you_mean
+from eval_platform.tasks.schema import REFUSED_KEYS, TaskFile
+from eval_platform.tasks.sections import did_you_mean
 
 # A file of a few kilobytes can stand for gigabytes through aliases of aliases.
 MAX_NODES = 100_000

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 from eval_platform.errors import TaskError
 from eval_platform.identity import ordered_id
+from eval_platform.tasks.asking import Fewshot
 from eval_platform.tasks.chat import Chat, Turn, as_messages, as_text
-from eval_platform.tasks.schema import Fewshot, did_you_mean
+from eval_platform.tasks.sections import did_you_mean
 from eval_platform.tasks.shots import draw_shots
 from eval_platform.tasks.task import Task
 from eval_platform.tasks.templates import inside, render_template

@@ -106,9 +106,9 @@ def guess_fields(rows: Sequence[Mapping[str, Any]], file: Path) -> Guess:
         )
     for known in (_QUESTION, _ANSWER):
         field = _named(known, list(rows[0]))
-        for n, row in enumerate(rows) if field is not None else ():
-            if row.get(field) is None:
-                raise TaskError(f"{file}, document {n} has no {field!r}", remedy="fill it in, or take the document out")
+        n = next((n for n, row in enumerate(rows) if field is not None and row.get(field) is None), None)
+        if n is not None:
+            raise TaskError(f"{file}, document {n} has no {field!r}", remedy="fill it in, or take the document out")
     raise TaskError(
         f"{file}: no question and answer can be made out of the fields {', '.join(rows[0])}",
         remedy=f"call them {_QUESTION[0]!r} and {_ANSWER[0]!r} (and {_CHOICES[0]!r}), or write the task file by hand: "

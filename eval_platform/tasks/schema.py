@@ -5,23 +5,20 @@ same have equal definitions, and so equal ids. What cannot be meant (a metric of
 does not compile, shots that would show the answer) is refused here, before any document is read.
 """
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from eval_platform.identity import canonical_json
-from eval_platform.tasks.metrics import DEFAULT_METRICS, FILTERS, METRIC_ARGUMENTS, METRICS, OUTPUT_TYPES, OutputType
+from eval_platform.tasks.asking import DEFAULT_MAX_NEW_TOKENS, ChatSection, Fewshot, GenerationKwargs
+from eval_platform.tasks.metrics import DEFAULT_METRICS, METRICS, OUTPUT_TYPES, OutputType
+from eval_platform.tasks.scoring_keys import MACRO_MEAN, Code, FilterPipeline, Harness, MetricEntry, Quality, score_name
+from eval_platform.tasks.sections import Section, did_you_mean, is_set, json_only, listed
+from eval_platform.tasks.sources import LOCAL_FORMATS, DatasetKwargs, Documents
 from eval_platform.values import Generation
 
-# Local formats that `dataset_path` may name; anything else is a dataset on the hub.
-LOCAL_FORMATS = ("json", "csv", "parquet")
-MACRO_MEAN = "macro_mean"
 _MUTUAL = "acc_mutual_info"
-DEFAULT_MAX_NEW_TOKENS = 256  # lm-evaluation-harness, `defaults.py:DEFAULT_MAX_GEN_TOKS`
 
 # Keys of lm-evaluation-harness that are refused, and why.
 REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
@@ -40,307 +37,7 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class GeneratorSource(_Section):
-    """Seeded documents of `eval_platform.tasks.generators`. The splits `test` and `train` share no item."""
-
-    name: str
-    n: int = Field(gt=0)
-    seed: int = 0
-    split: Literal["test", "train"] = "test"
-
-
-class HubSource(_Section):
-    """A dataset on the Hugging Face hub. `config` is the hub's name for a configuration (lm-eval: dataset_name)."""
-
-    name: str
-    split: str
-    config: str | None = None
-    revision: str | None = None
-
-
-class DatasetSource(_Section):
-    """A dataset of `eval_platform.tasks.catalogue`, found in $EVAL_PLATFORM_DATA or on the hub, in one form of row."""
-
-    name: str
-    split: str
-    config: str | None = None
-
-
-class Source(_Section):
-    """Where documents come from: one of file, files, generator, hub, dataset. Paths are relative to the task file."""
-
-    file: str | None = None
-    files: list[str] | None = Field(default=None, min_length=1)
-    generator: GeneratorSource | None = None
-    hub: HubSource | None = None
-    dataset: DatasetSource | None = None
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """Which of the sources are named."""
-        return tuple(key for key in ("file", "files", "generator", "hub", "dataset") if getattr(self, key) is not None)
-
-    @model_validator(mode="after")
-    def _at_most_one(self) -> Self:
-        if len(self.named) > 1:
-            raise ValueError(f"name one source, not {' and '.join(self.named)}")
-        return self
-
-
-class Shots(Source):
-    """Where shots are drawn from. match: a field; a document's shots are those that have its value there."""
-
-    match: str | None = None
-
-
-class Documents(Source):
-    """What is asked about. `sample` documents are drawn with `seed`, keeping their order; absent: all of them.
-
-    subset and cluster name fields: scores are also given for each subset, and items of one cluster (a shared
-    passage) are not counted as independent. Of several subset fields the first is the finest; subsets by the others
-    are called `<field>=<value>`. fewshot: where shots are drawn from; absent: from these documents, never the one
-    that is asked.
-    """
-
-    sample: int | None = Field(default=None, gt=0)
-    seed: int = 0
-    subset: str | Annotated[list[str], Field(min_length=1)] | None = None
-    cluster: str | None = None
-    fewshot: Shots | None = None
-
-    @property
-    def subset_fields(self) -> tuple[str, ...]:
-        """The fields that subset names, the finest first."""
-        return (self.subset,) if isinstance(self.subset, str) else tuple(self.subset or ())
-
-    @property
-    def shots_source(self) -> Shots | None:
-        """Where shots come from, None where that is these documents."""
-        return self.fewshot if self.fewshot and self.fewshot.named else None
-
-
-class DatasetKwargs(_Section):
-    """lm-eval's dataset_kwargs. data_files: split -> path or paths; without splits the split is called `train`."""
-
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    revision: str | None = None
-
-
-class Fewshot(_Section):
-    """lm-eval's fewshot_config: how shots are drawn, and how they are written where that differs from the question.
-
-    sampler: `default` draws anew for every document with one random.Random(1234) over the whole task; `first_n` takes
-    the first ones, which makes the shots a prefix shared by all documents, and so cheap.
-    """
-
-    sampler: Literal["default", "first_n"] = "default"
-    split: str | None = None
-    samples: list[dict[str, Any]] | None = Field(default=None, min_length=1)
-    doc_to_text: str | int | None = None
-    doc_to_choice: str | list[str] | dict[str, str] | None = None
-    doc_to_target: str | int | list[str] | list[int] | None = None
-    gen_prefix: str | None = None
-    fewshot_delimiter: str | None = None
-    target_delimiter: str | None = None
-
-    @field_validator("samples")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        return _json_only(value)
-
-
-class GenerationKwargs(_Section):
-    """lm-eval's generation_kwargs. Greedy unless temperature is above 0."""
-
-    until: str | list[str] | None = None
-    max_gen_toks: int | None = Field(default=None, gt=0)
-    max_new_tokens: int | None = Field(default=None, gt=0)
-    max_tokens: int | None = Field(default=None, gt=0)
-    max_completion_tokens: int | None = Field(default=None, gt=0)
-    do_sample: bool | None = None
-    temperature: float = Field(default=0.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.do_sample and self.temperature == 0:
-            raise ValueError("do_sample: true needs a temperature above 0; leave it out for greedy decoding")
-        lengths = [
-            k for k in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens") if _set(self, k)
-        ]
-        if len(lengths) > 1:
-            raise ValueError(f"{' and '.join(lengths)} say the same; keep one")
-        if "" in ([self.until] if isinstance(self.until, str) else self.until or []):
-            raise ValueError("until: an empty stop string would stop before the first token; remove it")
-        return self
-
-
-class MetricEntry(_Section):
-    """One entry of metric_list. aggregation and higher_is_better follow from the metric; said, they must agree.
-
-    aggregation: macro_mean is the one choice there is: the mean of the subsets' means, instead of that of all items.
-    """
-
-    metric: str
-    aggregation: str | None = None
-    higher_is_better: bool | None = None
-    hf_evaluate: Literal[False] | None = None
-    ignore_case: bool | None = None
-    ignore_punctuation: bool | None = None
-    ignore_numbers: bool | None = None
-    regexes_to_ignore: list[str] | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the metric's function that are set."""
-        return {key: getattr(self, key) for key in _ARGUMENTS if getattr(self, key) is not None}
-
-    @property
-    def is_macro(self) -> bool:
-        """Whether every subset counts the same, however many items it has."""
-        return self.aggregation == MACRO_MEAN
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in METRICS:
-            raise ValueError(f"no metric is called {name!r}{did_you_mean(name, METRICS)}; there are {_and(METRICS)}")
-        return name
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        metric = METRICS[self.metric]
-        if self.is_macro and metric.aggregation != "mean":
-            raise ValueError(f"{metric.name} is no mean over items, so it has no {MACRO_MEAN}; remove aggregation")
-        if self.aggregation not in (None, metric.aggregation, MACRO_MEAN):
-            raise ValueError(f"{metric.name} is aggregated by {metric.aggregation}, not by {self.aggregation}")
-        if self.higher_is_better not in (None, metric.higher_is_better):
-            better = "higher" if metric.higher_is_better else "lower"
-            raise ValueError(f"of {metric.name} {better} is better; remove higher_is_better")
-        for argument in self.arguments:
-            if argument not in METRIC_ARGUMENTS.get(metric.name, ()):
-                raise ValueError(f"{metric.name} takes no {argument}")
-        for pattern in self.regexes_to_ignore or ():
-            _compile(pattern)
-        return self
-
-
-class FilterStep(_Section):
-    """One function of a filter pipeline, with its arguments."""
-
-    function: str
-    regex_pattern: str | None = None
-    group_select: int | None = None
-    fallback: str | None = None
-    mapping_dict: dict[str, str] | None = None
-    default_value: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that are set."""
-        return {
-            key: value
-            for key in type(self).model_fields
-            if (value := getattr(self, key)) is not None and key != "function"
-        }
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        if self.function not in FILTERS:
-            near = did_you_mean(self.function, FILTERS)
-            raise ValueError(f"no filter is called {self.function!r}{near}; there are {_and(FILTERS)}")
-        for argument in self.arguments:
-            if argument not in FILTERS[self.function]:
-                raise ValueError(f"the filter {self.function} takes no {argument}")
-        if self.regex_pattern is not None:
-            _compile(self.regex_pattern)
-        return self
-
-
-class FilterPipeline(_Section):
-    """A named way from a completion to what is scored. Several give several scores, `<metric>,<name>` each."""
-
-    name: str = Field(min_length=1)
-    filter: list[FilterStep] = Field(min_length=1)
-
-
-class Code(_Section):
-    """How a completion becomes a program that passes or fails: a template over the document and `completion`.
-
-    program: ends with the tests; what runs to its end has passed. timeout: seconds it may take, from its first
-    statement on.
-    """
-
-    program: str
-    timeout: float = Field(default=3.0, gt=0, le=60)
-
-
-class ChatSection(_Section):
-    """What is otherwise where the task is asked as a conversation; what is absent stays as it is for a base model.
-
-    A run's own system_prompt and shots_as_turns go before these. system_prompt stands before the description, in the
-    same message. shots_as_turns: a shot is a turn of the user and one of the assistant (default); false: all shots and
-    the question are one turn.
-    """
-
-    system_prompt: str | None = None
-    shots_as_turns: bool | None = None
-    description: str | None = None
-    doc_to_text: str | int | None = None
-    gen_prefix: str | None = None
-    num_fewshot: int | None = Field(default=None, ge=0)
-    generation_kwargs: GenerationKwargs | None = None
-
-
-class HarnessMetric(_Section):
-    """A metric that lm-evaluation-harness computes. own: its values become one number by a function of its own."""
-
-    name: str
-    aggregation: Literal["mean", "own"]
-    higher_is_better: bool
-
-
-class Harness(_Section):
-    """Which task of lm-evaluation-harness this is; made at sync of a task file's `lm_eval: NAME`, never written.
-
-    metrics: scored by its own functions; empty: metric_list and filter_list say all. The rest matters only then: its
-    filters by name, the YAML file below lm_eval/tasks with what overrides it, the release, and a digest of the code.
-    """
-
-    task: str
-    num_fewshot: int
-    metrics: list[HarnessMetric] = []
-    filters: list[str] = []
-    file: str = ""
-    overrides: dict[str, Any] = {}
-    version: str = ""
-    code: str = ""
-
-    @property
-    def better(self) -> Mapping[str, bool]:
-        """Metric -> whether a higher value is better."""
-        return {metric.name: metric.higher_is_better for metric in self.metrics}
-
-
-class Quality(_Section):
-    """What the gate shall make of this task's answers. Shares are of all samples, from 0 to 1.
-
-    raise_: names of warnings that hold the result here. empty, truncated and unparsed: the share above which the gate
-    warns; absent, its own.
-    """
-
-    raise_: list[str] = Field(default=[], alias="raise")
-    empty_share: float | None = Field(default=None, ge=0, le=1)
-    truncated_share: float | None = Field(default=None, ge=0, le=1)
-    unparsed_share: float | None = Field(default=None, ge=0, le=1)
-
-
-class TaskFile(_Section):
+class TaskFile(Section):
     """One task. See `docs/task_files.md` for each key with an example.
 
     After validation metric_list, filter_list, primary_metric and higher_is_better are always filled in.
@@ -405,7 +102,7 @@ class TaskFile(_Section):
         """The task as it is asked in a conversation: what `chat` says in place of what is said for a base model."""
         if self.chat is None:
             return self
-        said = {key: getattr(self.chat, key) for key in type(self.chat).model_fields if _set(self.chat, key)}
+        said = {key: getattr(self.chat, key) for key in type(self.chat).model_fields if is_set(self.chat, key)}
         return self.model_copy(update={key: value for key, value in said.items() if key in type(self).model_fields})
 
     @property
@@ -494,7 +191,7 @@ class TaskFile(_Section):
     @field_validator("metadata")
     @classmethod
     def _plain(cls, value: Any) -> Any:
-        return _json_only(value)
+        return json_only(value)
 
     @field_validator("fewshot_config", mode="before")
     @classmethod
@@ -587,7 +284,7 @@ class TaskFile(_Section):
         for name in self.metrics:
             if self.output_type not in METRICS[name].output_types:
                 fitting = [metric.name for metric in METRICS.values() if self.output_type in metric.output_types]
-                raise ValueError(f"metric_list: {name} does not apply to {self.output_type}; use {_and(fitting)}")
+                raise ValueError(f"metric_list: {name} does not apply to {self.output_type}; use {listed(fitting)}")
         if len(set(self.metrics)) != len(self.metrics):
             raise ValueError("metric_list names a metric twice; keep one")
         if (self.metrics == ("acc_both_orders",)) != (self.doc_to_text_reversed is not None):
@@ -626,7 +323,7 @@ class TaskFile(_Section):
         if primary not in self.score_names:
             raise ValueError(
                 f"primary_metric: this task has no score {primary!r}{did_you_mean(primary, self.score_names)}; it has "
-                f"{_and(self.score_names)}"
+                f"{listed(self.score_names)}"
             )
         if self.harness is not None:
             object.__setattr__(self, "primary_metric", primary)
@@ -641,41 +338,3 @@ class TaskFile(_Section):
         object.__setattr__(self, "primary_metric", primary)
         object.__setattr__(self, "higher_is_better", metric.higher_is_better)
         return self
-
-
-def score_name(metric: str, filter_name: str) -> str:
-    """How a score is called: the metric, and the filter where it has a name of its own (lm-eval's `metric,filter`)."""
-    return metric if filter_name == "none" else f"{metric},{filter_name}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-_ARGUMENTS = sorted(set().union(*METRIC_ARGUMENTS.values()))
-
-
-def _set(model: BaseModel, key: str) -> bool:
-    return getattr(model, key) is not None
-
-
-def _and(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _json_only(value: Any) -> Any:
-    """YAML makes dates, sets and infinities out of unquoted text; none of them is a JSON value."""
-    try:
-        canonical_json(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{error}; put the value in quotes") from error
-    return value
-
-
-def _compile(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error

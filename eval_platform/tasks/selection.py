@@ -11,7 +11,8 @@ from eval_platform.tasks.building import build_task
 from eval_platform.tasks.harness_files import Leaf, groups, leaves, our_name
 from eval_platform.tasks.lock import LockedGroup
 from eval_platform.tasks.reading import read_task_file, task_name
-from eval_platform.tasks.schema import TaskFile, did_you_mean
+from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.sections import did_you_mean
 from eval_platform.tasks.suite import OwnSuites, suites_of_tasks
 from eval_platform.tasks.templates import inside
 

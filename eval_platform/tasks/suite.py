@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval_platform.errors import ConfigError, TaskError
 from eval_platform.tasks.lock import GroupMean, LockedGroup
-from eval_platform.tasks.schema import did_you_mean
+from eval_platform.tasks.sections import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
 

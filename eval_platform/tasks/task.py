@@ -6,7 +6,8 @@ from typing import Any
 
 from eval_platform.identity import content_id
 from eval_platform.tasks.metrics import SCORER_VERSION
-from eval_platform.tasks.schema import MACRO_MEAN, TaskFile
+from eval_platform.tasks.schema import TaskFile
+from eval_platform.tasks.scoring_keys import MACRO_MEAN
 from eval_platform.values import Document
 
 # Part of every ask_id: raise it when the same definition and documents would give other prompts.

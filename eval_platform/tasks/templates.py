@@ -26,7 +26,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eval_platform.errors import NoData, TaskError
-from eval_platform.tasks.schema import did_you_mean
+from eval_platform.tasks.sections import did_you_mean
 
 MAX_CHARACTERS = 1_000_000
 MAX_STEPS = 100_000

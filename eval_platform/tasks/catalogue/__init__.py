@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 
 from eval_platform.errors import NoData, TaskError
 from eval_platform.tasks.catalogue.data import FOLDER_VARIABLE, Card, Data
-from eval_platform.tasks.schema import did_you_mean
+from eval_platform.tasks.sections import did_you_mean
 
 _NOT_DATASETS = {"data", "llm_adapters"}
 

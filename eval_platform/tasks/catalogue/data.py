@@ -18,7 +18,7 @@ from typing import Any
 from eval_platform.errors import NoData, TaskError
 from eval_platform.tasks import hub as the_hub
 from eval_platform.tasks.files import read_json
-from eval_platform.tasks.schema import did_you_mean
+from eval_platform.tasks.sections import did_you_mean
 
 __all__ = ["Card", "Data", "NoData", "no_config", "one_of"]
 
