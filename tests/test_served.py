@@ -222,10 +222,11 @@ def test_log_likelihoods_that_are_none(server: str, checkpoint: Path) -> None:
     """A server that does not repeat the prompt would give 0 for every choice, and one with another tokenizer those of
     other tokens: both are found by the number of tokens."""
     for path in ("/mute/v1/completions", "/bos/v1/completions"):
-        said = told(entry(server, checkpoint, path), CHOICES[0])
-        assert said.startswith("CheckpointError")
-        assert "tokenizer" in said
-        assert "log_likelihoods = false" in said
+        for request in (CHOICES[0], TEXTS[1]):
+            said = told(entry(server, checkpoint, path), request)
+            assert said.startswith("CheckpointError")
+            assert "tokenizer" in said
+            assert "log_likelihoods = false" in said
     said = told(entry(server, None, arguments={"tokenizer_backend": "none"}), CHOICES[0])
     assert said.startswith("ConfigError")
     assert "[served.arguments]" in said

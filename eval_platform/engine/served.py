@@ -135,8 +135,9 @@ class ServedEngine:
 
     def _one(self, request: Request) -> Response:
         assert self._heard is not None
-        self._heard.said = []
+        self._heard.said, self._heard.scored = [], []
         (answer,) = self._asked(request.kind, [request])
+        self._must_have_scored(self._heard.scored, self._heard.said)
         return self._response(request, answer, self._heard.said)
 
     def _asked(self, kind: RequestKind, requests: Sequence[Request]) -> list[Any]:
@@ -148,9 +149,9 @@ class ServedEngine:
         instances = [Instance(_CALLS[kind], {}, self._arguments(request), n) for n, request in enumerate(requests)]
         try:
             answers = list(getattr(self._model, _CALLS[kind])(instances, disable_tqdm=True))
-        except EvalPlatformError:
-            raise
         except Exception as error:  # of requests, of a provider's own package, of the harness reading what came
+            if isinstance(error, EvalPlatformError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                raise
             raise self._told(kind, error) from error
         if len(answers) != len(requests):  # some back ends swallow an error and end there
             raise ServerError(
@@ -164,12 +165,10 @@ class ServedEngine:
         if request.kind == "rolling":
             return (request.context,)
         context: Any = request.context
-        if self._entry.is_chat and self._heard is not None:
+        if self._entry.is_chat:
             from lm_eval.models.api_models import JsonChatStr
 
             context = JsonChatStr(context)
-        elif self._entry.is_chat:
-            context = self._model.apply_chat_template(json.loads(context))
         assert request.settings is not None
         return context, self._generation(request, request.settings)
 
@@ -204,10 +203,9 @@ class ServedEngine:
                 completion_tokens=completion_tokens,
             )
         context, scored = self._lengths(request)
-        limit = getattr(self._model, "max_length", None)
-        cut = max(0, context + scored - limit) if self._heard and limit and request.kind == "choice" and scored else 0
-        if request.kind == "choice" and scored is not None:
-            self._must_have_scored(context + scored - cut, said)
+        cut = 0
+        if self._heard is not None and request.kind == "choice" and scored is not None:
+            cut = max(0, context + scored - sum(self._heard.scored))
         log_likelihood, is_greedy = answer if request.kind == "choice" else (answer, None)
         return Response(
             request.request_id,
@@ -241,13 +239,13 @@ class ServedEngine:
         room = self._model.max_length - how.max_new_tokens
         return max(0, len(self._model.tok_encode(request.context)) - room)
 
-    def _must_have_scored(self, expected: int, said: Sequence[Mapping[str, Any]]) -> None:
-        """The server scored the very tokens that the harness counted, and one that it drew.
+    def _must_have_scored(self, sent: Sequence[int], said: Sequence[Mapping[str, Any]]) -> None:
+        """The server scored the very tokens that the harness sent (so many a call), and one that it drew.
 
         The harness takes the scores by their place: with other tokens it would take others, and of a server that does
-        not repeat the prompt (`echo`) none at all, whose sum is 0.
+        not repeat the prompt (`echo`) none at all, whose sum is 0. Nothing was sent to be scored for a completion.
         """
-        for one in said:
+        for expected, one in zip(sent, said, strict=False):
             for choice in one.get("choices") or ():
                 scores = (choice.get("logprobs") or {}).get("token_logprobs")
                 if scores is not None and len(scores) != expected + 1:
@@ -295,9 +293,13 @@ class ServedEngine:
 
 
 class _Heard(threading.local):
-    """What the server sent to this thread since `said` was emptied, one JSON object a call."""
+    """What the server sent to this thread since these were emptied: one JSON object a call.
+
+    scored: of each call for log-likelihoods the number of tokens that the harness sent, as it counts them.
+    """
 
     said: list[dict[str, Any]]
+    scored: list[int]
 
 
 def load_served(entry: ServedModel, settings: RunSettings) -> ServedEngine:
@@ -307,15 +309,15 @@ def load_served(entry: ServedModel, settings: RunSettings) -> ServedEngine:
     a missing key and arguments that the back end does not take.
     """
     kind = _model_class(entry.provider)
+    from lm_eval.models import api_models, openai_completions
+
     arguments = dict(entry.arguments)
-    try:
-        from lm_eval.models import api_models, openai_completions
-    except ImportError as error:
-        raise ConfigError(f"{entry.provider} needs lm-evaluation-harness: {error}", remedy=_EXTRA) from error
     heard: _Heard | None = None
     if issubclass(kind, api_models.TemplateAPI):
         heard = _Heard()
-        kind = _listening(kind, heard, entry.key_variable)
+        kind = _listening(kind, heard)
+        if entry.key_variable is not None:
+            kind = _with_key_of(kind, entry.key_variable)
         arguments = {"seed": settings.seed, **arguments, "model": entry.model, "num_concurrent": 1, "batch_size": 1}
         # Each request is a call, which would draw a bar of its own.
         api_models.tqdm = partial(api_models.tqdm, disable=True)
@@ -368,13 +370,14 @@ def _unusable(where: str, entry: ServedModel, error: Exception) -> ConfigError:
 def _model_class(provider: str) -> Any:
     try:
         import lm_eval.models  # its registry fills itself only while it is empty
+        import lm_eval.models.openai_completions  # noqa: F401 -- registers one that the others' list lacks
         from lm_eval.api.registry import get_model, model_registry
     except ImportError as error:
         raise ConfigError(f"[[served]] needs lm-evaluation-harness: {error}", remedy=_EXTRA) from error
     if provider not in model_registry:
         raise ConfigError(
             f"[[served]] field provider: lm-evaluation-harness {version('lm_eval')} has no back end {provider!r}",
-            remedy=f"use one of {', '.join(sorted(lm_eval.models.MODEL_MAPPING))}",
+            remedy=f"use one of {', '.join(sorted(model_registry.keys()))}",
         )
     try:
         return get_model(provider)
@@ -382,21 +385,28 @@ def _model_class(provider: str) -> Any:
         raise ConfigError(f"the back end {provider} cannot be had: {error}", remedy="install what it needs") from error
 
 
-def _listening(kind: Any, heard: _Heard, variable: str | None) -> Any:
-    """The class, with what the server sends written down, and its key taken from `variable` where one is named."""
+def _with_key_of(kind: Any, variable: str) -> Any:
+    """The class, with its key taken from another environment variable than the provider's."""
+
+    class WithKey(kind):
+        @property
+        def api_key(self) -> str:
+            if variable not in os.environ:
+                raise ValueError(f"API key not found in {variable}")
+            return os.environ[variable]
+
+    return WithKey
+
+
+def _listening(kind: Any, heard: _Heard) -> Any:
+    """The class, with what the server sends written down."""
 
     class Listening(kind):
-        if variable is not None:
-
-            @property
-            def api_key(self) -> str:
-                if variable not in os.environ:
-                    raise ValueError(f"API key not found in {variable}")
-                return os.environ[variable]
-
         def model_call(self, *args: Any, **keys: Any) -> Any:
             outputs = super().model_call(*args, **keys)
             heard.said += outputs if isinstance(outputs, list) else [outputs]
+            if not keys.get("generate", True):
+                heard.scored += [len(tokens) for tokens in keys["messages"]]
             return outputs
 
         def _create_payload(self, *args: Any, **keys: Any) -> Any:
