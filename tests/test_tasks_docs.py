@@ -92,3 +92,15 @@ def test_made_up_examples_have_the_fields_of_the_real_items(monkeypatch: pytest.
         assert {field: type(EXAMPLES[name][field]) for field in row} == {k: type(v) for k, v in row.items()}, name
         compared.add(name)
     assert compared >= {"gsm8k", "humaneval", "xstest"}
+
+
+def test_every_file_that_is_named_as_a_proof_is_there() -> None:
+    pages = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md", *sorted(LIBRARY.glob("*.yaml"))]
+    named = {
+        (file, page.name)
+        for page in pages
+        for file in re.findall(r"\b(?:tests|benchmarks)/\w[\w/]*\.py\b", page.read_text(encoding="utf-8"))
+    }
+
+    assert len(named) > 10
+    assert {(file, page) for file, page in named if not (REPOSITORY / file).is_file()} == set()

@@ -49,12 +49,11 @@ def test_every_shipped_task_says_what_it_is(name: str) -> None:
     assert said.about
     assert said.source
     assert said.licence
+    assert said.citation
     sources = [source for source in (said.documents, said.documents and said.documents.fewshot) if source]
     for source in sources:
         if source.dataset is not None:
             assert catalogue.card(source.dataset.name).licence
-        if source.generator is None:
-            assert said.citation
         if source.file is not None:  # what is shipped has its licence beside it
             licence = LIBRARY / said.licence.partition("(")[2].rstrip(")")
             assert "Permission is hereby granted" in licence.read_text()
