@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_oracle import Subject, ask, check_completed, check_scored, decoding_with, running_with, subject
+from engine_oracle import Subject, ask, check_completed, check_scored, counted, decoding_with, running_with, subject
 from hypothesis import given
 from hypothesis import strategies as st
 from model_families import FAMILIES, make_family
 from test_engine_families import COMPLETED, SCORED
+from test_engine_remembering import conversations, same
 from test_engine_tree import MIN_SHARED, PLAIN, PROMPTS, REQUESTS, WINDOW, flat, settings
 from tiny_models import make_checkpoint
 from torch import Tensor
@@ -117,6 +118,18 @@ def test_a_family_has_right_numbers(name: str, budget: int, tmp_path: Path) -> N
         completed = ask(engine, COMPLETED)
     for request in COMPLETED:
         check_completed(model, request, completed[request.request_id, 0])
+
+
+def test_further_turns_are_answered_as_without_a_memory(tmp_path: Path) -> None:
+    model = subject(make_checkpoint(tmp_path, max_length=160), "tree")
+    with decoding_with(model, slots=3, budget=40) as engine:
+        with counted(engine) as cold:
+            asked, expected = conversations(engine)
+        with engine.remembering(), counted(engine) as warm:
+            again, answers = conversations(engine)
+    assert again == asked
+    assert all(same(other[key], one[key]) for one, other in zip(expected, answers, strict=True) for key in one)
+    assert warm["forward_tokens"] < 0.7 * cold["forward_tokens"]
 
 
 def test_what_the_kernel_does_not_do_goes_the_plain_path(tmp_path: Path) -> None:
