@@ -104,7 +104,7 @@ def up() -> None:
 
 @app.command(epilog=example("eval-platform run --checkpoint out/step_1000 --tasks copying,addition --limit 20"))
 def run(
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Folder of the checkpoint, or s3://bucket/path.")] = None,
     served: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of a folder: a model of [[served]], behind a server.")
     ] = None,

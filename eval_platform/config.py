@@ -146,6 +146,9 @@ class S3(_Section):
     )
     kms_key: str | None = Field(default=None, description="key of `aws:kms`; default: the account's own")
     storage_class: str | None = Field(default=None, description="of objects of 128 KiB and more")
+    cache_gb: float = Field(
+        default=100.0, gt=0, description="how much of the checkpoints downloaded from buckets is kept on this machine"
+    )
 
     @field_validator("endpoint")
     @classmethod
@@ -160,9 +163,7 @@ class S3(_Section):
     @classmethod
     def _can_be_read(cls, storage_class: str | None) -> str | None:
         if storage_class in ("GLACIER", "DEEP_ARCHIVE"):
-            raise ValueError(
-                f"{storage_class} must be restored before it is read; use GLACIER_IR or STANDARD_IA"
-            )
+            raise ValueError(f"{storage_class} must be restored before it is read; use GLACIER_IR or STANDARD_IA")
         return storage_class
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval_platform import __version__
-from eval_platform.config import S3, Config, load_config
+from eval_platform.config import S3, Config, Root, load_config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.sandbox import describe as describe_sandbox
 from eval_platform.served import ServedModel
@@ -42,16 +42,7 @@ def examine(config_file: Path | None) -> list[Finding]:
     except EvalPlatformError as error:
         return [*findings, Finding("configuration", False, str(error), "mend the file, then look again")]
     findings.append(Finding("configuration", True, str(config.file or "defaults (no eval_platform.toml here)")))
-    for root in config.checkpoints:
-        path = Path(root.path)
-        findings.append(
-            Finding(
-                f"checkpoints {root.name}",
-                path.is_dir() and os.access(path, os.R_OK | os.X_OK),
-                str(path) if path.is_dir() else f"{path} does not exist",
-                "create the folder, or mend [[checkpoints]] path; checkpoints are picked up once it is there",
-            )
-        )
+    findings += [_root(root, config.s3) for root in config.checkpoints]
     findings += [_writable("results", config.results, config.s3), state := _writable("state", config.state)]
     if state.ok:
         findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config)]
@@ -103,6 +94,24 @@ def _device() -> Finding:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         return Finding("device", True, names)
     return Finding("device", True, f"no GPU seen; CPU with {torch.get_num_threads()} threads")
+
+
+def _root(root: Root, s3: S3) -> Finding:
+    """Whether checkpoints can be looked for there."""
+    what = f"checkpoints {root.name}"
+    if root.path.startswith("s3://"):
+        try:
+            next(iter(open_store(root.path, s3).list("", delimiter="/")), None)
+        except EvalPlatformError as error:
+            return Finding(what, False, str(error), error.remedy or "")
+        return Finding(what, True, root.path)
+    path = Path(root.path)
+    return Finding(
+        what,
+        path.is_dir() and os.access(path, os.R_OK | os.X_OK),
+        str(path) if path.is_dir() else f"{path} does not exist",
+        "create the folder, or mend [[checkpoints]] path; checkpoints are picked up once it is there",
+    )
 
 
 def _writable(what: str, place: str, s3: S3 | None = None) -> Finding:

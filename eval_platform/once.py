@@ -47,7 +47,7 @@ class Act:
 def evaluate_folder(
     config: Config,
     store: Store,
-    folder: Path,
+    folder: Path | str,
     *,
     lock: TaskLock | None = None,
     tasks: Sequence[str] | None = None,
@@ -59,14 +59,18 @@ def evaluate_folder(
     actor: str,
     on_message: OnMessage = lambda message: None,
 ) -> Iterator[Outcome]:
-    """Register the checkpoint in `folder` and evaluate it here on `lock`'s tasks (default: the configuration's).
+    """Register the checkpoint in `folder`, which may be s3://bucket/path, and evaluate it here.
 
-    chat and system_prompt go before what is configured. Tasks without data are skipped: their outcomes come last. So
-    long as there is any other to ask, that is no error.
+    On `lock`'s tasks (default: the configuration's). chat and system_prompt go before what is configured. Tasks
+    without data are skipped: their outcomes come last. So long as there is any other to ask, that is no error.
     Raises CheckpointError when the folder is not a whole checkpoint, ConfigError for an unknown task.
     """
     found = checkpoints.locate(
-        folder, config.checkpoints, config.cache_dir, lambda done, total: on_message(_staging(done, total))
+        folder,
+        config.checkpoints,
+        config.cache_dir,
+        lambda done, total: on_message(_staging(done, total)),
+        config.s3,
     )
     for root in config.checkpoints:
         register_root(store, root.name, root.path)

@@ -90,7 +90,7 @@ def _not_arrived(config: Config, known: set[str]) -> Iterator[CheckpointStatus]:
         if entry.key not in known:
             reason = f"configured, not asked yet: `eval-platform run --served {entry.name}` does it at once"
             yield CheckpointStatus(entry.key, "waiting", reason, entry.run or entry.name, entry.step)
-    for candidate in discover(config.checkpoints, dict.fromkeys(known, ""), Watch()):
+    for candidate in discover(config.checkpoints, dict.fromkeys(known, ""), Watch(), s3=config.s3):
         if isinstance(candidate, Incomplete):
             yield CheckpointStatus(candidate.key, "refused" if candidate.refused else "waiting", candidate.reason)
         else:

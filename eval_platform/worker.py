@@ -183,6 +183,7 @@ def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
             Path(plan.cache),
             lambda done, total: emit({"type": "staging", "done": done, "total": total}),
             trust_remote_code=plan.settings.trust_remote_code,
+            s3=S3(**plan.s3),
         )
         path = checkpoint.path
         settings = plan.settings

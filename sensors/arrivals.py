@@ -67,7 +67,7 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
 
         found: list[Found] = []
         waiting: list[Incomplete] = []
-        for candidate in discover(config.checkpoints, known, watch, sweep):
+        for candidate in discover(config.checkpoints, known, watch, sweep, config.s3):
             if isinstance(candidate, Found):
                 found.append(candidate)
             else:

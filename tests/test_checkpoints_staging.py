@@ -405,8 +405,8 @@ def test_own_python_code_needs_a_persons_word(tmp_path, cache):
 
 
 def test_no_other_than_local_folders_yet(cache):
-    with pytest.raises(CheckpointError, match="only checkpoints in local folders"):
-        stage(Arrival("r/c", 1, "f", "s3://bucket/c", "run"), cache, nothing)
+    with pytest.raises(CheckpointError, match="from folders and from s3:// only"):
+        stage(Arrival("r/c", 1, "f", "gs://bucket/c", "run"), cache, nothing)
 
 
 def test_a_cache_that_cannot_be_written_is_told_with_the_remedy(tmp_path):

@@ -1,15 +1,18 @@
-"""Results in a bucket, from a checkpoint to SQL: the same numbers as in a folder, from any machine, through faults."""
+"""Checkpoints in a bucket, results in a bucket, SQL over them: what folders give, from any machine, through faults."""
 
 import os
 import signal
 import uuid
+from dataclasses import asdict
 
 import pytest
 from fault_tools import Place, forked
 from wire import Answer, Wire
 
-from eval_platform.config import S3
-from eval_platform.store import open_store
+from eval_platform import checkpoints
+from eval_platform.config import S3, Root
+from eval_platform.store import arrivals, open_store, watcher_id
+from eval_platform.store.s3 import S3Store
 from eval_platform.worker import FLUSH_RESPONSES
 
 pytestmark = pytest.mark.slow
@@ -19,7 +22,7 @@ PAUSE = 70  # of 80 requests: one segment of 64 is journaled, 6 answers are in h
 
 
 class Bucket(Place):
-    """A place whose results are in a bucket, reached over a wire."""
+    """A place whose checkpoints and results are in a bucket, reached over a wire."""
 
     def __init__(self, folder, endpoint):
         self.settings = S3(endpoint=endpoint)
@@ -28,9 +31,23 @@ class Bucket(Place):
     def use(self, results):
         self.results = f"s3://results/road/{uuid.uuid4().hex}"
         self.store = open_store(self.results, self.settings)
+        self.arriving = S3Store(f"s3://results/arriving/{uuid.uuid4().hex}", self.settings)
 
     def config(self, state="state"):
-        return super().config(state).model_copy(update={"s3": self.settings})
+        roots = (Root(name="runs", path=self.arriving.uri, quiet_seconds=0),)
+        return super().config(state).model_copy(update={"s3": self.settings, "checkpoints": roots})
+
+    def checkpoint(self, name="a/step_1", *, seed=0):
+        folder = super().checkpoint(name, seed=seed)
+        for file in folder.iterdir():
+            self.arriving.put(f"{name}/{file.name}", file.read_bytes())
+
+    def arrive(self, name="a/step_1", *, state="state"):
+        config = self.config(state)
+        [found] = checkpoints.discover(config.checkpoints, {}, checkpoints.Watch(), s3=config.s3)
+        named = f"{self.arriving.uri}/{name}"
+        assert found == checkpoints.locate(named, config.checkpoints, config.cache_dir, lambda *_: None, config.s3)
+        return arrivals.register(self.store, watcher=watcher_id(config.state_dir), **asdict(found))[0]
 
 
 @pytest.fixture(scope="module")

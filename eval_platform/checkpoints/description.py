@@ -15,6 +15,7 @@ from eval_platform.errors import CheckpointError, ConfigError
 
 # A number that stands alone: not the 1 of "1B" nor the 3 or 2 of "v3.2".
 _NUMBER = re.compile(r"(?<![\d.])\d+(?![\d.A-Za-z])")
+DESCRIBING = ("checkpoint.json", "trainer_state.json")  # the files that say it
 _Count = Annotated[int, Field(ge=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 

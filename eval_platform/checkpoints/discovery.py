@@ -1,18 +1,20 @@
 """What has arrived? Walks the roots, skips what is known, and asks each new folder whether it is whole."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from eval_platform.checkpoints.description import compile_pattern, describe
-from eval_platform.checkpoints.files import SUCCESS, evidence, list_folder
+from eval_platform.checkpoints.description import Description, compile_pattern, describe
+from eval_platform.checkpoints.files import SUCCESS, Listing, evidence, list_folder
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import identify
-from eval_platform.checkpoints.inspection import inspect
+from eval_platform.checkpoints.inspection import Inspection, inspect
 from eval_platform.checkpoints.watch import Watch
-from eval_platform.config import Root
-from eval_platform.errors import CheckpointError
+from eval_platform.config import S3, Root
+from eval_platform.errors import CheckpointError, StoreError
 from eval_platform.identity import escape_key
 from eval_platform.values import Incomplete, Served
 
@@ -31,17 +33,37 @@ class Found:
     served: Served | None = None
 
 
+@dataclass(frozen=True)
+class LocalPlace:
+    """A folder that may hold a checkpoint."""
+
+    folder: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.folder)
+
+    def listing(self) -> Listing:
+        return list_folder(self.folder)
+
+    def inspect(self, listing: Listing) -> Inspection:
+        return inspect(self.folder, listing)
+
+    def describe(self, listing: Listing, root_name: str, relative: str, pattern: str | None) -> Description:
+        return describe(self.folder, root_name, relative, pattern)
+
+
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     key: str
     root: Root
     relative: str
-    folder: Path
+    place: Any  # LocalPlace or buckets.BucketPlace
     changed_ns: int
 
 
 def discover(
-    roots: Sequence[Root], known: Mapping[str, str], watch: Watch, sweep: Collection[str] = ()
+    roots: Sequence[Root], known: Mapping[str, str], watch: Watch, sweep: Collection[str] = (), s3: S3 | None = None
 ) -> Iterator[Found | Incomplete]:
     """Folders under `roots` that are new or differ from what is known, those changed last first.
 
@@ -52,7 +74,8 @@ def discover(
     Found is found again, with no more waiting, until `known` has its fingerprint.
 
     Folders that cannot be listed, a missing root among them, are Incomplete and stop nothing else. Hidden folders and
-    links to folders are passed over. Raises ConfigError for a root's malformed `pattern`.
+    links to folders are passed over. A root s3://bucket/prefix is looked at alike, with the settings `s3`.
+    Raises ConfigError for a root's malformed `pattern`.
     """
     for root in roots:
         if root.pattern:
@@ -60,7 +83,7 @@ def discover(
     look = {*sweep, *(key for key in known if key in watch)}
     candidates: list[_Candidate] = []
     for root in roots:
-        for seen in _walk(root, known, look):
+        for seen in _walk(root, known, look, s3):
             if isinstance(seen, Incomplete):
                 yield seen
             else:
@@ -75,46 +98,52 @@ def discover(
 
 def _judge(candidate: _Candidate, known: str | None, watch: Watch) -> Found | Incomplete | None:
     """None when the folder is as known, or gone."""
-    key, root, folder = candidate.key, candidate.root, candidate.folder
+    key, root, place = candidate.key, candidate.root, candidate.place
     try:
-        listing = list_folder(folder)
+        return _judge_place(key, root, place, candidate.relative, known, watch)
     except FileNotFoundError:  # deleted since the walk
         watch.forget(key)
         return None
-    except OSError as error:
-        return _unlisted(key, folder, error)
+    except (OSError, StoreError) as error:
+        return _unlisted(key, place.uri, error)
+
+
+def _judge_place(
+    key: str, root: Root, place: Any, relative: str, known: str | None, watch: Watch
+) -> Found | Incomplete | None:
+    listing = place.listing()
     if listing.fingerprint == known:
         watch.forget(key)
         return None
     if root.require_success and SUCCESS not in listing.files:
         watch.forget(key)
-        return Incomplete(key, str(folder), f"no {SUCCESS} yet, which root {root.name} requires")
+        return Incomplete(key, place.uri, f"no {SUCCESS} yet, which root {root.name} requires")
     if not listing.sealed and watch.full and key not in watch:
-        return Incomplete(key, str(folder), "waits its turn behind other new folders")
+        return Incomplete(key, place.uri, "waits its turn behind other new folders")
     if listing.sealed or not watch.unchanged(key, listing.activity):
-        found = inspect(folder, listing)
+        found = place.inspect(listing)
         if not found.complete:
             watch.forget(key)
             # While a save is under way a missing tokenizer is no fault yet; only this word depends on file times.
             idle = watch.clock() - listing.last_change_ns / 1e9
             settled = listing.sealed or idle >= root.quiet_seconds
-            return Incomplete(key, str(folder), found.reason, refused=found.refused and settled)
+            return Incomplete(key, place.uri, found.reason, refused=found.refused and settled)
     if not listing.sealed:
         quiet = watch.note(key, listing.activity)
         if quiet < root.quiet_seconds:
             reason = f"whole, and unchanged for {quiet:.0f} of the {root.quiet_seconds:g} s that root {root.name} asks"
-            return Incomplete(key, str(folder), reason)
+            return Incomplete(key, place.uri, reason)
     try:
-        about = describe(folder, root.name, candidate.relative, root.pattern)
+        about = place.describe(listing, root.name, relative, root.pattern)
     except CheckpointError as error:
-        return Incomplete(key, str(folder), str(error), refused=True)
-    except OSError as error:
-        return _unlisted(key, folder, error)
-    return Found(key, str(folder), listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)
+        return Incomplete(key, place.uri, str(error), refused=True)
+    return Found(key, place.uri, listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)
 
 
-def _unlisted(key: str, folder: Path, error: OSError) -> Incomplete:
-    return Incomplete(key, str(folder), f"{folder} cannot be read: {error.strerror}; check its rights and its mount")
+def _unlisted(key: str, uri: str, error: OSError | StoreError) -> Incomplete:
+    if isinstance(error, StoreError):
+        return Incomplete(key, uri, str(error))
+    return Incomplete(key, uri, f"{uri} cannot be read: {error.strerror}; check its rights and its mount")
 
 
 def make_key(root_name: str, relative: str) -> str:
@@ -125,49 +154,102 @@ def make_key(root_name: str, relative: str) -> str:
     return f"{root_name}/{escape_key(relative)}" if relative else root_name
 
 
-def _walk(root: Root, known: Mapping[str, str], look: Collection[str]) -> Iterator[_Candidate | Incomplete]:
-    """Candidates below `root`, without entering known folders (unless in `look`)."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One folder as the walk sees it: its place, names of its files and of the folders worth entering."""
+
+    place: Any
+    names: list[str]
+    folders: list[str]
+    changed_ns: int
+
+
+def _scan_folders(root: Root) -> tuple[Callable[[str], _Seen], Callable[[str, Collection[str]], None]]:
+    """(relative path -> what is there; what the walk calls before it enters folders: nothing to do here)."""
     top = Path(root.path)
+
+    def scan(relative: str) -> _Seen:
+        folder = top / relative
+        with os.scandir(folder) as entries:
+            names, folders = _split(entries)
+        return _Seen(LocalPlace(folder), names, folders, folder.stat().st_mtime_ns)
+
+    return scan, lambda relative, folders: None
+
+
+def _scan_bucket(root: Root, s3: S3 | None) -> tuple[Callable[[str], _Seen], Callable[[str, Collection[str]], None]]:
+    from eval_platform.checkpoints.buckets import BucketPlace, BucketTree  # botocore, only where a root is in a bucket
+    from eval_platform.store.s3 import S3Store
+
+    store = S3Store(root.path, s3)
+    tree = BucketTree(store)
+
+    def scan(relative: str) -> _Seen:
+        prefix = f"{relative}/" if relative else ""
+        entries = tree.level(prefix)
+        names = [entry.key.removeprefix(prefix) for entry in entries]
+        shown = [name for name in names if name and not name.startswith(".")]
+        return _Seen(
+            BucketPlace(store, prefix, tuple(entries)),
+            [name for name in shown if not name.endswith("/")],
+            [name.rstrip("/") for name in shown if name.endswith("/")],
+            max((entry.modified_ns for entry in entries), default=0),
+        )
+
+    def will_enter(relative: str, folders: Collection[str]) -> None:
+        # Where this listing fails each folder is listed on its own, and says so.
+        with suppress(StoreError):
+            tree.will_enter(f"{relative}/" if relative else "", [f"{folder}/" for folder in folders])
+
+    return scan, will_enter
+
+
+def _walk(
+    root: Root, known: Mapping[str, str], look: Collection[str], s3: S3 | None
+) -> Iterator[_Candidate | Incomplete]:
+    """Candidates below `root`, without entering known folders (unless in `look`)."""
+    scan, will_enter = _scan_bucket(root, s3) if root.path.startswith("s3://") else _scan_folders(root)
     stack = [("", False)]  # relative path, lies inside a checkpoint
     above: set[str] = set()  # folders that have a checkpoint below them
     config_only: list[_Candidate] = []
     while stack:
         relative, inside = stack.pop()
-        folder = top / relative
+        uri = f"{root.path}/{relative}" if relative else root.path
         try:
-            with os.scandir(folder) as entries:
-                names, folders = _split(entries)
-            changed_ns = folder.stat().st_mtime_ns
+            seen = scan(relative)
         except (FileNotFoundError, NotADirectoryError) as error:
             if not relative:
-                reason = f"root {root.name}: {folder} is no folder; create it, or mend `path` in [[checkpoints]]"
-                yield Incomplete(root.name, str(folder), f"{reason} ({error.strerror})")
+                reason = f"root {root.name}: {uri} is no folder; create it, or mend `path` in [[checkpoints]]"
+                yield Incomplete(root.name, uri, f"{reason} ({error.strerror})")
             continue  # below the top: deleted while we walked
-        except OSError as error:
-            yield _unlisted(_reported_key(root.name, relative), folder, error)
+        except (OSError, StoreError) as error:
+            yield _unlisted(_reported_key(root.name, relative), uri, error)
             continue
 
         key = make_key(root.name, relative)
-        signs = evidence(names) if key not in known or key in look else None
-        candidate = _Candidate(key, root, relative, folder, changed_ns)
+        signs = evidence(seen.names) if key not in known or key in look else None
+        candidate = _Candidate(key, root, relative, seen.place, seen.changed_ns)
         if signs == "weights":
             above.update(_ancestors(relative))
             yield candidate
         elif signs == "config" and not inside:
             config_only.append(candidate)
 
-        for name in folders:
+        entered: list[str] = []
+        for name in seen.folders:
             child = f"{relative}/{name}" if relative else name
             try:
                 child_key = make_key(root.name, child)
             except UnicodeEncodeError:
                 reason = "the folder's name is not UTF-8; rename it"
-                yield Incomplete(_reported_key(root.name, child), ascii(str(top / child)), reason, refused=True)
+                yield Incomplete(_reported_key(root.name, child), ascii(f"{root.path}/{child}"), reason, refused=True)
                 continue
             if child_key in known and child_key not in look:
                 above.update(_ancestors(child))
             else:
-                stack.append((child, inside or signs == "weights"))
+                entered.append(child)
+        will_enter(relative, entered)
+        stack += [(child, inside or signs == "weights") for child in entered]
     # A config.json above checkpoints is most often the training's own configuration: nothing to wait for.
     yield from (candidate for candidate in config_only if candidate.relative not in above)
 
@@ -194,13 +276,16 @@ def _reported_key(root_name: str, relative: str) -> str:
     return make_key(root_name, os.fsencode(relative).decode("utf-8", "backslashreplace"))
 
 
-def locate(folder: Path, roots: Sequence[Root], cache: Path, progress: Progress) -> Found:
-    """The checkpoint in `folder`, which a person named: no quiet period, and it may lie outside every root.
+def locate(named: Path | str, roots: Sequence[Root], cache: Path, progress: Progress, s3: S3 | None = None) -> Found:
+    """The checkpoint in a folder or at s3://bucket/path that a person named: no quiet period is waited for.
 
-    Its key is that of the innermost root around it; outside of all, `adhoc/<folder name>-<checkpoint_id, 8 digits>`,
-    for which its files are hashed here. Raises CheckpointError when there is no whole checkpoint.
+    Its key is that of the innermost root around it; a folder outside of all has the key
+    `adhoc/<folder name>-<checkpoint_id, 8 digits>`, for which its files are hashed here. Raises CheckpointError when
+    there is no whole checkpoint, or one in a bucket is in no root, StoreError.
     """
-    folder = folder.resolve()
+    if isinstance(named, str) and named.startswith("s3://"):
+        return _locate_in_bucket(named.rstrip("/"), roots, s3)
+    folder = Path(named).resolve()
     try:
         found = inspect(folder)
     except OSError as error:
@@ -222,3 +307,28 @@ def locate(folder: Path, roots: Sequence[Root], cache: Path, progress: Progress)
         key = make_key("adhoc", f"{folder.name}-{identify(folder, cache, progress).checkpoint_id[:8]}")
         about = describe(folder, "adhoc", f"{folder.parent.name}/{folder.name}".lstrip("/"))
     return Found(key, str(folder), found.listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)
+
+
+def _locate_in_bucket(uri: str, roots: Sequence[Root], s3: S3 | None) -> Found:
+    from eval_platform.checkpoints.buckets import BucketPlace
+    from eval_platform.store.s3 import S3Store
+
+    around = [root for root in roots if f"{uri}/".startswith(f"{root.path.rstrip('/')}/")]
+    if not around:
+        # Its content, of which a key would be made, is known only once all of it is downloaded.
+        raise CheckpointError(f"{uri} is in no root of [[checkpoints]]", remedy="add one with the path of its bucket")
+    root = max(around, key=lambda root: len(root.path))
+    relative = uri.removeprefix(root.path.rstrip("/")).strip("/")
+    place = BucketPlace(S3Store(root.path, s3), f"{relative}/" if relative else "")
+    try:
+        listing = place.listing()
+        found = place.inspect(listing)
+        if not found.complete:
+            raise CheckpointError(f"{uri} is no checkpoint to evaluate: {found.reason}")
+        about = place.describe(listing, root.name, relative, root.pattern)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{error.filename}: {error.strerror}", remedy="give the address that holds config.json and the weights"
+        ) from error
+    key = make_key(root.name, relative)
+    return Found(key, place.uri, listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)

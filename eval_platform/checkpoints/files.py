@@ -127,6 +127,13 @@ class Listing:
         return mark is not None and mark.ctime_ns >= self.last_change_ns
 
 
+def belongs(name: str) -> bool:
+    """Whether a file is looked at: it defines the model or is written in the same save. Hidden ones never are."""
+    if name.rpartition("/")[2].startswith("."):
+        return False
+    return role(name) is not None or ("/" not in name and _matches(name, _SAME_SAVE))
+
+
 def list_folder(folder: Path) -> Listing:
     """The save in `folder`: one listing and one `stat` a file, nothing read.
 
@@ -145,7 +152,7 @@ def _list(folder: Path, head: str, files: dict[str, FileState]) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{head}{entry.name}"
-            if entry.name.startswith(".") or not (role(name) or (not head and _matches(name, _SAME_SAVE))):
+            if not belongs(name):
                 continue
             try:
                 if not entry.is_file():

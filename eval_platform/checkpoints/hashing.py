@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -27,11 +28,13 @@ class Meter:
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
+        self._turn = threading.Lock()  # several files may be read at once
         progress(0, total)
 
     def advance(self, count: int) -> None:
-        self.done += count
-        self.progress(self.done, self.total)
+        with self._turn:
+            self.done += count
+            self.progress(self.done, self.total)
 
 
 def hash_file(path: Path, cache: Path, meter: Meter) -> str:

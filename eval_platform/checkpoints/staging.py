@@ -1,6 +1,7 @@
 """Bring an arrival to local disk, so that neither its trainer's rotation nor an overwrite can spoil an evaluation.
 
 In the cache folder (one per machine):
+    downloads/                    see downloads.py
     held/<id of key and n>/       hard links made when the arrival was registered, while it waits
     staged/<random>/<checkpoint_id>/   the model as the worker loads it; beside it manifest.json and a lock, which
                                        lives as long as the process: what a killed worker left is removed by the next
@@ -22,6 +23,7 @@ from eval_platform.checkpoints.hashing import Meter, Progress, hash_file, read_t
 from eval_platform.checkpoints.identification import identify_files, identity_of
 from eval_platform.checkpoints.inspection import inspect
 from eval_platform.checkpoints.served import as_checkpoint
+from eval_platform.config import S3
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone, StoreError
 from eval_platform.identity import content_id
 from eval_platform.values import Arrival, Checkpoint
@@ -33,6 +35,8 @@ _AGAIN = "the folder is looked at again and, if it differs, evaluated as a new a
 
 # Open lock files of this process: staged/<random> -> descriptor. The kernel lets go of them when the process ends.
 _locks: dict[Path, int] = {}
+# What was downloaded stays in its cache as long as its staged files are used: staged/<random> -> descriptor.
+_downloads: dict[Path, int] = {}
 
 
 def hold(arrival: Arrival, cache: Path) -> bool:
@@ -96,11 +100,14 @@ def release_other_holds(cache: Path, among: Collection[str], wanted: Iterable[tu
             _remove(cache / "held" / name)
 
 
-def stage(arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_code: bool = False) -> Checkpoint:
+def stage(
+    arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_code: bool = False, s3: S3 | None = None
+) -> Checkpoint:
     """The arrival's model on local disk, with its content ids: from the hold if there is one, else from its folder.
 
     Hard links where the file system allows, else copies. Every byte is hashed unless this machine has read the file
-    before. `progress` is told bytes done and in all. Give it back with `release`.
+    before. `progress` is told bytes done and in all. Give it back with `release`. From a bucket, which `s3` says how to
+    reach, it is downloaded first, unless it is in the cache.
 
     Raises CheckpointGone when the folder was deleted; CheckpointChanged when it no longer is what arrived, or changes
     while it is read; CheckpointError when it cannot be evaluated (pickle only, no tokenizer, its own Python code
@@ -108,11 +115,50 @@ def stage(arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_cod
     """
     if arrival.served is not None:
         return as_checkpoint(arrival.served)
+    if arrival.uri.startswith("s3://"):
+        return _stage_download(arrival, cache, progress, trust_remote_code, s3 or S3())
     held = _held(arrival, cache)
     source = held if held.is_dir() else _source(arrival)
+    return _stage_folder(arrival, source, arrival.fingerprint, cache, progress, trust_remote_code)
+
+
+def _stage_download(arrival: Arrival, cache: Path, progress: Progress, trust_remote_code: bool, s3: S3) -> Checkpoint:
+    from eval_platform.checkpoints.downloads import fetch  # botocore, only for what lies in a bucket
+
+    size = 0
+
+    def metered(total: int) -> Meter:
+        nonlocal size
+        size = total
+        return Meter(lambda done, total: progress(done, 2 * total), total)  # then every byte is read once more
+
+    with _cache_errors(cache):
+        folder, descriptor = fetch(arrival, cache, s3, metered)
+    try:
+        as_downloaded = list_folder(folder).fingerprint
+        checkpoint = _stage_folder(
+            arrival,
+            folder,
+            as_downloaded,
+            cache,
+            lambda done, total: progress(size + done, size + total),
+            trust_remote_code,
+        )
+    except BaseException:
+        os.close(descriptor)
+        raise
+    assert checkpoint.path is not None
+    _downloads[checkpoint.path.parent] = descriptor
+    return checkpoint
+
+
+def _stage_folder(
+    arrival: Arrival, source: Path, fingerprint: str, cache: Path, progress: Progress, trust_remote_code: bool
+) -> Checkpoint:
+    """As `stage`, of the files in `source`, which must have this fingerprint from beginning to end."""
     try:
         listing = list_folder(source)
-        _must_be(arrival, listing, source)
+        _must_be(arrival, fingerprint, listing, source)
         found = inspect(source, listing)
         if not found.complete:
             raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
@@ -135,7 +181,7 @@ def stage(arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_cod
         base_states = _states(found.base, base_files) if found.base else {}
         base = identify_files(found.base, cache, meter) if found.base else None
         digests = {name: digest or hash_file(incoming / name, cache, meter) for name, digest in copied.items()}
-        _must_be(arrival, list_folder(incoming), source)
+        _must_be(arrival, fingerprint, list_folder(incoming), source)
         identity = identity_of(digests, base)
         path = place / identity.checkpoint_id
         with _cache_errors(cache):
@@ -184,12 +230,12 @@ def _hold_name(key: str, n: int) -> str:
 
 def _source(arrival: Arrival) -> Path:
     if "://" in arrival.uri:
-        raise CheckpointError(f"{arrival.uri}: only checkpoints in local folders can be staged")
+        raise CheckpointError(f"{arrival.uri}: checkpoints are staged from folders and from s3:// only")
     return Path(arrival.uri)
 
 
-def _must_be(arrival: Arrival, listing: Listing, source: Path) -> None:
-    if listing.fingerprint == arrival.fingerprint:
+def _must_be(arrival: Arrival, fingerprint: str, listing: Listing, source: Path) -> None:
+    if listing.fingerprint == fingerprint:
         return
     if not listing.files:  # the trainer's deletion is under way: files first, then the folder
         raise FileNotFoundError(errno.ENOENT, "no files left", str(source))
@@ -289,9 +335,10 @@ def _is_locked(place: Path) -> bool:
 
 def _discard(place: Path) -> None:
     _remove(place)
-    descriptor = _locks.pop(place, None)
-    if descriptor is not None:
-        os.close(descriptor)
+    for open_files in (_locks, _downloads):
+        descriptor = open_files.pop(place, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

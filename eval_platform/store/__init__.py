@@ -31,7 +31,7 @@ def open_store(uri: str, s3: S3 | None = None) -> Store:
     Nothing is asked of it yet. Raises StoreError for any other scheme, or an address without a bucket.
     """
     if uri.startswith("s3://"):
-        from eval_platform.store.s3 import S3Store  # boto3 is half a second that a folder need not pay
+        from eval_platform.store.s3 import S3Store  # botocore is a third of a second that a folder need not pay
 
         return S3Store(uri, s3)
     if "://" in uri and not uri.startswith("file://"):

@@ -8,11 +8,16 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One listed object, or (with a delimiter) one common prefix ending in the delimiter, size 0 and etag ""."""
+    """One listed object, or (with a delimiter) one common prefix ending in the delimiter, size 0 and etag "".
+
+    modified_ns: when it was last written, nanoseconds since the epoch, by the clock of whoever stores it (in a bucket
+    whole seconds; of an upload in parts the time it began).
+    """
 
     key: str
     size: int
     etag: str
+    modified_ns: int = 0
 
 
 class Store(Protocol):

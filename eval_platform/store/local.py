@@ -115,7 +115,8 @@ def _walk(folder: Path, head: str, *, recursive: bool) -> Iterator[Entry]:
                 status = entry.stat()
             except FileNotFoundError:  # deleted since it was listed
                 continue
-            yield Entry(f"{head}{name}", status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+            etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+            yield Entry(f"{head}{name}", status.st_size, etag, status.st_mtime_ns)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ class S3Store:
             where["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        return self._read(key, start, end)
+
+    def read_listed(self, entry: Entry, start: int = 0, end: int | None = None) -> bytes:
+        """As `read`, of the very object that was listed: KeyError also when another has since taken its place."""
+        return self._read(entry.key, start, end, entry.etag)
+
+    def _read(self, key: str, start: int, end: int | None, etag: str | None = None) -> bytes:
         where = self._where(key)
         empty = end is not None and end <= start
         if start or end is not None:
@@ -79,7 +87,11 @@ class S3Store:
 
         def get(client: Any) -> bytes | None:
             try:
-                return client.get_object(**where)["Body"].read()
+                answer = client.get_object(**where)
+                # Compared here, because servers differ in what they take If-Match to be.
+                if etag is not None and answer["ETag"].strip('"') != etag:
+                    return None
+                return answer["Body"].read()
             except ClientError as error:
                 if code_of(error) in _ABSENT:
                     return None
@@ -221,11 +233,14 @@ class S3Store:
     def _entries(self, page: dict[str, Any]) -> Iterator[Entry]:
         """A page's objects and common prefixes in the order of their keys."""
         found = [Entry(item["Prefix"], 0, "") for item in page.get("CommonPrefixes", ())]
-        found += [Entry(item["Key"], item["Size"], item["ETag"].strip('"')) for item in page.get("Contents", ())]
+        found += [
+            Entry(item["Key"], item["Size"], item["ETag"].strip('"'), round(item["LastModified"].timestamp() * 1e9))
+            for item in page.get("Contents", ())
+        ]
         for entry in sorted(found, key=lambda entry: entry.key):
             # What consoles make as a folder, an empty object whose name ends in a slash, is none of ours.
             if not (entry.etag and entry.key.endswith("/")):
-                yield Entry(entry.key.removeprefix(self.prefix), entry.size, entry.etag)
+                yield replace(entry, key=entry.key.removeprefix(self.prefix))
 
 
 class _Body:

@@ -1,0 +1,169 @@
+"""Is there a whole checkpoint in this part of a bucket? By its listing and a few kilobytes, by the rules of a folder.
+
+A sketch of it is made on local disk: the small files that say what the model is, each weights file with its header and
+a hole where the tensors are. What judges folders (`inspection`, `description`) then judges the sketch, so that a
+checkpoint in a bucket and its copy in a folder are whole, refused and described alike.
+"""
+
+import errno
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from eval_platform.checkpoints.description import DESCRIBING, Description, describe
+from eval_platform.checkpoints.files import TEMPLATES_FOLDER, FileState, Listing, belongs, role
+from eval_platform.checkpoints.headers import MAX_HEADER_BYTES
+from eval_platform.checkpoints.inspection import Inspection, inspect
+from eval_platform.identity import content_id
+from eval_platform.store.base import Entry
+from eval_platform.store.s3 import S3Store
+
+# What inspection and description read; of the rest it is enough to know that it is there.
+_READ = ("config.json", "tokenizer_config.json", "adapter_config.json", *DESCRIBING)
+_HEADER_GUESS_BYTES = 1 << 16  # holds the headers of most shards, so that one request a file is enough
+_READS_AT_ONCE = 8
+_LIST_WHOLE = 50  # folders of ten files each: one request for a hundred of them instead of a hundred
+
+
+@dataclass(frozen=True)
+class BucketListing(Listing):
+    """The objects of one save. Nothing but size and ETag tells two versions of an object apart (contract section 1)."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)  # by name, relative to the checkpoint
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Id over (name, size, ETag) of what defines the model."""
+        return self._id_over(self.defining)
+
+    @cached_property
+    def activity(self) -> str:
+        """Id that changes whenever any object of the save does."""
+        return self._id_over(sorted(self.entries))[:16]
+
+    def _id_over(self, names: Iterable[str]) -> str:
+        return content_id([[name, self.entries[name].size, self.entries[name].etag] for name in names])
+
+
+def bucket_listing(store: S3Store, prefix: str, entries: Iterable[Entry] | None = None) -> BucketListing:
+    """The save below `prefix`, which is "" or ends in a slash. entries: what listing it with a delimiter has given.
+
+    No objects below it is an empty listing. Raises StoreError.
+    """
+    found: dict[str, Entry] = {}
+    for entry in store.list(prefix, delimiter="/") if entries is None else entries:
+        if entry.key == f"{prefix}{TEMPLATES_FOLDER}/":
+            found |= {inner.key.removeprefix(prefix): inner for inner in store.list(entry.key, delimiter="/")}
+        else:
+            found[entry.key.removeprefix(prefix)] = entry
+    kept = {name: entry for name, entry in found.items() if not name.endswith("/") and belongs(name)}
+    # An object appears at once: its time is that of its content and of its name.
+    states = {name: FileState(one.size, one.modified_ns, one.modified_ns) for name, one in kept.items()}
+    return BucketListing(states, kept)
+
+
+@dataclass(frozen=True)
+class BucketPlace:
+    """Where a checkpoint may lie in a bucket; `prefix` is "" or ends in a slash. The face that discovery looks at."""
+
+    store: S3Store
+    prefix: str
+    scanned: tuple[Entry, ...] | None = None  # what the walk saw here
+
+    @property
+    def uri(self) -> str:
+        return f"{self.store.uri}/{self.prefix}".rstrip("/")
+
+    def listing(self) -> BucketListing:
+        """Raises FileNotFoundError when nothing is there any more, StoreError."""
+        listing = bucket_listing(self.store, self.prefix, self.scanned)
+        if not listing.files:
+            raise FileNotFoundError(errno.ENOENT, "no objects", self.uri)
+        return listing
+
+    def inspect(self, listing: BucketListing) -> Inspection:
+        return inspect_bucket(self.store, listing)
+
+    def describe(self, listing: BucketListing, root_name: str, relative: str, pattern: str | None) -> Description:
+        """As `description.describe`; also FileNotFoundError when an object is no longer what was listed."""
+        told = {name: listing.files[name] for name in DESCRIBING if name in listing.files}
+        try:
+            with sketch(self.store, BucketListing(told, {name: listing.entries[name] for name in told})) as folder:
+                return describe(folder, root_name, relative, pattern)
+        except KeyError as error:
+            raise FileNotFoundError(errno.ENOENT, "deleted or replaced", f"{self.uri}/{error.args[0]}") from None
+
+
+class BucketTree:
+    """The folders of a bucket below a prefix, as the walk asks for them: level by level, or many from one listing.
+
+    A level with many folders that the walk will enter is listed whole, a thousand objects a request.
+    """
+
+    def __init__(self, store: S3Store) -> None:
+        self.store = store
+        self._listed: dict[str, list[Entry]] = {}  # prefix -> its objects and folders, of what was listed whole
+
+    def level(self, prefix: str) -> list[Entry]:
+        """Objects, and folders as keys that end in a slash, directly below `prefix`. Raises StoreError."""
+        if prefix in self._listed:
+            return self._listed.pop(prefix)
+        return list(self.store.list(prefix, delimiter="/"))
+
+    def will_enter(self, prefix: str, folders: Collection[str]) -> None:
+        """The walk is about to ask for these folders (prefixes), all directly below `prefix`."""
+        if len(folders) < _LIST_WHOLE or any(folder in self._listed for folder in folders):
+            return
+        tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
+        for entry in self.store.list(prefix):
+            parent, _, _ = entry.key.rpartition("/")
+            tree.setdefault(f"{parent}/", {})[entry.key] = entry
+            while len(parent) > len(prefix):
+                folder, (parent, _, _) = f"{parent}/", parent.rpartition("/")
+                tree.setdefault(f"{parent}/" if parent else "", {}).setdefault(folder, Entry(folder, 0, ""))
+        self._listed |= {folder: list(entries.values()) for folder, entries in tree.items() if folder != prefix}
+
+
+def inspect_bucket(store: S3Store, listing: BucketListing) -> Inspection:
+    """What the objects prove, no weights downloaded. Raises StoreError."""
+    try:
+        with sketch(store, listing) as folder:
+            return inspect(folder, listing)
+    except KeyError as error:
+        name = str(error.args[0]).rpartition("/")[2]
+        kind = "transformers" if "config.json" in listing.files else "adapter"
+        return Inspection(listing, kind, f"{name} was deleted or replaced while it was looked at")
+
+
+@contextmanager
+def sketch(store: S3Store, listing: BucketListing) -> Iterator[Path]:
+    """A folder that looks like the checkpoint to whoever reads no tensor. KeyError: an object is not the listed one."""
+    with tempfile.TemporaryDirectory(prefix="eval-platform-") as made, ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        folder = Path(made)
+        (folder / TEMPLATES_FOLDER).mkdir()
+        for _ in pool.map(lambda name: _draw(store, listing.entries[name], folder / name), listing.files):
+            pass
+        yield folder
+
+
+def _draw(store: S3Store, entry: Entry, path: Path) -> None:
+    if path.name in _READ or role(path.name) == "index":
+        path.write_bytes(store.read_listed(entry))
+        return
+    with path.open("wb") as file:
+        if role(path.name) == "weights":
+            file.write(_header(store, entry))
+        file.truncate(entry.size)
+
+
+def _header(store: S3Store, entry: Entry) -> bytes:
+    """The first bytes of a safetensors object: its header, or enough of it to see that there is none."""
+    first = store.read_listed(entry, 0, min(entry.size, _HEADER_GUESS_BYTES)) if entry.size else b""
+    end = 8 + int.from_bytes(first[:8], "little")
+    if len(first) < 8 or end <= len(first) or end > min(entry.size, MAX_HEADER_BYTES):
+        return first
+    return first + store.read_listed(entry, len(first), end)

@@ -1,0 +1,144 @@
+"""How does a checkpoint come from a bucket to this machine? Once for all workers, into a cache of bounded size.
+
+In the cache folder (one per machine):
+    downloads/<id of address and fingerprint>/   its files; one that is under way is <name>.<boot>.part, and goes on
+                                                 where it stopped, after a kill too
+    downloads/<the same>.lock                    held together by all who use the folder, alone by who fills or
+                                                 removes it
+
+What is longest unused goes first when room is needed, and never what a living process uses.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from eval_platform.checkpoints.buckets import BucketListing, bucket_listing, inspect_bucket
+from eval_platform.checkpoints.hashing import Meter
+from eval_platform.config import S3
+from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone
+from eval_platform.identity import content_id
+from eval_platform.store.base import Entry
+from eval_platform.store.s3 import S3Store
+from eval_platform.values import Arrival
+
+CHUNK_BYTES = 16 << 20
+_FILES_AT_ONCE = 4
+
+
+def fetch(arrival: Arrival, cache: Path, settings: S3, metered: Callable[[int], Meter]) -> tuple[Path, int]:
+    """(a folder with the arrival's model-defining files, a descriptor): the files stay until it is closed.
+
+    metered: bytes in all -> the Meter that is told of them. Every range is of the very object that was listed, of the
+    length that was asked for. Raises CheckpointError when it is not whole, CheckpointGone, CheckpointChanged when the
+    bucket no longer holds what arrived, StoreError when it cannot be read, OSError when the cache cannot be written.
+    """
+    store = S3Store(arrival.uri, settings)
+    listing = bucket_listing(store, "")
+    if not listing.defining:
+        raise CheckpointGone(
+            f"{arrival.uri} was deleted before it was evaluated", remedy="keep checkpoints longer in the bucket"
+        )
+    if listing.fingerprint != arrival.fingerprint:
+        raise _changed(arrival)
+    downloads = cache / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    folder = downloads / content_id([arrival.uri, listing.fingerprint])
+    meter = metered(listing.size)
+    descriptor = os.open(_lock_of(folder), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        while True:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if _is_whole(folder, listing):
+                break
+            # Changing the lock lets go of it for a moment, either way: another may fill or remove the folder.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            found = inspect_bucket(store, listing)
+            if not found.complete:
+                raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
+            folder.mkdir(exist_ok=True)
+            _make_room(downloads, folder, listing.size, round(settings.cache_gb * 1e9))
+            _download(store, listing, folder, arrival, meter)
+        meter.advance(max(0, listing.size - meter.done))
+        os.utime(folder)  # used now
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return folder, descriptor
+
+
+def _download(store: S3Store, listing: BucketListing, folder: Path, arrival: Arrival, meter: Meter) -> None:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    # What a power cut left of a part is not to be trusted; a kill leaves what was written.
+    part = f".{boot.read_text()[:8] if boot.exists() else 'unknown'}.part"
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        under_way = [
+            pool.submit(_bring, store, listing.entries[name], folder / name, part, meter) for name in listing.defining
+        ]
+        try:
+            for one in under_way:
+                one.result()
+        except KeyError:
+            raise _changed(arrival) from None
+        finally:
+            for one in under_way:
+                one.cancel()
+
+
+def _bring(store: S3Store, entry: Entry, path: Path, suffix: str, meter: Meter) -> None:
+    """Raises KeyError when the object is no longer the listed one."""
+    if path.is_file():
+        meter.advance(entry.size)
+        return
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f"{path.name}{suffix}")
+    with part.open("ab") as file:
+        done = file.tell()
+        meter.advance(done)
+        while done < entry.size:
+            chunk = store.read_listed(entry, done, min(done + CHUNK_BYTES, entry.size))
+            file.write(chunk)
+            done += len(chunk)
+            meter.advance(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    # An old file's hash may be kept (hashing.py), and its time is the object's.
+    os.utime(part, ns=(entry.modified_ns, entry.modified_ns))
+    os.rename(part, path)
+
+
+def _is_whole(folder: Path, listing: BucketListing) -> bool:
+    return all((folder / name).is_file() for name in listing.defining)
+
+
+def _make_room(downloads: Path, ours: Path, needed: int, limit: int) -> None:
+    """Remove what is longest unused until `needed` bytes more are within `limit`, or nothing is left to remove."""
+    others = [one for one in downloads.iterdir() if one.is_dir() and one != ours]
+    sizes = {one: sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in others}
+    total = sum(sizes.values())
+    for one in sorted(others, key=lambda folder: folder.stat().st_mtime_ns):
+        if total + needed <= limit:
+            return
+        descriptor = os.open(_lock_of(one), os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(one)
+            total -= sizes[one]
+        except BlockingIOError:  # in use
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _changed(arrival: Arrival) -> CheckpointChanged:
+    return CheckpointChanged(
+        f"{arrival.uri} is no longer what arrived as {arrival.key}@{arrival.n}",
+        remedy="it is looked at again and, if it differs, evaluated as a new arrival",
+    )

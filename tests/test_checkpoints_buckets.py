@@ -1,0 +1,319 @@
+"""Checkpoints in a bucket: found, judged, described and identified as their copies in folders are; downloaded once."""
+
+import json
+import os
+import shutil
+import signal
+import uuid
+from dataclasses import asdict
+
+import pytest
+from store_processes import kill_after
+from tiny_models import make_checkpoint
+from wire import Answer, Cut, Wire
+
+from eval_platform.checkpoints import Found, Watch, discover, downloads, release, stage
+from eval_platform.checkpoints.buckets import bucket_listing, inspect_bucket
+from eval_platform.checkpoints.inspection import inspect
+from eval_platform.config import S3, Root
+from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone
+from eval_platform.store.s3 import S3Store
+from eval_platform.values import Arrival
+
+pytest_plugins = ["store_roots"]
+
+
+def nothing(done, total):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "m", seed=1)
+
+
+@pytest.fixture
+def wire(s3_session, s3_credentials):
+    with Wire(s3_session.port) as wire:
+        yield wire
+
+
+@pytest.fixture
+def settings(wire):
+    return S3(endpoint=wire.endpoint)
+
+
+@pytest.fixture
+def bucket(settings):
+    return S3Store(f"s3://results/runs {uuid.uuid4().hex}", settings)
+
+
+def upload(bucket, folder, prefix, leave_out=()):
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in leave_out:
+            bucket.put(f"{prefix}/{name}", file.read_bytes())
+
+
+def look(bucket, settings, known=None, sweep=(), watch=None, **root):
+    roots = [Root(name="b", path=bucket.uri, quiet_seconds=root.pop("quiet_seconds", 0), **root)]
+    return list(discover(roots, known or {}, watch or Watch(), sweep, settings))
+
+
+def arrived(found):
+    assert isinstance(found, Found)
+    fields = asdict(found)
+    fields.pop("served")
+    return Arrival(n=1, **fields)
+
+
+# ------------------------------------------------------------------------------------------------ completeness
+
+
+def broken(model, folder, fault):
+    shutil.copytree(model, folder)
+    weights = folder / "model.safetensors"
+    body = weights.read_bytes()
+    match fault:
+        case "cut":
+            weights.write_bytes(body[:-100])
+        case "cut in its header":
+            weights.write_bytes(body[:100])
+        case "five bytes":
+            weights.write_bytes(body[:5])
+        case "empty":
+            weights.write_bytes(b"")
+        case "longer":
+            weights.write_bytes(body + b"x")
+        case "no safetensors":
+            weights.write_bytes(b"\xff" * 1000)
+        case "header is no JSON":
+            weights.write_bytes(body[:8] + b"?" + body[9:])
+        case "pickle":
+            weights.rename(folder / "pytorch_model.bin")
+        case "no tokenizer":
+            for file in folder.glob("tokenizer*"):
+                file.unlink()
+        case "config is no JSON":
+            (folder / "config.json").write_text("{")
+        case "a shard is missing":
+            index = {"weight_map": {"a": "model-1.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "adapter":
+            (folder / "config.json").unlink()
+            weights.rename(folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "hub/name"}')
+    return folder
+
+
+FAULTS = ["none", "cut", "cut in its header", "five bytes", "empty", "longer", "no safetensors", "header is no JSON"]
+FAULTS += ["pickle", "no tokenizer", "config is no JSON", "a shard is missing", "adapter"]
+
+
+def test_a_bucket_is_judged_as_a_folder_is(model, tmp_path, bucket):
+    for fault in FAULTS:
+        folder = broken(model, tmp_path / fault, fault)
+        upload(bucket, folder, fault)
+        wanted, found = inspect(folder), inspect_bucket(bucket, bucket_listing(bucket, f"{fault}/"))
+        assert (found.kind, found.reason, found.refused) == (wanted.kind, wanted.reason, wanted.refused), fault
+        assert found.listing.defining == wanted.listing.defining
+        assert found.complete == (fault == "none")
+
+
+def test_weights_are_not_downloaded_to_be_judged(tmp_path, bucket, wire):
+    header = json.dumps(
+        {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(3000)}
+    )
+    head = len(header).to_bytes(8, "little") + header.encode()
+    assert len(head) > 1 << 16  # more than is read at first
+    bucket.put("c/model.safetensors", head + bytes(12_000))
+    bucket.put("c/big/ignored.bin", b"")
+    for name in ("config.json", "tokenizer.json"):
+        bucket.put(f"c/{name}", b"{}")
+    wire.requests.clear()
+    listing = bucket_listing(bucket, "c/")
+    assert inspect_bucket(bucket, listing).complete
+    ranges = [line for request in wire.requests for line in request.split("\r\n") if line.lower().startswith("range")]
+    assert ranges == ["Range: bytes=0-65535", f"Range: bytes=65536-{len(head) - 1}"]
+    assert len(wire.requests) == 1 + 1 + 2  # the listing, config.json, the header
+
+
+# ------------------------------------------------------------------------------------------------ discovery
+
+
+def test_found_described_and_numbered_as_in_a_folder(model, tmp_path, bucket, settings):
+    for name in ("a b/step_10", "a b/step_20", "ü+%/checkpoint-7"):
+        shutil.copytree(model, tmp_path / "local" / name)
+    about = {"run": "told", "step": 21, "tokens_seen": 5, "tags": {"lr": "1"}}
+    (tmp_path / "local" / "a b" / "step_20" / "checkpoint.json").write_text(json.dumps(about))
+    for folder in sorted((tmp_path / "local").glob("*/*")):
+        upload(bucket, folder, folder.relative_to(tmp_path / "local").as_posix())
+    bucket.put("notes.txt", b"")
+    local = list(discover([Root(name="b", path=str(tmp_path / "local"), quiet_seconds=0)], {}, Watch()))
+    here = look(bucket, settings)
+
+    def told(found):
+        return sorted((one.key, one.run, one.step, one.tokens_seen, dict(one.tags)) for one in found)
+
+    assert told(here) == told(local)
+    assert len(here) == 3
+    assert {one.uri for one in here} == {
+        f"{bucket.uri}/{name}" for name in ("a b/step_10", "a b/step_20", "ü+%/checkpoint-7")
+    }
+
+
+def test_what_is_known_is_not_entered_and_a_sweep_sees_an_upload_in_place(model, bucket, settings, wire):
+    for step in (1, 2):
+        upload(bucket, model, f"r/{step}")
+    known = {one.key: one.fingerprint for one in look(bucket, settings)}
+    wire.requests.clear()
+    assert look(bucket, settings, known) == []
+    assert len(wire.requests) == 2  # the top and r/
+    bucket.put("r/1/config.json", (model / "config.json").read_bytes() + b" ")
+    assert look(bucket, settings, known) == []
+    [found] = look(bucket, settings, known, sweep=["b/r/1"])
+    assert isinstance(found, Found)
+    assert found.key == "b/r/1"
+    assert found.fingerprint != known["b/r/1"]
+
+
+def test_many_new_folders_cost_one_listing(bucket, settings, wire, monkeypatch):
+    from eval_platform.checkpoints import buckets
+
+    monkeypatch.setattr(buckets, "_LIST_WHOLE", 5)
+    for step in range(8):
+        bucket.put(f"r/{step}/config.json", b"{}")
+    bucket.put("r/3/deeper/model.safetensors", b"")
+    wire.requests.clear()
+    found = look(bucket, settings)
+    listings = [request for request in wire.requests if "list-type" in request]
+    assert len(listings) == 3  # the top, r/, all below r/
+    assert {one.key for one in found} == {f"b/r/{step}" for step in range(8) if step != 3} | {"b/r/3/deeper"}
+
+
+def test_an_upload_under_way_waits(model, bucket, settings):
+    upload(bucket, model, "r/1", leave_out=["model.safetensors"])
+    [waiting] = look(bucket, settings)
+    assert "no weights yet" in waiting.reason or "model.safetensors" in waiting.reason
+    bucket.put("r/1/model.safetensors", (model / "model.safetensors").read_bytes())
+    watch = Watch()
+    [waiting] = look(bucket, settings, watch=watch, quiet_seconds=60)
+    assert "unchanged for 0 of the 60 s" in waiting.reason
+    [waiting] = look(bucket, settings, require_success=True)
+    assert "_SUCCESS" in waiting.reason
+    bucket.put("r/1/_SUCCESS", b"")
+    [found] = look(bucket, settings, watch=watch, require_success=True, quiet_seconds=60)
+    assert isinstance(found, Found)
+
+
+def test_a_bucket_that_cannot_be_listed_stops_nothing_else(model, bucket, settings, tmp_path):
+    shutil.copytree(model, tmp_path / "local" / "1")
+    roots = [
+        Root(name="gone", path="s3://nowhere/x", quiet_seconds=0),
+        Root(name="local", path=str(tmp_path / "local"), quiet_seconds=0),
+    ]
+    failed, found = sorted(discover(roots, {}, Watch(), (), settings), key=lambda one: one.key)
+    assert (failed.key, found.key) == ("gone", "local/1")
+    assert "NoSuchBucket" in failed.reason
+    assert "make the bucket" in failed.reason
+
+
+# ------------------------------------------------------------------------------------------------ staging
+
+
+def test_the_same_weights_in_a_folder_and_in_a_bucket_are_one_checkpoint(model, bucket, settings, tmp_path, wire):
+    upload(bucket, model, "r/1")
+    [found] = look(bucket, settings)
+    [local] = discover([Root(name="l", path=str(model.parent), quiet_seconds=0)], {}, Watch())
+    here = stage(arrived(local), tmp_path / "one", nothing)
+    told = []
+    wire.breaks(Cut(down=5_000), times=3, on="GET .*model.safetensors")
+    wire.breaks(Answer(503, "SlowDown"), times=3, on="^GET")
+    there = stage(arrived(found), tmp_path / "two", lambda done, total: told.append((done, total)), s3=settings)
+    assert (there.checkpoint_id, there.weights_id, there.kind) == (here.checkpoint_id, here.weights_id, here.kind)
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1] > 0
+    assert told == sorted(told)
+    assert there.path is not None
+    assert (there.path / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    wire.requests.clear()
+    release(there)
+    again = stage(arrived(found), tmp_path / "two", nothing, s3=settings)
+    assert again.checkpoint_id == here.checkpoint_id
+    assert [request for request in wire.requests if "list-type" not in request] == []
+    release(again)
+    release(here)
+
+
+def test_a_download_goes_on_where_a_kill_stopped_it(model, bucket, settings, tmp_path, wire, monkeypatch):
+    monkeypatch.setattr(downloads, "CHUNK_BYTES", 20_000)
+    upload(bucket, model, "r/1")
+    [found] = look(bucket, settings)
+    size = (model / "model.safetensors").stat().st_size
+    assert size > 200_000
+
+    def die(done, total):
+        if done > size // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    kill_after(lambda: stage(arrived(found), tmp_path, die, s3=settings))
+    wire.requests.clear()
+    staged = stage(arrived(found), tmp_path, nothing, s3=settings)
+    starts = [
+        int(part)
+        for request in wire.requests
+        if "model.safetensors" in request
+        for part in [request.split("bytes=")[1].split("-")[0]]
+    ]
+    assert min(starts) >= 100_000
+    assert staged.path is not None
+    assert (staged.path / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    release(staged)
+
+
+def test_what_was_replaced_or_deleted_since_it_arrived_is_told(model, bucket, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "CHUNK_BYTES", 20_000)
+    upload(bucket, model, "r/1")
+    [found] = look(bucket, settings)
+    weights = (model / "model.safetensors").read_bytes()
+
+    def replace_midway(done, total):
+        if 100_000 < done < 150_000:
+            bucket.put("r/1/model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
+
+    with pytest.raises(CheckpointChanged, match="no longer what arrived as b/r/1@1"):
+        stage(arrived(found), tmp_path, replace_midway, s3=settings)
+    with pytest.raises(CheckpointChanged, match="no longer what arrived as b/r/1@1"):
+        stage(arrived(found), tmp_path, nothing, s3=settings)
+    for entry in list(bucket.list("r/1/")):
+        bucket.delete(entry.key)
+    with pytest.raises(CheckpointGone, match="deleted"):
+        stage(arrived(found), tmp_path, nothing, s3=settings)
+
+
+def test_the_cache_is_bounded_and_what_is_in_use_stays(model, bucket, settings, tmp_path):
+    size = sum(file.stat().st_size for file in model.rglob("*"))
+    two = settings.model_copy(update={"cache_gb": 2.5 * size / 1e9})
+    for step in range(4):
+        upload(bucket, model, f"r/{step}")
+        bucket.put(f"r/{step}/generation_config.json", f'{{"a": {step}}}'.encode())
+    arrivals = [arrived(found) for found in sorted(look(bucket, settings), key=lambda found: found.key)]
+    in_use = stage(arrivals[0], tmp_path, nothing, s3=two)
+    for arrival in arrivals[1:]:
+        release(stage(arrival, tmp_path, nothing, s3=two))
+    kept = [one for one in (tmp_path / "downloads").iterdir() if one.is_dir()]
+    assert len(kept) == 2
+    assert in_use.path is not None
+    weights = (in_use.path / "model.safetensors").stat().st_ino
+    assert weights in {(one / "model.safetensors").stat().st_ino for one in kept}
+    release(in_use)
+
+
+def test_a_checkpoint_that_brings_pickles_only_is_refused_as_in_a_folder(model, bucket, settings, tmp_path):
+    upload(bucket, broken(model, tmp_path / "p", "pickle"), "r/1")
+    [refused] = look(bucket, settings)
+    assert refused.refused
+    assert "pickle weights only" in refused.reason
+    arrival = Arrival("b/r/1", 1, bucket_listing(bucket, "r/1/").fingerprint, f"{bucket.uri}/r/1", "r")
+    with pytest.raises(CheckpointError, match="pickle weights only"):
+        stage(arrival, tmp_path / "cache", nothing, s3=settings)
