@@ -7,8 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import pytest
+
 _FORK = multiprocessing.get_context("fork")
 PATIENCE_S = 60
+# For a test of a rule that no store has a part in: with `store_roots`, on a folder alone.
+folders_only = pytest.mark.parametrize("new_store", ["folder"], indirect=True)
 
 
 def race(n: int, run: Callable[[int], Any]) -> list[Any]:

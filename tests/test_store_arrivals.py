@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from store_processes import race
+from store_processes import folders_only, race
 
 from eval_platform.errors import CheckpointChanged, StoreError
 from eval_platform.store import LocalStore, arrivals, log
@@ -62,6 +62,7 @@ def test_watchers_that_see_alike_number_every_change_once(sightings):
         assert [arrival.fingerprint for arrival in arrivals.history(store, "runs/a")] == states
 
 
+@folders_only
 def test_watchers_that_see_one_folder_differently_do_not_take_turns(store):
     for _ in range(5):
         see(store, "at 10:00:00.5", watcher="local")
@@ -136,6 +137,7 @@ def test_processes_that_see_different_changes_number_them_without_gap_or_loss(st
     assert {one.fingerprint for one in history} == {f"{i}-{j}" for i in range(4) for j in range(each)}
 
 
+@folders_only
 def test_the_clock_stepping_back_changes_no_number(store, monkeypatch):
     times = (f"2026-03-01T{hour:02}:00:00.000000Z" for hour in range(23, 0, -1))
     for module in (arrivals, log):

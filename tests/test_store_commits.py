@@ -5,7 +5,7 @@ import signal
 
 import pyarrow as pa
 import pytest
-from store_processes import Child, kill_after, race
+from store_processes import Child, folders_only, kill_after, race
 
 from eval_platform.errors import EvalPlatformError, SchemaError, StoreError
 from eval_platform.store import commits, leases, log
@@ -52,6 +52,7 @@ def test_only_the_holder_of_the_evaluations_own_lease_commits(store):
     assert list(store.list("answers/")) == []
 
 
+@folders_only
 def test_a_record_with_nan_is_refused(store):
     with pytest.raises(ValueError, match="JSON"):
         commits.commit(store, record("t") | {"seconds": float("nan")}, take(store))
@@ -150,6 +151,7 @@ def test_stored_answers_are_found_by_what_was_asked(store):
     assert commits.answered(store, "b") == []
 
 
+@folders_only
 def test_a_rerun_opens_the_next_slot_once_the_last_is_committed(store):
     assert commits.slot(store, E) == 1
     with pytest.raises(EvalPlatformError, match=r"attempt 1 of evaluation .* is open"):

@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_processes import race
+from store_processes import folders_only, race
 
 from eval_platform.store import LocalStore, decisions, log
 from eval_platform.values import Check
@@ -43,6 +43,7 @@ def test_a_decision_is_read_back_with_its_checks(store):
     assert [(e["kind"], e["n"]) for e in log.read(store, log.dates(store))] == [("decision", 1)]
 
 
+@folders_only
 @pytest.mark.parametrize("observed", [math.nan, [1.0, -math.inf], {"worst": math.inf}, object(), {1: (2, 3)}])
 def test_whatever_a_check_observed_can_be_kept(store, observed):
     check = decide(store, "held", checks=[Check("c", False, "error", "r", observed)]).checks[0]
@@ -50,6 +51,7 @@ def test_whatever_a_check_observed_can_be_kept(store, observed):
     assert decisions.standing(store, E, 1).checks == (check,)
 
 
+@folders_only
 def test_what_is_not_finite_is_kept_by_name(store):
     decision = decide(store, "held", checks=[Check("c", False, "error", "r", [math.nan, -math.inf, 0.5])])
     assert decision.checks[0].observed == ["nan", "-inf", 0.5]
@@ -67,6 +69,7 @@ def test_the_highest_stands(store, fewer):
     assert decisions.standing(store, E, 1).n == last - 1
 
 
+@folders_only
 def test_a_second_gate_adopts_and_overrules_nobody(store):
     decide(store, "published")
     decide(store, "held", "retract", actor="ada")
@@ -95,6 +98,7 @@ def test_boards_show_the_lowest_attempt_that_stands_published(tmp_path_factory, 
     assert decisions.standing_attempt(store, E) == expected
 
 
+@folders_only
 def test_the_clock_stepping_back_changes_nothing(store, monkeypatch):
     times = (f"2026-03-01T{hour:02}:00:00.000000Z" for hour in range(23, 0, -1))
     for module in (decisions, log):

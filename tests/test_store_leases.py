@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from store_processes import Child, kill_after, race
+from store_processes import Child, folders_only, kill_after, race
 
 from eval_platform.errors import StoreError
 from eval_platform.store import LocalStore, create_record, leases, process
@@ -78,6 +78,7 @@ def test_a_holder_that_never_beat_is_taken_over_too(store, elsewhere):
     assert watch.acquire(30) is not None
 
 
+@folders_only
 def test_the_old_holders_beats_do_not_count_for_the_new_one(store, elsewhere):
     clock = Clock()
     old = take(store)
@@ -94,6 +95,7 @@ def test_the_old_holders_beats_do_not_count_for_the_new_one(store, elsewhere):
     assert leases.acquire(store, "e", 30) is None
 
 
+@folders_only
 @pytest.mark.parametrize("step_s", [-3600, 3600])
 def test_the_wall_clock_stepping_an_hour_changes_nothing(store, elsewhere, monkeypatch, step_s):
     clock = Clock()
@@ -144,6 +146,7 @@ def test_a_killed_holder_that_nobody_has_reaped_is_dead_too(store):
         assert take(store).generation == 2
 
 
+@folders_only
 def test_a_later_process_with_the_holders_number_is_not_the_holder(store):
     mine = process.this_process()
     create_record(store, "leases/e/1.json", {"process": {**mine, "started": mine["started"] - 1}, "time": ""})

@@ -1,7 +1,7 @@
 """Tries: what may pass by itself is tried three times, what will not once."""
 
 import pytest
-from store_processes import Child, kill_after, race
+from store_processes import Child, folders_only, kill_after, race
 
 from eval_platform.errors import EvalPlatformError
 from eval_platform.store import leases, log, process, tries
@@ -18,6 +18,7 @@ def fail(store, subject, failure=INFRASTRUCTURE, detail=""):
     tries.start(store, subject).end("failed", failure, detail=detail)
 
 
+@folders_only
 @pytest.mark.parametrize("subject", [EVALUATION, ARRIVAL])
 def test_three_infrastructure_failures_are_final(store, subject):
     for _ in range(3):
@@ -30,6 +31,7 @@ def test_three_infrastructure_failures_are_final(store, subject):
     assert "disk full" in failure.reason
 
 
+@folders_only
 @pytest.mark.parametrize("class_", ["deterministic", "gone"])
 def test_what_will_not_pass_by_itself_is_final_at_once(store, class_):
     fail(store, ARRIVAL)
@@ -47,6 +49,7 @@ def test_subjects_do_not_share_failures(store):
     assert tries.state(store, tries.evaluation_subject("e" * 32, 2)) is None
 
 
+@folders_only
 def test_lost_interrupted_and_what_came_before_a_success_do_not_count(store):
     for outcome in ["lost", "interrupted"] * 3:
         tries.start(store, EVALUATION).end(outcome)
@@ -96,6 +99,7 @@ def test_a_try_at_work_does_not_count_and_one_whose_lease_was_taken_does(store, 
         assert f"process {child.pid} on " in failure.reason
 
 
+@folders_only
 def test_a_retry_forgives_what_was_and_not_what_comes(store):
     for _ in range(3):
         fail(store, EVALUATION)
@@ -112,6 +116,7 @@ def test_a_retry_forgives_what_was_and_not_what_comes(store):
         tries.retry(store, EVALUATION, "ada", "once more")
 
 
+@folders_only
 def test_a_deleted_checkpoint_that_came_back_can_be_retried(store):
     fail(store, ARRIVAL, Failure("gone", "deleted"))
     tries.retry(store, ARRIVAL, "ada", "restored from backup")
