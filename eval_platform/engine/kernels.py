@@ -66,6 +66,11 @@ class Kernels:
     threads: int
     huge_pages: bool
 
+    @property
+    def are_torchs(self) -> bool:
+        """Whether every product is torch's own, as it was before."""
+        return {self.head, *self.linear.values()} == {"torch"}
+
     def describe(self) -> str:
         """One line, for example "threads 2; linear onednn-packed (4 shapes), torch (1); head torch"."""
         counts = Counter(self.linear.values()).most_common()

@@ -111,7 +111,8 @@ def _tree_engine(
     head = Head(model, chosen.head)
     kernels.settle_allocator()
     try:
-        support.check(packed, head, expected)
+        if not chosen.are_torchs:  # else nothing has changed since the model was set to packed attention
+            support.check(packed, head, expected)
     except Unsupported as error:
         raise support.WrongProducts(f"with {chosen.describe()}, {error}") from error
     narrow(model, packed, expected.sequences[0][0], expected.hidden)

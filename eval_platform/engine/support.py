@@ -79,11 +79,17 @@ def reference(model: "PreTrainedModel") -> Expected:
 
 def _by_itself(model: "PreTrainedModel") -> list[tuple[list[int], Tensor, Tensor]]:
     found = []
-    for tokens in _sequences(model):
-        ids = torch.tensor([tokens], device=model.device)
-        output: Any = model(input_ids=ids, use_cache=False, output_hidden_states=False)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        found.append((tokens, hidden[0].float(), output.logits[0].float()))
+    hidden: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _base, _given, made: hidden.append(made.last_hidden_state))
+    try:
+        for tokens in _sequences(model):
+            ids = torch.tensor([tokens], device=model.device)
+            output: Any = model(input_ids=ids, use_cache=False, output_hidden_states=False)
+            if not hidden:  # OPT's class goes past its base model to what is in it
+                model.base_model(input_ids=ids, use_cache=False)
+            found.append((tokens, hidden.pop()[0].float(), output.logits[0].float()))
+    finally:
+        handle.remove()
     return found
 
 
