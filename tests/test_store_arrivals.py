@@ -129,6 +129,7 @@ def test_of_many_processes_that_see_one_change_one_registers_it(store, fewer):
     assert arrivals.numbers(store) == dict.fromkeys(keys, 1)
 
 
+@folders_only
 def test_processes_that_see_different_changes_number_them_without_gap_or_loss(store, fewer):
     each = fewer(8)
     race(4, lambda i: [see(store, f"{i}-{j}", watcher=f"w{i}") for j in range(each)])

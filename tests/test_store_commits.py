@@ -169,6 +169,7 @@ def test_a_rerun_opens_the_next_slot_once_the_last_is_committed(store):
     assert sorted((entry["action"], entry["attempt"]) for entry in asked) == [("rerun", 2), ("rerun", 3)]
 
 
+@folders_only
 def test_of_many_who_ask_for_a_rerun_one_opens_it(store):
     committed(store)
 

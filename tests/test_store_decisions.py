@@ -77,6 +77,7 @@ def test_a_second_gate_adopts_and_overrules_nobody(store):
     assert (late.n, late.status, late.actor) == (2, "held", "ada")
 
 
+@folders_only
 def test_of_many_gates_one_decides_and_of_many_people_all_are_recorded(store, fewer):
     gates = race(4, lambda i: decide(store, "published" if i % 2 else "held", actor=f"gate {i}"))
     assert len({(decision.n, decision.actor) for decision in gates}) == 1

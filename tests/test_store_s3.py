@@ -65,15 +65,15 @@ def client(s3_session):
     ids=str,
 )
 def test_what_passes_is_tried_again(store, wire, fault):
-    wire.breaks(fault, times=4)
+    wire.breaks(fault, times=2)
     assert store.create("k", b"x" * 1000)
-    wire.breaks(fault, times=4)
+    wire.breaks(fault, times=2)
     assert store.read("k") == b"x" * 1000
-    wire.breaks(fault, times=4)
+    wire.breaks(fault, times=2)
     store.put("k", b"y" * 1000)
-    wire.breaks(fault, times=4)
+    wire.breaks(fault, times=2)
     assert [(entry.key, entry.size) for entry in store.list("k")] == [("k", 1000)]
-    wire.breaks(fault, times=4)
+    wire.breaks(fault, times=2)
     store.delete("k")
     with pytest.raises(KeyError):
         store.read("k")
