@@ -24,6 +24,7 @@ class Store(Protocol):
     """Every method raises StoreError, naming key and remedy, when the storage fails; KeyError when a key is absent."""
 
     uri: str
+    requests_at_once: int  # more would wait for each other; 1 where there is nothing to wait for
 
     def list(self, prefix: str, delimiter: str | None = None, after: str | None = None) -> Iterator[Entry]:
         """Entries whose key begins with `prefix`, in the order of their keys, those greater than `after` only."""

@@ -17,6 +17,8 @@ _TEMPORARY = ".tmp-"
 class LocalStore:
     """Keys are paths below `folder`. Writers on several machines of one NFS export may share it."""
 
+    requests_at_once = 1
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).resolve()
         self.uri = str(self.folder)

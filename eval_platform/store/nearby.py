@@ -12,8 +12,6 @@ from eval_platform.identity import content_id
 from eval_platform.store.base import Store
 from eval_platform.store.local import LocalStore
 
-_DOWNLOADS_AT_ONCE = 8
-
 
 def local_files(store: Store, keys: Iterable[str], cache: Path) -> dict[str, Path]:
     """key -> a file with its bytes, for those of `keys` that the store has.
@@ -27,7 +25,7 @@ def local_files(store: Store, keys: Iterable[str], cache: Path) -> dict[str, Pat
     copies = LocalStore(cache / content_id(store.uri)[:16])
     wanted = {key: copies.path(key) for key in keys}
     missing = [key for key, path in wanted.items() if not path.is_file()]
-    with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(store.requests_at_once) as pool:
         found = list(pool.map(lambda key: _copied(store, key, copies), missing))
     absent = {key for key, is_there in zip(missing, found, strict=True) if not is_there}
     return {key: path for key, path in wanted.items() if key not in absent}

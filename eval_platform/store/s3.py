@@ -22,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from eval_platform.config import S3
 from eval_platform.errors import StoreError
 from eval_platform.store.base import Entry, check_key, check_prefix
-from eval_platform.store.s3_requests import DEADLINE_S, Requests, code_of, status_of
+from eval_platform.store.s3_requests import CONNECTIONS, DEADLINE_S, Requests, code_of, status_of
 
 SCHEME = "s3://"
 PAGE_KEYS = 1000  # what S3 lists at most in one answer
@@ -42,6 +42,8 @@ class S3Store:
 
     deadline_s: seconds for all tries of one request together.
     """
+
+    requests_at_once = CONNECTIONS
 
     def __init__(self, uri: str, settings: S3 | None = None, *, deadline_s: float = DEADLINE_S) -> None:
         self.bucket, _, prefix = uri.removeprefix(SCHEME).partition("/")

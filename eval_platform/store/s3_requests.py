@@ -39,7 +39,7 @@ from eval_platform.errors import StoreError
 # that began before it.
 CONNECT_S, SILENCE_S, DEADLINE_S = 5, 30, 60.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
-_CONNECTIONS = 16
+CONNECTIONS = 16
 
 # What may pass by itself, beside every 5xx but "not implemented". ConditionalRequestConflict (409): another
 # conditional write of this key is under way. BadDigest: the bytes were damaged on the wire.
@@ -156,7 +156,7 @@ class Requests:
                         connect_timeout=CONNECT_S,
                         read_timeout=SILENCE_S,
                         retries={"total_max_attempts": 1},
-                        max_pool_connections=_CONNECTIONS,
+                        max_pool_connections=CONNECTIONS,
                         tcp_keepalive=True,
                         # Servers other than Amazon's refuse the checksums that boto3 would add; ours is Content-MD5.
                         request_checksum_calculation="when_required",

@@ -33,6 +33,7 @@ from eval_platform.warehouse.rows import (
     damaged,
     parse_subject,
     read_subject,
+    read_subjects,
     subject_text,
 )
 from eval_platform.warehouse.schema import CATALOG_VERSION, INTERNAL, TABLES, VIEWS
@@ -122,9 +123,8 @@ def _news(store: Store, known: _Known) -> _News:
             news.readings.setdefault(look.subject, Reading(parse_subject(look.subject)))
             if look.expects is None:
                 news.tried.add(look.subject)
-    for subject in list(news.readings):
-        if "problems" not in news.readings[subject].rows:
-            news.readings[subject] = read_subject(store, parse_subject(subject))
+    whole = [parse_subject(text) for text, reading in news.readings.items() if "problems" not in reading.rows]
+    news.readings |= {subject_text(reading.subject): reading for reading in read_subjects(store, whole)}
     if any(subject.startswith("task:") for subject in news.readings):
         # Datasets are frozen just before the tasks that ask them and have no entry of their own.
         for entry in store.list("datasets/", delimiter="/"):
@@ -257,7 +257,7 @@ def _build(store: Store, catalog: Path) -> None:
             con.execute(f"create view {name} as {text}")
         for start in range(0, len(subjects), _BATCH_SUBJECTS):
             batch = subjects[start : start + _BATCH_SUBJECTS]
-            _insert(con, [read_subject(store, subject) for subject in batch], news.tried)
+            _insert(con, read_subjects(store, batch), news.tried)
         _apply(con, store, news)
 
 
