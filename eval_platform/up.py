@@ -76,7 +76,8 @@ class Platform:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                # With all that hangs on it: a code server waits for its runs to end, which may take hours.
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         # Runs end with the servers; without them a worker would go on for nobody to see.
         launch.stop_orphans(self.config)
