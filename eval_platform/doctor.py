@@ -133,6 +133,8 @@ def _disk(what: str, folder: Path) -> Finding:
 def _links(config: Config) -> Finding:
     """Hard links hold a checkpoint that its trainer deletes while it waits; without them it is copied later."""
     devices = {os.stat(root.path).st_dev for root in config.checkpoints if Path(root.path).is_dir()}
+    if not devices:
+        return Finding("hard links", True, "no folder of checkpoints is there: nothing is held while it waits")
     same = devices <= {os.stat(config.state_dir).st_dev}
     found = "checkpoints and state are on one file system" if same else "checkpoints are on another file system"
     return Finding("hard links", True, found + ("" if same else ": one deleted while it waits is lost, not held"))

@@ -149,6 +149,8 @@ def test_found_described_and_numbered_as_in_a_folder(model, tmp_path, bucket, se
     for folder in sorted((tmp_path / "local").glob("*/*")):
         upload(bucket, folder, folder.relative_to(tmp_path / "local").as_posix())
     bucket.put("notes.txt", b"")
+    bucket.put("two//slashes/config.json", b"{}")
+    bucket.put(".hidden/config.json", b"{}")
     local = list(discover([Root(name="b", path=str(tmp_path / "local"), quiet_seconds=0)], {}, Watch()))
     here = look(bucket, settings)
 

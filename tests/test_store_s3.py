@@ -199,6 +199,11 @@ def test_a_bucket_that_is_not_there_is_named(s3_session, s3_credentials):
             do()
 
 
+def test_a_name_that_no_bucket_has_is_told(s3_credentials):
+    with pytest.raises(StoreError, match=r"(?s)s3://my bucket/k: .*nvalid bucket name.*remedy: correct the address"):
+        S3Store("s3://my bucket", S3(endpoint="http://127.0.0.1:9")).read("k")
+
+
 def test_a_server_that_is_not_there_is_named(s3_credentials):
     store = S3Store("s3://results", S3(endpoint="http://127.0.0.1:9"), deadline_s=1)
     with pytest.raises(StoreError, match=r"(?s)s3://results/k.*tries.*remedy: see whether http://127.0.0.1:9 answers"):

@@ -188,7 +188,8 @@ def _scan_bucket(root: Root, s3: S3 | None) -> tuple[Callable[[str], _Seen], Cal
         prefix = f"{relative}/" if relative else ""
         entries = tree.level(prefix)
         names = [entry.key.removeprefix(prefix) for entry in entries]
-        shown = [name for name in names if name and not name.startswith(".")]
+        # "/": of a key with two slashes in a row, which is no folder that anybody made.
+        shown = [name for name in names if name.strip("/") and not name.startswith(".")]
         return _Seen(
             BucketPlace(store, prefix, tuple(entries)),
             [name for name in shown if not name.endswith("/")],

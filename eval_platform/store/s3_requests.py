@@ -25,6 +25,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
     SSLError,
@@ -197,6 +198,8 @@ class Requests:
                 return _REMEDIES.get(code, "look the error up in the documentation of the S3 service")
             case NoCredentialsError() | PartialCredentialsError():
                 return _NO_CREDENTIALS
+            case ParamValidationError():
+                return _REMEDIES["InvalidBucketName"]
             case ProfileNotFound():
                 return "correct AWS_PROFILE, or write that profile with `aws configure`"
             case SSLError():
