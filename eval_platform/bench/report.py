@@ -151,7 +151,9 @@ def _lm_eval(
     write_requests(few, requests[:TRIED_REQUESTS])
     step("lm-eval's best batch size")
     full = replace(job, side="lm-eval", answers=str(answers))
-    size = best_batch(replace(full, requests=str(few)), TRIED_BATCHES)
+    # A batch that holds all there is is the same as a larger one.
+    sizes = list(dict.fromkeys(min(size, len(requests)) for size in TRIED_BATCHES))
+    size = best_batch(replace(full, requests=str(few)), sizes)
     step(f"lm-eval, batch size {size}")
     theirs = run_side(replace(full, batch_size=size))
     assert theirs is not None
