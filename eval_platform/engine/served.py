@@ -319,8 +319,9 @@ def load_served(entry: ServedModel, settings: RunSettings) -> ServedEngine:
         if entry.key_variable is not None:
             kind = _with_key_of(kind, entry.key_variable)
         arguments = {"seed": settings.seed, **arguments, "model": entry.model, "num_concurrent": 1, "batch_size": 1}
-        # Each request is a call, which would draw a bar of its own.
+        # Each request is a call, which would draw a bar and write a line of its own.
         api_models.tqdm = partial(api_models.tqdm, disable=True)
+        logging.getLogger(api_models.__name__).setLevel(logging.WARNING)
         if issubclass(kind, openai_completions.LocalCompletionsAPI) and not entry.is_chat:
             # The harness would ask the server for its tokenizer; one that is named goes before, and text needs none.
             if "tokenizer" in arguments:
