@@ -56,7 +56,7 @@ _WHAT_NEXT = {
     "held": "held       `eval-platform status --tasks` gives the evaluation ids; then `samples --evaluation ID` to "
     "look, `release ID` or `rerun ID` to act",
     "failed": "failed     mend the cause, then `eval-platform retry ID-or-checkpoint --reason ...`",
-    "skipped": "skipped    no data: `eval-platform tasks list` says what is missing and how to get it",
+    "skipped": "skipped    each says why; where there is no data, `eval-platform tasks list` says how to get it",
     "missing": "missing    not asked yet (a task added later, or a trial by hand): `eval-platform backfill` asks it",
 }
 
