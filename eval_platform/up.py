@@ -79,6 +79,7 @@ class Platform:
                 # With all that hangs on it: a code server waits for its runs to end, which may take hours.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                _until_gone(process.pid)  # a run that is still on its way out has no orphan yet
         # Runs end with the servers; without them a worker would go on for nobody to see.
         launch.stop_orphans(self.config)
         _up_file(self.config).unlink(missing_ok=True)
@@ -279,6 +280,15 @@ def _answers(url: str) -> bool:
             return True
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
+
+
+def _until_gone(group: int) -> None:
+    """Wait until no process of the group is left, at most STOP_SECONDS; the group's leader has been waited for."""
+    deadline = time.monotonic() + STOP_SECONDS
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
 
 
 def _wait(one: Platform, name: str, ready: Callable[[], bool]) -> None:
