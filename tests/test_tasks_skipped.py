@@ -236,7 +236,7 @@ def test_a_run_of_nothing_else_and_one_that_requires_all_are_refused(place: Plac
     assert (refused.code, "sums (gsm8k)" in refused.err) == (2, True)
     (status,) = place("status", "--json").json
     assert {task["task"]: task["state"] for task in status["tasks"]}["sums"] == "skipped"
-    assert "no data: `eval-platform tasks list`" in place("status").out
+    assert "where there is no data, `eval-platform tasks list` says how to get it" in place("status").out
 
 
 def test_a_worker_reads_the_snapshot_and_not_the_source(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
