@@ -91,7 +91,8 @@ def repairs(
         asked = {task for record in records for task in _asked_of(record.dagster_run, lock)}
         if not records and (is_served or one.key.partition("/")[0] in roots):
             asked = set(lock.tasks)  # `eval-platform run` asks its own checkpoints what it was told to ask, no more
-        owed = (asked | _due(config, one)) & one.missing - not_asked(config, lock, store, one.key).keys()
+        impossible = not_asked(config, lock, store, one.key).keys()
+        owed = (asked | _due(config, one)) & one.missing - impossible
         if not owed:
             memory.settled[name] = one
             continue
@@ -103,7 +104,7 @@ def repairs(
         count += 1
         hold(arrival, config.cache_dir)  # the tick that registered it may have been cut off before
         # Of a first run everything is asked: what is answered already costs nothing, and is shown.
-        tasks = owed if records else asked | owed
+        tasks = owed if records else asked - impossible | owed
         yield run_request(arrival, lock, tasks, suffix=f"#{len(records)}" if records else "")
 
 
