@@ -58,7 +58,7 @@ def main() -> int:
         for key, one in answers["plain"].items():
             other = answers["tree"][key]
             if one.log_likelihood is not None and other.log_likelihood is not None:
-                allowed = max(1e-4, 1e-5 * one.n_tokens)
+                allowed = max(1e-4, 1e-5 * (one.n_tokens or 0))
                 worst = max(worst, abs(one.log_likelihood - other.log_likelihood) / allowed)
             elif one.text != other.text:
                 print(f"{task}: the texts of {key[0]} differ", file=sys.stderr)
