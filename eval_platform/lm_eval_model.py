@@ -6,6 +6,7 @@ so its command line runs through this module: `python -m eval_platform.lm_eval_m
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -280,6 +281,8 @@ def main() -> None:
     """lm-evaluation-harness's own command line, with model `eval-platform` among its models."""
     from lm_eval.__main__ import cli_evaluate
 
+    # Its bootstrap forks this process, which has computed on several threads: seen to hang for ever.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     cli_evaluate()
 
 

@@ -73,6 +73,7 @@ class DagsterWorld(World):
         self.checkpoints.mkdir()
         self.file = folder / "eval_platform.toml"
         self.file.write_text(CONFIG + more)
+        self.catalog = self.config.catalog_path
         self.cursors: dict[str, str | None] = {}
         self._sensors: dict[str, dg.SensorDefinition] = {}
 

@@ -220,10 +220,10 @@ def test_a_configuration_with_faults(tmp_path: Path) -> None:
     refused(run_cli("--config", str(tmp_path / "no.toml"), "status"), "no configuration file at", "--config")
     found = {one["what"]: one for one in run_cli("--config", str(file), "doctor", "--json").json}
     assert not found["configuration"]["ok"]
-    file.write_text('results = "s3://bucket/results"\n')
+    file.write_text('results = "gs://bucket/results"\n')
     answer = run_cli("--config", str(file), "tasks", "sync")
     assert (answer.code, answer.out) == (1, "")
-    assert "no store for s3://" in answer.err
+    assert "no store for gs://" in answer.err
 
 
 @pytest.mark.parametrize("section", ["results", "state"])
