@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import typer
+from shared_nursery import lend
 from tiny_models import make_checkpoint
 
 from eval_platform import cli
+from eval_platform.config import load_config
 
 CONFIG = """
 [[checkpoints]]
@@ -167,6 +169,7 @@ def lived_in(folder: Path) -> Lived:
         json.dumps({**json.loads(config.read_text()), "architectures": ["Nobody"], "model_type": "nobody"})
     )
     answers = {"empty": place("status"), "sync": place("tasks", "sync")}
+    lend(load_config(folder / "eval_platform.toml").state_dir)
     answers["100"] = place("run", "--checkpoint", str(place.arriving(100)), "--suite", "first")
     for step in (200, 300, 500):
         answers[str(step)] = place("run", "--checkpoint", str(place.arriving(step)), "--json")
