@@ -109,13 +109,14 @@ def test_untidy_programs_leave_nothing(mode, n_programs, tmp_path, monkeypatch):
 
 @contextmanager
 def watched() -> Iterator[set[int]]:
-    """The process ids of everything that runs below this process during the block; the supervisor is the first."""
+    """The process ids of everything that begins below this process during the block; the supervisor is the first."""
+    before = set(memory.descendants(os.getpid()))  # among them servers that other tests left running
     seen: set[int] = set()
     over = threading.Event()
 
     def watch() -> None:
         while not over.is_set():
-            seen.update(one for one in memory.descendants(os.getpid()) if one != os.getpid())
+            seen.update(set(memory.descendants(os.getpid())) - before)
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -152,13 +153,19 @@ time.sleep(60)
 """
     most, over = 0, threading.Event()
     others = set(memory.children(os.getpid()))  # servers that tests before this one left running
+    own = Path("/proc/self/cmdline").read_bytes()
+
+    def bytes_of(child: int) -> int:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # Until it is a program of its own it shares the memory of this process, which may be large.
+            if child not in others and Path(f"/proc/{child}/cmdline").read_bytes() != own:
+                return memory.held(child)[0]
+        return 0
 
     def watch() -> None:
         nonlocal most
         while not over.is_set():
-            most = max(
-                most, sum(memory.held(child)[0] for child in memory.children(os.getpid()) if child not in others)
-            )
+            most = max(most, sum(map(bytes_of, memory.children(os.getpid()))))
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
