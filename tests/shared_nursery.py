@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -22,13 +23,18 @@ def lend(state: Path) -> None:
     (state / SOCKET).symlink_to(_served() / SOCKET)
 
 
+def start(folder: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A nursery whose socket is in `folder`, once it is ready."""
+    command = [sys.executable, "-m", "eval_platform.nursery", str(folder)]
+    process = subprocess.Popen(command, env={**launch.WORKER_ENV, **env})
+    until(lambda: (folder / SOCKET).exists() or process.poll() is not None, "the nursery to be ready", _READY_SECONDS)
+    assert process.poll() is None
+    return process
+
+
 @cache
 def _served() -> Path:
     """The folder of its socket. It has the environment that `cli_tools.run_cli` gives."""
     folder = Path(tempfile.mkdtemp(prefix="nursery-"))
-    env = {**launch.WORKER_ENV, **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "eval_platform.nursery", str(folder)], env=env)
-    atexit.register(process.kill)
-    until(lambda: (folder / SOCKET).exists() or process.poll() is not None, "the nursery to be ready", _READY_SECONDS)
-    assert process.poll() is None
+    atexit.register(start(folder, {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}).kill)
     return folder

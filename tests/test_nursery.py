@@ -4,19 +4,16 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fault_tools import CONTROL, Place, sitecustomize, until
+from shared_nursery import start
 
 from eval_platform import launch, nursery
 from eval_platform.store.process import known_dead
 from eval_platform.worker import EXIT_DONE, EXIT_TRY_AGAIN
-
-_READY_SECONDS = 120.0
 
 
 class World:
@@ -32,12 +29,7 @@ class World:
         self.count = 0
 
     def serve(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "eval_platform.nursery", str(self.state)],
-            env={**launch.WORKER_ENV, **os.environ},
-        )
-        socket = self.state / "nursery.sock"
-        until(lambda: socket.exists() or self.server.poll() is not None, "the nursery to be ready", _READY_SECONDS)
+        self.server = start(self.state, os.environ)
 
     def worker(self, *, pauses: bool = False) -> launch.Handle:
         """A forked worker on a new checkpoint; with `pauses` it waits after its first answer."""
