@@ -138,6 +138,7 @@ def run(
     already is not asked again.
     """
     from eval_platform import once
+    from eval_platform.plan import Wanted
     from eval_platform.tasks import read_lock
 
     if tasks is not None and suite is not None:
@@ -160,22 +161,13 @@ def run(
         lock, names = suite_lock(config, store, lock, lock_path, suite)
     if require_all:
         refuse_skipped(lock, names)
-    how: dict[str, Any] = {
-        "lock": lock,
-        "tasks": names,
-        "limit": limit,
-        "chat": chat,
-        "system_prompt": system_prompt,
-        "old_lock": old_lock,
-        "actor": _actor(),
-    }
+    wanted = Wanted(lock, names, old_lock, limit, trust_remote_code or None, chat, system_prompt)
 
     def job(on_message: Callable[[dict[str, Any]], None]) -> "Iterator[Outcome]":
         if checkpoint is None:
             assert served is not None
-            return once.evaluate_served(config, store, served, on_message=on_message, **how)
-        trust = trust_remote_code or None
-        return once.evaluate_folder(config, store, checkpoint, trust_remote_code=trust, on_message=on_message, **how)
+            return once.evaluate_served(config, store, served, wanted, actor=_actor(), on_message=on_message)
+        return once.evaluate_folder(config, store, checkpoint, wanted, actor=_actor(), on_message=on_message)
 
     _finish(job, as_json)
 

@@ -1,7 +1,7 @@
 """What a person asks for by hand: one checkpoint now, what is missing everywhere, a word on one result."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from eval_platform import checkpoints, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import ConfigError, EvalPlatformError
-from eval_platform.plan import Plan, PlannedTask, not_asked, plan, served_entry
+from eval_platform.plan import Plan, PlannedTask, Wanted, not_asked, plan, plan_of
 from eval_platform.store import Store, arrivals, commits, decisions, register_root, tries, watcher_id
 from eval_platform.tasks import TaskLock, read_lock
 from eval_platform.values import RunSettings
@@ -48,21 +48,14 @@ def evaluate_folder(
     config: Config,
     store: Store,
     folder: Path | str,
+    wanted: Wanted,
     *,
-    lock: TaskLock | None = None,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-    trust_remote_code: bool | None = None,
-    chat: bool | None = None,
-    system_prompt: str | None = None,
-    old_lock: bool = False,
     actor: str,
     on_message: OnMessage = lambda message: None,
 ) -> Iterator[Outcome]:
     """Register the checkpoint in `folder`, which may be s3://bucket/path, and evaluate it here.
 
-    On `lock`'s tasks (default: the configuration's). chat and system_prompt go before what is configured. Tasks
-    without data are skipped: their outcomes come last. So long as there is any other to ask, that is no error.
+    Tasks without data are skipped: their outcomes come last. So long as there is any other to ask, that is no error.
     Raises CheckpointError when the folder is not a whole checkpoint, ConfigError for an unknown task.
     """
     found = checkpoints.locate(
@@ -74,27 +67,15 @@ def evaluate_folder(
     )
     for root in config.checkpoints:
         register_root(store, root.name, root.path)
-    settings = config.run_settings(
-        key=found.key,
-        limit=limit,
-        trust_remote_code=trust_remote_code,
-        chat=chat,
-        system_prompt=system_prompt,
-    )
-    yield from _evaluate(config, store, found, settings, lock, tasks, old_lock, actor, on_message)
+    yield from _evaluate(config, store, found, wanted, actor, on_message)
 
 
 def evaluate_served(
     config: Config,
     store: Store,
     name: str,
+    wanted: Wanted,
     *,
-    lock: TaskLock | None = None,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-    chat: bool | None = None,
-    system_prompt: str | None = None,
-    old_lock: bool = False,
     actor: str,
     on_message: OnMessage = lambda message: None,
 ) -> Iterator[Outcome]:
@@ -109,26 +90,22 @@ def evaluate_served(
             f"no [[served]] model is called {name!r}; " + (f"there are {known}" if known else "there is none"),
             remedy="describe it in eval_platform.toml (docs/served.md)",
         )
-    settings = config.run_settings(key=entry.key, limit=limit, chat=chat, system_prompt=system_prompt)
-    yield from _evaluate(config, store, checkpoints.as_found(entry), settings, lock, tasks, old_lock, actor, on_message)
+    yield from _evaluate(config, store, checkpoints.as_found(entry), wanted, actor, on_message)
 
 
 def _evaluate(
     config: Config,
     store: Store,
     found: checkpoints.Found,
-    settings: RunSettings,
-    lock: TaskLock | None,
-    tasks: Sequence[str] | None,
-    old_lock: bool,
+    wanted: Wanted,
     actor: str,
     on_message: OnMessage,
 ) -> Iterator[Outcome]:
+    wanted.settings(config, found.key)  # what cannot be is refused before anything is recorded
     arrival, _ = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))
     on_message({"type": "checkpoint", "key": arrival.key})
-    lock = lock or read_lock(config.lock_path)
-    asked, skipped = split_skipped(lock, tasks)
-    todo = plan(arrival, lock, config, store, tasks=asked, settings=settings, old_lock=old_lock)
+    asked, skipped = split_skipped(wanted.lock, wanted.tasks)
+    todo = plan(arrival, replace(wanted, tasks=asked), config, store)
     if not todo.tasks:
         raise ConfigError(
             f"{arrival.key} can be asked none of them: "
@@ -186,9 +163,8 @@ def backfill(
         if arrival is None or (arrival.served is not None and config.served_at(key) is None):
             continue
         on_message({"type": "checkpoint", "key": key})
-        yield from drive(
-            plan(arrival, lock, config, store, tasks=names), config, store, actor=actor, on_message=on_message
-        )
+        todo = plan(arrival, Wanted(lock, names), config, store)
+        yield from drive(todo, config, store, actor=actor, on_message=on_message)
 
 
 def act(
@@ -247,7 +223,7 @@ def _retry_arrival(config: Config, store: Store, key: str, actor: str, reason: s
     arrival = arrivals.newest(store, key)
     if arrival is None:
         raise EvalPlatformError(f"no checkpoint has arrived as {key}", remedy="see `eval-platform status`")
-    todo = plan(arrival, read_lock(config.lock_path), config, store)
+    todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, store)
     failed = warehouse.query(config.catalog_path, store, _FAILED_OF.format(literal(key), arrival.n)).to_pylist()
     subjects = [tries.evaluation_subject(row["evaluation_id"], row["attempt"]) for row in failed]
     of_arrival = tries.arrival_subject(arrival)
@@ -274,18 +250,8 @@ def _again(config: Config, store: Store, evaluation_id: str, attempt: int) -> Pl
     arrival = arrivals.get(store, record["key"], record["arrival"])
     if arrival is None:
         return None
-    return Plan(
-        arrival=arrival,
-        tasks=(PlannedTask(record["task"], record["task_id"], record["ask_id"]),),
-        settings=_settings_of(config, record),
-        store=store.uri,
-        cache=str(config.cache_dir),
-        lease_seconds=config.worker.lease_seconds,
-        retry_wait_seconds=config.worker.retry_wait_seconds,
-        sandbox=config.sandbox.mode,
-        served=served_entry(config, arrival),
-        s3=config.s3.model_dump(exclude_none=True),
-    )
+    task = PlannedTask(record["task"], record["task_id"], record["ask_id"])
+    return plan_of(arrival, (task,), {}, _settings_of(config, record), config, store)
 
 
 def _settings_of(config: Config, record: Mapping[str, Any]) -> RunSettings:

@@ -19,6 +19,32 @@ PLAN_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What somebody wants asked. tasks: of the lock, None for all; old_lock: although the results root has newer ones.
+
+    limit: only the first items. The rest goes before what is configured where it is not None.
+    """
+
+    lock: TaskLock
+    tasks: Sequence[str] | None = None
+    old_lock: bool = False
+    limit: int | None = None
+    trust_remote_code: bool | None = None
+    chat: bool | None = None
+    system_prompt: str | None = None
+
+    def settings(self, config: Config, key: str) -> RunSettings:
+        """How the model `key` runs for it. Raises as `Config.run_settings` does."""
+        return config.run_settings(
+            key=key,
+            limit=self.limit,
+            trust_remote_code=self.trust_remote_code,
+            chat=self.chat,
+            system_prompt=self.system_prompt,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTask:
     """A task as the lock pinned it when the plan was made."""
 
@@ -71,22 +97,14 @@ def read_plan(path: Path) -> Plan:
     return Plan(**body)
 
 
-def plan(
-    arrival: Arrival,
-    lock: TaskLock,
-    config: Config,
-    store: Store,
-    *,
-    tasks: Sequence[str] | None = None,
-    settings: RunSettings | None = None,
-    old_lock: bool = False,
-) -> Plan:
-    """Everything asked of `arrival`: the lock's tasks, or those named in `tasks`.
+def plan(arrival: Arrival, wanted: Wanted, config: Config, store: Store) -> Plan:
+    """Everything asked of `arrival`.
 
     Raises ConfigError when a name is unknown or skipped for want of data, or when the store knows a newer task under
-    a name than the lock pins (`old_lock` lets an older lock through); and for a served model that is not configured.
+    a name than the lock pins; for a served model that is not configured; and as `Config.run_settings` does.
     """
-    names = list(lock.tasks) if tasks is None else list(dict.fromkeys(tasks))
+    lock = wanted.lock
+    names = list(lock.tasks) if wanted.tasks is None else list(dict.fromkeys(wanted.tasks))
     skipped = [f"{name} ({lock.skipped[name].reason})" for name in names if name in lock.skipped]
     if skipped:
         raise ConfigError(
@@ -103,22 +121,40 @@ def plan(
         raise ConfigError("there is nothing to ask: the lock has no tasks", remedy="run `eval-platform tasks sync`")
     locked = [(name, lock.tasks[name]) for name in names]
     planned = tuple(PlannedTask(name, task.task_id, task.ask_id, task.base_ask_id) for name, task in locked)
-    if not old_lock:
+    if not wanted.old_lock:
         _refuse_old_lock(store, planned)
-    served = served_entry(config, arrival)
     reasons = not_asked(config, lock, store, arrival.key)
+    return plan_of(
+        arrival,
+        tuple(task for task in planned if task.name not in reasons),
+        {task.name: reasons[task.name] for task in planned if task.name in reasons},
+        wanted.settings(config, arrival.key),
+        config,
+        store,
+    )
+
+
+def plan_of(
+    arrival: Arrival,
+    tasks: tuple[PlannedTask, ...],
+    skipped: Mapping[str, str],
+    settings: RunSettings,
+    config: Config,
+    store: Store,
+) -> Plan:
+    """The plan of tasks that are pinned already, with what else a worker must know. Raises as `served_entry` does."""
     return Plan(
         arrival=arrival,
-        tasks=tuple(task for task in planned if task.name not in reasons),
-        settings=settings or config.run_settings(key=arrival.key),
+        tasks=tasks,
+        settings=settings,
         store=store.uri,
         cache=str(config.cache_dir),
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
         sandbox=config.sandbox.mode,
         s3=config.s3.model_dump(exclude_none=True),
-        skipped={task.name: reasons[task.name] for task in planned if task.name in reasons},
-        served=served,
+        skipped=skipped,
+        served=served_entry(config, arrival),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from eval_platform.drive import Outcome, drive
-from eval_platform.plan import plan
+from eval_platform.plan import Wanted, plan
 from eval_platform.tasks import read_lock
 from eval_platform.values import Arrival
 from resources.store import StoreResource
@@ -28,5 +28,5 @@ class EvaluatorResource(dg.ConfigurableResource):
         """One Outcome per task, each as soon as the gate has decided."""
         config = self.store.config()
         store = self.store.open()
-        todo = plan(arrival, read_lock(config.lock_path), config, store, tasks=tasks)
+        todo = plan(arrival, Wanted(read_lock(config.lock_path), tasks), config, store)
         yield from drive(todo, config, store, actor=actor, on_message=on_message)

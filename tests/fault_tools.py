@@ -36,7 +36,7 @@ from eval_platform.config import Config, Root, Tasks
 from eval_platform.config import Engine as EngineConfig
 from eval_platform.config import Worker as WorkerConfig
 from eval_platform.drive import Outcome, drive
-from eval_platform.plan import plan
+from eval_platform.plan import Wanted, plan
 from eval_platform.store import LocalStore, arrivals, journal, layout, watcher_id
 from eval_platform.store.process import process_record
 from eval_platform.tasks import read_lock, sync_tasks
@@ -136,13 +136,13 @@ class Place:
     def drive(self, arrival: Arrival, *, state: str = "state", tasks: Sequence[str] | None = None) -> list[Outcome]:
         """The whole job: a worker, the gate, the catalog."""
         config = self.config(state)
-        todo = plan(arrival, read_lock(config.lock_path), config, self.store, tasks=tasks)
+        todo = plan(arrival, Wanted(read_lock(config.lock_path), tasks), config, self.store)
         return list(drive(todo, config, self.store, actor="test"))
 
     def launch(self, arrival: Arrival, *, state: str = "state") -> launch.Handle:
         """A worker alone, nobody listening."""
         config = self.config(state)
-        return launch.launch(plan(arrival, read_lock(config.lock_path), config, self.store), config)
+        return launch.launch(plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store), config)
 
     def command(self, name: str, value: object = "") -> None:
         """Give the workers an order; see the module's text."""

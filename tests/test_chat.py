@@ -23,7 +23,7 @@ from eval_platform.engine.settings import has_chat_template
 from eval_platform.errors import CheckpointError, ConfigError, TaskError
 from eval_platform.identity import content_id
 from eval_platform.once import act
-from eval_platform.plan import plan
+from eval_platform.plan import Wanted, plan
 from eval_platform.store import arrivals, open_store, watcher_id
 from eval_platform.tasks import Chat, build_task, read_lock, render, sync_tasks
 from eval_platform.tasks.schema import TaskFile
@@ -109,9 +109,8 @@ class Place:
         found = locate(checkpoint, self.config.checkpoints, self.config.cache_dir, lambda done, total: None)
         arrival, _ = arrivals.register(self.store, watcher=watcher_id(self.config.state_dir), **asdict(found))
         messages: list[dict[str, Any]] = []
-        settings = self.config.run_settings(key=arrival.key, **chat)
-        lock = read_lock(self.config.lock_path)
-        todo = plan(arrival, lock, self.config, self.store, tasks=tasks, settings=settings)
+        wanted = Wanted(read_lock(self.config.lock_path), tasks, **chat)
+        todo = plan(arrival, wanted, self.config, self.store)
         return work(todo, self.store, messages.append), messages
 
     def sql(self, text: str) -> list[dict[str, Any]]:

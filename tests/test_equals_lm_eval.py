@@ -25,9 +25,10 @@ from tiny_models import make_checkpoint
 from eval_platform import warehouse
 from eval_platform.config import load_config
 from eval_platform.once import evaluate_folder
+from eval_platform.plan import Wanted
 from eval_platform.scoring import SAMPLE_SCHEMA
 from eval_platform.store import open_store
-from eval_platform.tasks import load_task, sync_tasks
+from eval_platform.tasks import load_task, read_lock, sync_tasks
 from eval_platform.tasks.sync import LIBRARY, bundled_tasks
 
 pytestmark = pytest.mark.slow
@@ -179,7 +180,8 @@ def _ours(folder: Path, checkpoint: Path) -> tuple[dict[str, list[dict[str, Any]
     assert sync_tasks(config.tasks, store, config.lock_path).errors == ()
     _hand_over_the_library(folder)
 
-    for outcome in evaluate_folder(config, store, checkpoint, limit=LIMIT, actor="test"):
+    lock = read_lock(config.lock_path)
+    for outcome in evaluate_folder(config, store, checkpoint, Wanted(lock, limit=LIMIT), actor="test"):
         # Random weights may be held for what they answer; but every task must have been answered.
         assert outcome.status in {"published", "held"}, (outcome.task, outcome.reasons)
 

@@ -15,7 +15,7 @@ from fault_tools import CONTROL, WORDS, Driver, Place, die_at_write, forked, sit
 from eval_platform import launch, warehouse
 from eval_platform.adopt import adopt
 from eval_platform.drive import drive
-from eval_platform.plan import plan
+from eval_platform.plan import Wanted, plan
 from eval_platform.store import decisions, layout, process, tries
 from eval_platform.tasks import read_lock
 
@@ -81,7 +81,7 @@ def test_kill_9_of_the_driver_leaves_a_worker_that_commits_and_keeps_its_slot(pl
     with (config.state_dir / "slots" / "0").open("ab") as slot, pytest.raises(BlockingIOError):
         fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
     said, outcomes = [], []
-    todo = plan(place.arrive(), read_lock(config.lock_path), config, place.store)
+    todo = plan(place.arrive(), Wanted(read_lock(config.lock_path)), config, place.store)
     second = threading.Thread(
         target=lambda: outcomes.extend(drive(todo, config, place.store, actor="test", on_message=said.append))
     )

@@ -1,6 +1,7 @@
 """A checkpoint that brings its own modeling code: never run unasked, run with a person's word, recorded, right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from eval_platform.config import load_config
 from eval_platform.engine import load
 from eval_platform.errors import CheckpointError
 from eval_platform.once import evaluate_folder
+from eval_platform.plan import Wanted
 from eval_platform.store import open_store
-from eval_platform.tasks import sync_tasks
+from eval_platform.tasks import read_lock, sync_tasks
 from eval_platform.values import Generation, RunSettings, make_request
 
 TRUSTED = RunSettings(device="cpu", trust_remote_code=True)
@@ -134,11 +136,12 @@ def test_the_whole_road_asks_for_a_persons_word_and_records_it(tmp_path: Path) -
     store = open_store(config.results)
     assert sync_tasks(config.tasks, store, config.lock_path).errors == ()
 
-    (refused,) = evaluate_folder(config, store, path, actor="test")
+    wanted = Wanted(read_lock(config.lock_path))
+    (refused,) = evaluate_folder(config, store, path, wanted, actor="test")
     assert refused.status == "failed"
     assert "trust_remote_code = true" in str(refused.reasons)
 
-    (outcome,) = evaluate_folder(config, store, path, trust_remote_code=True, actor="test")
+    (outcome,) = evaluate_folder(config, store, path, replace(wanted, trust_remote_code=True), actor="test")
     assert outcome.status in {"published", "held"}, outcome.reasons
     record = outcome.record
     assert record["trust_remote_code"] is True

@@ -14,7 +14,7 @@ from eval_platform.checkpoints import locate
 from eval_platform.cli_shared import suite_lock
 from eval_platform.config import Config, Engine, Tasks, load_config
 from eval_platform.errors import ConfigError
-from eval_platform.plan import plan
+from eval_platform.plan import Wanted, plan
 from eval_platform.report import as_rows, board_of_rows, suite_markdown
 from eval_platform.store import LocalStore, arrivals, commits
 from eval_platform.tasks import SkippedTask, TaskLock, find_suite, library_tasks, read_lock, shipped_suites, sync_tasks
@@ -217,7 +217,7 @@ def test_a_worker_drops_shots_that_do_not_fit_the_window(tmp_path: Path) -> None
     arrival, _ = arrivals.register(store, watcher="test", **asdict(locate(path, (), config.cache_dir, lambda *_: None)))
     told: list[dict[str, Any]] = []
 
-    assert work(plan(arrival, read_lock(lock), config, store), store, told.append) == EXIT_DONE, told
+    assert work(plan(arrival, Wanted(read_lock(lock)), config, store), store, told.append) == EXIT_DONE, told
 
     (done,) = [one for one in told if one["type"] == "committed"]
     record = commits.read(store, done["evaluation_id"], done["attempt"])

@@ -12,7 +12,7 @@ from tiny_models import make_checkpoint
 from eval_platform.checkpoints import locate
 from eval_platform.config import Config, Engine, Tasks
 from eval_platform.once import split_skipped
-from eval_platform.plan import plan
+from eval_platform.plan import Wanted, plan
 from eval_platform.store import LocalStore, arrivals
 from eval_platform.tasks import SyncReport, check_tasks, load_task, read_lock, render, sync_tasks
 from eval_platform.tasks.differences import compare_documents
@@ -252,7 +252,7 @@ def test_a_worker_reads_the_snapshot_and_not_the_source(world: World, monkeypatc
     arrival, _ = arrivals.register(world.store, watcher="test", **asdict(found))
     told: list[dict[str, Any]] = []
 
-    code = work(plan(arrival, read_lock(world.lock), config, world.store, tasks=["sums"]), world.store, told.append)
+    code = work(plan(arrival, Wanted(read_lock(world.lock), ["sums"]), config, world.store), world.store, told.append)
 
     assert code == EXIT_DONE, told
     assert [(one["task"], one["origin"]) for one in told if one["type"] == "committed"] == [("sums", "asked")]
