@@ -55,7 +55,8 @@ def look(
     Of each: where it is from, prompt, what was answered, what is right and the scores (`_readable` has the fields).
     Raises QueryError when nothing is answered under these names.
     """
-    where = ["newest" if attempt is None else f"attempt = {attempt}"]
+    newest = "newest" if attempt is None else f"attempt = {attempt}"
+    where = []
     if evaluation_id is not None:
         where.append(f"starts_with(evaluation_id, {literal(evaluation_id)})")
     elif checkpoint is None and task is None:
@@ -66,15 +67,30 @@ def look(
         where.append(f"checkpoint_id = {literal(_checkpoint_id(catalog, store, checkpoint))}")
     if task is not None:
         where.append(f"task = {literal(task)}")
-    shown = f"with shown as ({_SHOWN}) select * from shown where {' and '.join(where)}"
+    shown = f"with shown as ({_SHOWN}) select * from shown where {' and '.join([newest, *where])}"
     order = f"order by task, item_limit nulls first, position, repeat limit {n}"
     text = f"{shown} and (score is null or score < 1) {order}" if wrong else f"{shown} {order}"
     rows = warehouse.query(catalog, store, text).to_pylist()
     if not rows and (not wrong or not warehouse.query(catalog, store, f"{shown} limit 1").num_rows):
         named = {"checkpoint": checkpoint, "task": task, "evaluation": evaluation_id, "attempt": attempt}
         said = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
+        _refuse_pruned(catalog, store, [*where, "true" if attempt is None else newest], said)
         raise QueryError(f"nothing is answered for {said}", remedy="`eval-platform status --tasks` shows what is")
     return [_readable(row) for row in rows]
+
+
+def _refuse_pruned(catalog: Path, store: Store, where: list[str], said: str) -> None:
+    """Raises QueryError when what is asked for was answered, and its samples were pruned."""
+    text = f"""
+        select samples_pruned_at as time, samples_pruned_by as by, count(*) over () as n from evaluations
+        where samples_pruned_at is not null and {" and ".join(where)} order by time desc limit 1
+    """
+    for row in warehouse.query(catalog, store, text).to_pylist():
+        raise QueryError(
+            f"the samples of {said} were pruned at {row['time']:%Y-%m-%d %H:%M} UTC by {row['by']}"
+            + (f" ({row['n']} evaluations)" if row["n"] > 1 else ""),
+            remedy="their scores stand (`eval-platform leaderboard`); only `eval-platform rerun` asks the model again",
+        )
 
 
 def flipped(catalog: Path, store: Store, a: str, b: str, *, task: str | None, n: int) -> Flips:

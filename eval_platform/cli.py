@@ -31,6 +31,7 @@ from eval_platform.cli_shared import (
     suite_lock,
     synced,
 )
+from eval_platform.cli_store import store_app
 from eval_platform.cli_tasks import task_named, tasks_app
 from eval_platform.config import LOCK_NAME, load_config
 from eval_platform.errors import ConfigError, EvalPlatformError
@@ -50,6 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(tasks_app, name="tasks")
+app.add_typer(store_app)
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; recorded for good.")]
 EvaluationId = Annotated[str, typer.Argument(help="evaluation_id, or the first digits that tell it apart.")]

@@ -66,6 +66,10 @@ class SchemaError(EvalPlatformError):
     """A stored file was written by a newer version than this one, or is not what its name says."""
 
 
+class SamplesPruned(EvalPlatformError):
+    """The samples of an evaluation were removed by `eval-platform prune`; its scores stand."""
+
+
 class SandboxError(EvalPlatformError):
     """No program can be run in the sandbox here. Of the machine, not of the task: elsewhere it can."""
 

@@ -28,6 +28,7 @@ from rich.text import Text
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
 from eval_platform.engine import TokenScore
+from eval_platform.keeping import Chosen, Moved, Verified
 from eval_platform.status import CheckpointStatus, TaskStatus
 from eval_platform.tasks import Finding as LintFinding
 from eval_platform.tasks import LockDifference, SkippedTask, TaskDifference, TaskLock
@@ -43,6 +44,7 @@ Message = dict[str, Any]
 REASON_LINES = {"held": 2}
 LONGEST_REASON = 10
 SHOWN_REASONS = 2
+SHOWN_FINDINGS = 20
 _INDENT = "    "
 _COLOURS = {
     "published": "green",
@@ -312,6 +314,52 @@ def print_findings(findings: Sequence[Finding]) -> None:
             out.print(f"     -> {escape(finding.remedy)}", soft_wrap=True)
 
 
+def print_verified(found: Verified) -> None:
+    """What `verify` found: the first of each kind of trouble in full, then how many more there are of it."""
+    shown: dict[tuple[str, str], int] = {}
+    for finding in found.findings:
+        top = finding.key.partition("/")[0]
+        shown[finding.kind, top] = shown.get((finding.kind, top), 0) + 1
+        if shown[finding.kind, top] <= SHOWN_FINDINGS:
+            mark = "[red]damage[/]  " if finding.kind == "damage" else "[yellow]leftover[/]"
+            out.print(f"{mark} {escape(finding.key)}: {escape(finding.problem)}", soft_wrap=True)
+            out.print(f"         -> {escape(finding.remedy)}", soft_wrap=True)
+    for (kind, top), n in shown.items():
+        if n > SHOWN_FINDINGS:
+            say(f"{kind}   {n - SHOWN_FINDINGS} more under {top}/; --json lists them all")
+    damaged = sum(finding.kind == "damage" for finding in found.findings)
+    verdict = f"{damaged} are damaged or lost" if damaged else "whole"
+    say(f"{found.files:,} files, {_megabytes(found.n_bytes)}: {verdict}; {len(found.findings) - damaged} leftovers")
+
+
+def print_chosen(chosen: Chosen, *, done: bool) -> None:
+    """Whose samples go, one line a checkpoint."""
+    by_key: dict[str, list[int]] = {}
+    for one in chosen.prune:
+        by_key.setdefault(one.key, []).append(one.n_bytes)
+    if by_key:
+        rows = [(key, str(len(sizes)), _megabytes(sum(sizes))) for key, sizes in by_key.items()]
+        print_rows(("checkpoint", "evaluations", "samples"), rows, right=(1, 2))
+    verb = "pruned" if done else "would be pruned"
+    n = len(chosen.prune)
+    say(f"the samples of {n} evaluations {verb}, {_megabytes(chosen.n_bytes)}; those of {chosen.kept} are kept")
+
+
+def print_moved(moved: Moved, source: str, target: str) -> None:
+    """What came over, and what did not."""
+    for one in moved.said:
+        mark = "[red]refused[/]" if one.kind == "refused" else "[yellow]kept   [/]"
+        out.print(f"{mark} {escape(one.key)}: {escape(one.reason)}", soft_wrap=True)
+    say(
+        f"{source} -> {target}: {moved.evaluations} evaluations copied ({moved.files} files), "
+        f"{moved.present} were there already"
+    )
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"
+
+
 def outcome_json(outcome: Outcome, key: str | None) -> dict[str, Any]:
     """One task's end: its state, and of what was committed ids and scores."""
     record = outcome.record
@@ -450,9 +498,21 @@ def _number(value: float | None) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[Message], None]]:
-    """A display that takes a worker's messages. Bars where standard error is a terminal, else only what went wrong."""
-    with Progress(
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A display that is told what is being done, how much of it is done and of how much; one bar for each."""
+    with _bars() as bars:
+        known: dict[str, TaskID] = {}
+
+        def step(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(escape(what))
+            bars.update(known[what], completed=done, total=total)
+
+        yield step
+
+
+def _bars() -> Progress:
+    return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -461,7 +521,13 @@ def progress() -> Iterator[Callable[[Message], None]]:
         console=err,
         transient=True,
         disable=not err.is_terminal,
-    ) as bars:
+    )
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Message], None]]:
+    """A display that takes a worker's messages. Bars where standard error is a terminal, else only what went wrong."""
+    with _bars() as bars:
         yield partial(_show, bars, {})
 
 

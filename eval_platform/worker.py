@@ -491,6 +491,8 @@ def _stored_answers(
         record = commits.read(store, evaluation_id, attempt)
         if record is None or standing is None or standing.status != "published":
             continue
+        if commits.tombstone(store, evaluation_id, attempt) is not None:  # its answers were pruned
+            continue
         other = tasks.load_task(store, record["task_id"])
         if other.repeats < task.repeats:
             continue

@@ -153,11 +153,13 @@ def committed(store: Store, evaluation_id: str, attempt: int) -> dict[str, Any]:
 
 
 def _published_others(store: Store, evaluation: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """The other attempts that stand published and whose samples are kept: those pruned can be compared no more."""
     evaluation_id = evaluation["evaluation_id"]
     others = []
     for attempt in commits.attempts(store, evaluation_id):
         standing = decisions.standing(store, evaluation_id, attempt)
-        if attempt != evaluation["attempt"] and standing is not None and standing.status == "published":
+        published = standing is not None and standing.status == "published"
+        if attempt != evaluation["attempt"] and published and commits.tombstone(store, evaluation_id, attempt) is None:
             others.append((attempt, committed(store, evaluation_id, attempt)))
     return others
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eval_platform.errors import EvalPlatformError, SchemaError, StoreError
+from eval_platform.errors import EvalPlatformError, SamplesPruned, SchemaError, StoreError
 from eval_platform.store import layout, log
 from eval_platform.store.base import Store
 from eval_platform.store.leases import Lease
@@ -96,7 +96,8 @@ def write_samples(store: Store, evaluation_id: str, try_id: str, table: "pa.Tabl
 def read_samples(store: Store, record: Mapping[str, Any]) -> "pa.Table":
     """The samples that the commit `record` names.
 
-    Raises StoreError when they are not there, SchemaError when their bytes are not those that were committed.
+    Raises SamplesPruned when they were removed on purpose, StoreError when they are not there, SchemaError when their
+    bytes are not those that were committed.
     """
     from eval_platform.store.parquet import read_parquet
 
@@ -104,6 +105,13 @@ def read_samples(store: Store, record: Mapping[str, Any]) -> "pa.Table":
     try:
         body = store.read(named["key"])
     except KeyError:
+        told = tombstone(store, record["evaluation_id"], record["attempt"])
+        if told is not None:
+            raise SamplesPruned(
+                f"the samples of attempt {record['attempt']} of evaluation {record['evaluation_id']} were pruned by "
+                f"{told['actor']} at {told['time']} ({told['rule']})",
+                remedy="its scores stand; only `eval-platform rerun` asks the model again",
+            ) from None
         raise StoreError(
             f"{named['key']}, the samples of evaluation {record['evaluation_id']}, is not in {store.uri}",
             remedy="restore it from a copy, or `eval-platform rerun` the evaluation",
@@ -114,6 +122,26 @@ def read_samples(store: Store, record: Mapping[str, Any]) -> "pa.Table":
             remedy="restore it from a copy, or `eval-platform rerun` the evaluation",
         )
     return read_parquet(body)
+
+
+def prune_samples(store: Store, record: Mapping[str, Any], *, actor: str, rule: str) -> None:
+    """Remove the samples that the commit `record` names, and the journal of its attempt. The commit stands.
+
+    The tombstone comes first, so that a crash leaves samples too many and never a gap without a reason; pruning again
+    goes on where it stopped. Raises StoreError when the store fails.
+    """
+    evaluation_id, attempt = record["evaluation_id"], record["attempt"]
+    log.write(store, "pruned", evaluation_id=evaluation_id, attempt=attempt)
+    told = {"samples": record["samples"], "actor": actor, "rule": rule, "time": utc_now()}
+    create_record(store, layout.evaluation_pruned(evaluation_id, attempt), told)
+    for entry in list(store.list(layout.journal_folder(record["answers_id"], attempt))):
+        store.delete(entry.key)
+    store.delete(record["samples"]["key"])  # last: while it is there the work is known to be unfinished
+
+
+def tombstone(store: Store, evaluation_id: str, attempt: int) -> dict[str, Any] | None:
+    """Who pruned the attempt's samples, when and by which rule; None while they are kept."""
+    return find_record(store, layout.evaluation_pruned(evaluation_id, attempt))
 
 
 def _asked(store: Store, evaluation_id: str) -> list[int]:

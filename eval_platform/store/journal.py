@@ -57,7 +57,11 @@ class Journal:
         """
         found: dict[tuple[str, int], Response] = {}
         for entry in self.store.list(layout.journal_folder(self.answers_id, self.attempt)):
-            for response in self._read(entry.key):
+            try:
+                responses = self._read(entry.key)
+            except KeyError:  # pruned since it was listed: its requests are asked again
+                continue
+            for response in responses:
                 found[response.request_id, response.repeat] = response
         return found
 

@@ -153,6 +153,11 @@ def evaluation_asked(evaluation_id: str, attempt: int) -> str:
     return f"{evaluation_folder(evaluation_id)}{attempt}.asked.json"
 
 
+def evaluation_pruned(evaluation_id: str, attempt: int) -> str:
+    """The tombstone of an attempt's samples."""
+    return f"{evaluation_folder(evaluation_id)}{attempt}.pruned.json"
+
+
 def answers_folder(answers_id: str) -> str:
     return f"answers/{answers_id}/"
 

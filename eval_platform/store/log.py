@@ -13,7 +13,7 @@ from eval_platform.store import layout
 from eval_platform.store.base import Store
 from eval_platform.store.records import create_record, read_record, utc_now
 
-Kind = Literal["arrival", "identity", "task", "try", "evaluation", "decision", "asked"]
+Kind = Literal["arrival", "identity", "task", "try", "evaluation", "decision", "asked", "pruned"]
 
 
 def write(store: Store, kind: Kind, **fields: Any) -> str:

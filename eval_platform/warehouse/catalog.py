@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -96,10 +96,13 @@ def refresh(store: Store, catalog: Path, *, wait_seconds: float | None = None) -
         return True
 
 
-def rebuild(store: Store, catalog: Path) -> None:
-    """Build the catalog from the store's files alone, whatever it held. Raises as `refresh`."""
+def rebuild(store: Store, catalog: Path, step: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Build the catalog from the store's files alone, whatever it held; `step` is told how many subjects are read.
+
+    Raises as `refresh`.
+    """
     with _turn(catalog, None):
-        _build(store, catalog)
+        _build(store, catalog, step)
 
 
 def behind(store: Store, catalog: Path) -> bool:
@@ -175,6 +178,9 @@ def _announced(entry: Mapping[str, Any]) -> tuple[Subject, str | None]:
         case "decision":
             evaluation_id = entry["evaluation_id"]
             return ("evaluation", evaluation_id), layout.decision(evaluation_id, entry["attempt"], entry["n"])
+        case "pruned":
+            evaluation_id = entry["evaluation_id"]
+            return ("evaluation", evaluation_id), layout.evaluation_pruned(evaluation_id, entry["attempt"])
         case "task":
             return ("task", entry["name"]), layout.task_name(entry["name"], entry["n"])
         case "try" | "asked" if "evaluation_id" in entry:
@@ -237,7 +243,7 @@ def _remembered(store: Store, catalog: Path) -> _Known | None:
     )
 
 
-def _build(store: Store, catalog: Path) -> None:
+def _build(store: Store, catalog: Path, step: Callable[[int, int], None] = lambda done, total: None) -> None:
     # The log is listed before the files: what is created meanwhile is found again by its entry.
     yesterday = (_today() - timedelta(days=_OVERLAP_DAYS)).isoformat()
     news = _News()
@@ -258,6 +264,7 @@ def _build(store: Store, catalog: Path) -> None:
         for start in range(0, len(subjects), _BATCH_SUBJECTS):
             batch = subjects[start : start + _BATCH_SUBJECTS]
             _insert(con, read_subjects(store, batch), news.tried)
+            step(start + len(batch), len(subjects))
         _apply(con, store, news)
 
 

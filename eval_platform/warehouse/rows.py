@@ -148,11 +148,16 @@ def _evaluation(store: Store, evaluation_id: str) -> Reading:
     reading = Reading(("evaluation", evaluation_id), defaultdict(list))
     rows = reading.rows
     commits: dict[int, Row] = {}
-    for attempt, key in sorted(layout.numbers(store, layout.evaluation_folder(evaluation_id))):
-        commits[attempt] = read_record(store, key)
+    tombstones: dict[int, Row] = {}
+    of_suffix = {".json": commits, ".pruned.json": tombstones}
+    for entry in store.list(layout.evaluation_folder(evaluation_id), delimiter="/"):
+        attempt, suffix = layout.numbered(entry.key) or (0, "")
+        if suffix in of_suffix:
+            of_suffix[suffix][attempt] = read_record(store, entry.key)
     standing = _decisions(store, evaluation_id, rows)
-    for attempt, commit in commits.items():
-        rows["evaluations"].append(_committed(evaluation_id, attempt, commit, standing.get(attempt)))
+    for attempt, commit in sorted(commits.items()):
+        row = _committed(evaluation_id, attempt, commit, standing.get(attempt))
+        rows["evaluations"].append(row | _pruned(tombstones.get(attempt)))
     folder = f"tries/evaluations/{evaluation_id}/"
     for entry in store.list(folder, delimiter="/"):
         attempt = int(entry.key.removeprefix(folder).rstrip("/"))
@@ -218,6 +223,13 @@ def _committed(evaluation_id: str, attempt: int, commit: Mapping[str, Any], deci
         "samples_key": samples.get("key"),
         "samples_rows": samples.get("rows"),
     }
+
+
+def _pruned(tombstone: Row | None) -> Row:
+    if tombstone is None:
+        return {"samples_pruned_at": None, "samples_pruned_by": None}
+    told = f"{tombstone['actor']}: {tombstone['rule']}"
+    return {"samples_pruned_at": _time(tombstone["time"]), "samples_pruned_by": told}
 
 
 def _decisions(store: Store, evaluation_id: str, rows: Rows) -> dict[int, Row]:

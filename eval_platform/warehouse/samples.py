@@ -17,7 +17,7 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store, cache: Path) 
 
     One row per sample of every committed attempt, whatever its status: with `scoring.SAMPLE_SCHEMA` come who was
     asked what (key, run, step and task of the arrival that it was first asked for; a linked copy has the same
-    checkpoint_id), `status`, and the prompt. Files that `prune` has removed are left out. Of a store that is not on
+    checkpoint_id), `status`, and the prompt. What `prune` has removed is left out. Of a store that is not on
     this machine copies are read, which are kept in `cache`. Raises StoreError when they cannot be had.
     """
     rows = con.execute(
@@ -25,7 +25,7 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store, cache: Path) 
         select e.evaluation_id, e.attempt, e.status, e.key, a.run, a.step, e.task, e.task_id, e.checkpoint_id,
             e.settings_id, e.item_limit, e.samples_key, e.prompts_id
         from evaluations e left join arrivals a on a.key = e.key and a.n = e.arrival
-        where e.samples_key is not null
+        where e.samples_key is not null and e.samples_pruned_at is null
         """
     ).fetchall()
     prompt_keys = {row[-1]: layout.prompts(row[-1]) for row in rows}

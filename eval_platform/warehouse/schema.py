@@ -88,6 +88,8 @@ TABLES: dict[str, pa.Schema] = {
             "planned_sample_ids": _TEXT,
             "samples_key": _TEXT,
             "samples_rows": pa.int64(),
+            "samples_pruned_at": _TIME,  # null while they are kept
+            "samples_pruned_by": _TEXT,  # who, and by which rule
             "failure_class": _TEXT,  # deterministic | infrastructure | gone, of a failed one
         }
     ),
