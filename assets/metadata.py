@@ -57,8 +57,7 @@ def result_metadata(store: Store, record: Mapping[str, Any], decision: Decision)
     for score in whole:
         if score["value"] is not None:
             metadata[score["metric"]] = float(score["value"])
-    if not store.uri.startswith("s3://"):
-        metadata["samples"] = dg.MetadataValue.path(f"{store.uri}/{record['samples']['key']}")
+    metadata["samples"] = dg.MetadataValue.path(f"{store.uri}/{record['samples']['key']}")
     return metadata
 
 

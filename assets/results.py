@@ -160,8 +160,7 @@ def _arrival(context: dg.AssetExecutionContext, store: Store) -> Arrival:
 
 
 def _is_newest(store: Store, arrival: Arrival) -> bool:
-    newest = arrivals.newest(store, arrival.key)
-    return newest is None or newest.n == arrival.n
+    return arrivals.newest_numbers(store, [arrival.key]).get(arrival.key, arrival.n) == arrival.n
 
 
 def _log_to(context: dg.AssetExecutionContext) -> Callable[[dict[str, Any]], None]:

@@ -134,6 +134,8 @@ def _links(config: Config) -> Finding:
     """Hard links hold a checkpoint that its trainer deletes while it waits; without them it is copied later."""
     devices = {os.stat(root.path).st_dev for root in config.checkpoints if Path(root.path).is_dir()}
     if not devices:
+        if config.checkpoints and all("://" in root.path for root in config.checkpoints):
+            return Finding("hard links", True, "not needed: checkpoints are downloaded from buckets")
         return Finding("hard links", True, "no folder of checkpoints is there: nothing is held while it waits")
     same = devices <= {os.stat(config.state_dir).st_dev}
     found = "checkpoints and state are on one file system" if same else "checkpoints are on another file system"

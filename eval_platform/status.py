@@ -68,11 +68,10 @@ _ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing
 def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatus]:
     """Every checkpoint in the watched folders or in the store, by run and step."""
     warehouse.refresh(store, config.catalog_path)
-    rows = warehouse.query(config.catalog_path, store, _TASKS).to_pylist()
-    broken = {
-        (row["key"], row["n"]): row["reason"]
-        for row in warehouse.query(config.catalog_path, store, _FAILED_ARRIVALS).to_pylist()
-    }
+    with warehouse.connect(config.catalog_path, store, samples=False) as con:
+        rows = con.sql(_TASKS).to_arrow_table().to_pylist()
+        failed = con.sql(_FAILED_ARRIVALS).to_arrow_table().to_pylist()
+    broken = {(row["key"], row["n"]): row["reason"] for row in failed}
     usual = {row["task"]: row["seconds"] for row in rows if row["seconds"] is not None}
     at_work = {one.plan.arrival.key: one for one in launch.running(config)}
     by_key: dict[str, list[dict[str, Any]]] = {}

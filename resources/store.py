@@ -1,8 +1,10 @@
 """The results root and this machine's configuration, as a Dagster resource."""
 
+from functools import cache
+
 import dagster as dg
 
-from eval_platform.config import Config, load_config
+from eval_platform.config import S3, Config, load_config
 from eval_platform.store import Store, open_store
 
 
@@ -16,4 +18,10 @@ class StoreResource(dg.ConfigurableResource):
 
     def open(self) -> Store:
         config = self.config()
-        return open_store(config.results, config.s3)
+        return _opened(config.results, config.s3)
+
+
+@cache
+def _opened(results: str, s3: S3) -> Store:
+    """One for the whole process: a bucket's keeps its connections open, and knows what it has found out."""
+    return open_store(results, s3)

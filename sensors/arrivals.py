@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 import dagster as dg
@@ -40,8 +41,17 @@ def run_request(arrival: Arrival, lock: TaskLock, tasks: Collection[str], *, suf
     )
 
 
+@dataclass
+class _Memory:
+    """What this process has seen in the store and what never changes there; it only saves requests."""
+
+    roots: set[tuple[str, str]] = field(default_factory=set)  # registered: name, path
+    fingerprints: dict[tuple[str, int], str] = field(default_factory=dict)  # of an arrival: key, n
+
+
 def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDefinition:
     """Looks at every root in each tick (a listing, never an event) and at some known folders again."""
+    memory = _Memory()
 
     @dg.sensor(
         name="new_checkpoints",
@@ -55,15 +65,17 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
             return dg.SkipReason("there is nothing to ask yet: run `eval-platform tasks sync`")
         config, opened = store.config(), store.open()
         for root in config.checkpoints:
-            register_root(opened, root.name, root.path)
+            if (root.name, root.path) not in memory.roots:
+                register_root(opened, root.name, root.path)
+                memory.roots.add((root.name, root.path))
         cursor = json.loads(context.cursor or "{}")
         watch = Watch.from_json(cursor.get("watch"))
         keys = sorted(context.instance.get_dynamic_partitions(str(checkpoints.name)))
         sweep, position = _sweep(keys, cursor.get("position", ""), config.sensor.sweep_per_tick)
+        changing = {key for key in keys if key in watch} - set(sweep)
         known = dict.fromkeys(keys, "")
-        for key in {*sweep, *(key for key in keys if key in watch)}:
-            newest = arrivals.newest(opened, key)
-            known[key] = newest.fingerprint if newest else ""
+        for some in (sweep, changing):  # not together: the sweep's lie side by side
+            known |= _fingerprints(opened, some, memory.fingerprints)
 
         found: list[Found] = []
         waiting: list[Incomplete] = []
@@ -115,6 +127,17 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
     return new_checkpoints
 
 
+def _fingerprints(store: Store, keys: Collection[str], remembered: dict[tuple[str, int], str]) -> dict[str, str]:
+    """key -> fingerprint of its newest arrival, of those that the store knows."""
+    newest = arrivals.newest_numbers(store, keys)
+    new = [one for one in newest.items() if one not in remembered]
+    with ThreadPoolExecutor(store.requests_at_once) as pool:
+        for one, arrival in zip(new, pool.map(lambda one: arrivals.get(store, *one), new), strict=True):
+            if arrival is not None:
+                remembered[one] = arrival.fingerprint
+    return {one[0]: remembered[one] for one in newest.items() if one in remembered}
+
+
 def _configured(config: Config, store: Store, known: Collection[str]) -> list[Found]:
     """The `[[served]]` models that the store or Dagster does not know as they are configured. No server is asked."""
     found = []
@@ -128,6 +151,8 @@ def _configured(config: Config, store: Store, known: Collection[str]) -> list[Fo
 def _hold_told(arrival: Arrival, *, held: bool) -> str:
     if arrival.served is not None:
         return "a served model"
+    if "://" in arrival.uri:
+        return "downloaded when its turn comes"
     return "held by hard links" if held else "not held: copied later"
 
 
@@ -141,9 +166,11 @@ def _in_turn(found: Iterable[Found]) -> list[Found]:
 
 
 def _sweep(keys: Sequence[str], position: str, count: int) -> tuple[list[str], str]:
-    """The next `count` known keys after `position`, going round; so every folder is looked at again in turn."""
+    """The next `count` known keys after `position`, then from the first again: every folder has its turn.
+
+    They follow one another in order, so that few listings of a bucket show them all.
+    """
     if not keys:
         return [], ""
-    later = [key for key in keys if key > position]
-    chosen = [*later, *keys][: min(count, len(keys))]
+    chosen = ([key for key in keys if key > position] or list(keys))[:count]
     return chosen, chosen[-1]

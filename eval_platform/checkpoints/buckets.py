@@ -101,7 +101,8 @@ class BucketPlace:
 class BucketTree:
     """The folders of a bucket below a prefix, as the walk asks for them: level by level, or many from one listing.
 
-    A level with many folders that the walk will enter is listed whole, a thousand objects a request.
+    Of a level with many folders that the walk will enter, all from the first to the last of them is listed, a thousand
+    objects a request: what the sweep looks at again lies side by side.
     """
 
     def __init__(self, store: S3Store) -> None:
@@ -119,7 +120,10 @@ class BucketTree:
         if len(folders) < _LIST_WHOLE or any(folder in self._listed for folder in folders):
             return
         tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
-        for entry in self.store.list(prefix):
+        last = max(folders)
+        for entry in self.store.list(prefix, after=min(folders)):
+            if entry.key > last and not entry.key.startswith(last):
+                break
             parent, _, _ = entry.key.rpartition("/")
             tree.setdefault(f"{parent}/", {})[entry.key] = entry
             while len(parent) > len(prefix):

@@ -5,7 +5,7 @@ watcher has an id and compares what it sees with what it last stood by itself: w
 folder differently would take turns registering it for ever.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from eval_platform.store import layout, log
 from eval_platform.store.base import Store
 from eval_platform.store.records import create_record, find_record, read_record, utc_now
 from eval_platform.values import Arrival, Checkpoint, Served
+
+_LISTED_TOGETHER = 4  # keys; of fewer each is listed on its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,27 @@ def numbers(store: Store) -> dict[str, int]:
         if found:
             key, n = found
             highest[key] = max(n, highest.get(key, 0))
+    return highest
+
+
+def newest_numbers(store: Store, keys: Collection[str]) -> dict[str, int]:
+    """The newest n of each of `keys` that has arrived.
+
+    Many keys that lie close together (a part of them all, in order) cost a bucket few requests: what lies from the
+    first to the last is listed, a thousand files at a time.
+    """
+    if store.requests_at_once == 1 or len(keys) < _LISTED_TOGETHER:
+        found = ((key, layout.newest_numbered(store, layout.arrival_folder(key))) for key in keys)
+        return {key: newest_one[0] for key, newest_one in found if newest_one}
+    wanted = set(keys)
+    folders = [layout.arrival_folder(key) for key in wanted]
+    last, highest = max(folders), dict[str, int]()
+    for entry in store.list(layout.ARRIVALS, after=min(folders)):
+        if entry.key > last and not entry.key.startswith(last):
+            break
+        arrival = layout.parse_arrival(entry.key)
+        if arrival and arrival[0] in wanted:
+            highest[arrival[0]] = max(arrival[1], highest.get(arrival[0], 0))
     return highest
 
 

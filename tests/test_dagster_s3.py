@@ -1,0 +1,106 @@
+"""Checkpoints and results in buckets: Dagster's sensors do what they do on folders, in few requests."""
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoint_factory import make_checkpoint
+from dagster_world import DagsterWorld, dagster_world
+from wire import Wire
+
+from eval_platform import status
+from eval_platform.checkpoints.announce import announce, upload
+from eval_platform.store import arrivals, open_store
+from eval_platform.tasks import read_lock
+
+pytestmark = pytest.mark.dagster
+pytest_plugins = ["store_roots"]
+
+STEPS = 6
+
+
+@pytest.fixture
+def wire(s3_session, s3_credentials) -> Iterator[Wire]:
+    with Wire(s3_session.port) as wire:
+        yield wire
+
+
+@pytest.fixture
+def world(tmp_path: Path, wire: Wire) -> Iterator[DagsterWorld]:
+    root = f"s3://results/{uuid.uuid4().hex}"
+    with dagster_world(tmp_path, f'[s3]\nendpoint = "{wire.endpoint}"\n') as one:
+        text = one.file.read_text()
+        for field, name in (("results", "results"), ("path", "checkpoints")):
+            text = text.replace(f'{field} = "{name}"', f'{field} = "{root}/{name}"')
+        one.file.write_text(text)
+        one.store = open_store(one.config.results, one.config.s3)
+        one.catalog = one.config.catalog_path
+        one.lock(a="a1", b="b1")
+        yield one
+
+
+def drop(world: DagsterWorld, step: int, seed: int = 0) -> None:
+    folder = make_checkpoint(world.folder / f"step_{step}-{seed}", seed=seed)
+    announce(folder, run="a", step=step)
+    upload(folder, f"{world.config.checkpoints[0].path}/a/step_{step}", world.config.s3)
+
+
+def cost(wire: Wire) -> Counter[str]:
+    """What was asked since the last look: listings, reads and writes."""
+    asked: Counter[str] = Counter()
+    for request in wire.requests:
+        method, _, path = request.partition("\r\n")[0].partition(" ")
+        asked["LIST" if "list-type" in path else method] += 1
+    wire.requests.clear()
+    return asked
+
+
+def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(world: DagsterWorld, wire: Wire) -> None:
+    for step in range(STEPS):
+        drop(world, step, seed=step)
+    found = world.tick("new_checkpoints").run_requests
+    keys = [f"runs/a/step_{step}" for step in range(STEPS)]
+    assert sorted(request.run_key for request in found) == [f"{key}@1" for key in keys]
+    assert world.partitions() == set(keys)
+    world.tick("new_checkpoints")  # reads once what the keys arrived as
+
+    # Nothing has changed: the listings of the watched bucket, and of the store what its keys lie between.
+    cost(wire)
+    assert not world.tick("new_checkpoints").run_requests
+    asked = cost(wire)
+    assert asked == {"LIST": asked["LIST"]}
+    assert asked["LIST"] <= 3 + STEPS
+
+    drop(world, 3, seed=33)
+    [again] = world.tick("new_checkpoints").run_requests
+    assert again.run_key == "runs/a/step_3@2"
+
+    for run in world.runs():
+        world.end(run)
+    arrival = arrivals.newest(world.store, keys[5])
+    assert arrival is not None
+    world.identify(arrival, "c5")
+    for task, task_id in (("a", "a1"), ("b", "b1")):
+        world.publish("c5", task, task_id, key=arrival.key, arrival=arrival.n)
+    world.tick("reconciliation")
+    shown = world.events(["results", "a"], keys[5])[0]
+    assert shown.metadata["score"].value == 0.5
+    assert str(shown.metadata["samples"].value).startswith("s3://results/")
+    assert world.check("a", keys[5])[0] is False  # published with a warning
+    assert world.events("summary", keys[5])
+
+    world.tick("reconciliation")
+    cost(wire)
+    world.tick("reconciliation")
+    asked = cost(wire)
+    assert asked.total() <= 6, asked
+
+    lock = read_lock(world.config.lock_path)
+    states = {one.key: one.state for one in status.status(world.config, world.store, lock)}
+    assert states == {key: "published" if key == keys[5] else "queued" for key in keys}
+    cost(wire)
+    status.status(world.config, world.store, lock)
+    asked = cost(wire)
+    assert asked.total() <= 8, asked
