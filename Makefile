@@ -1,6 +1,7 @@
 .PHONY: install demo test lint bench clean
 
-# make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published)
+# make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published;
+#                     STORE=s3: checkpoints and results in buckets of an S3 server on this machine)
 # make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of
 #                     docs/log.md and docs/performance.md (an hour on an idle machine)
 PYTHON ?= python3
@@ -19,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 install: .venv/.installed
 
 demo: install
-	$(BIN)/python demo/run.py $(if $(ONCE),--once)
+	$(BIN)/python -m demo.run $(if $(ONCE),--once) $(if $(filter s3,$(STORE)),--s3)
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -40,4 +41,4 @@ bench: install
 	for model in gpt2 qwen3 pythia gemma2; do $(BIN)/python -m benchmarks.engine --model $$model || exit 1; done
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .eval_platform demo/.eval_platform demo/results demo/checkpoints
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .eval_platform demo/.eval_platform demo/results demo/checkpoints demo/s3

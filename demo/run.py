@@ -1,10 +1,12 @@
 """The main job, from nothing: a model trains here, and every checkpoint it drops is on the leaderboard by itself.
 
-    python demo/run.py [--once]
+    python -m demo.run [--once] [--s3]
 
 Beside the trainer's checkpoints it plants three: one with NaN weights (must be held), one that is copied half, then
 whole (must wait, then be evaluated once), and one copy under another name (must be linked, not evaluated again).
-With --once it exits 0 when all that should be published is, else 1; without, it stays up until Ctrl-C.
+With --once it exits 0 when all that should be published is, else 1; without, it stays up until Ctrl-C. With --s3
+checkpoints are uploaded to a bucket as they are finished and results are kept in another, both of an S3 server (moto's)
+that runs on this machine as long as the demo.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,20 +39,80 @@ RUN = "tiny"
 PLANTED = "planted"
 HALF_SECONDS = 20.0  # how long the half-copied one stays half
 GIVE_UP_SECONDS = 15 * 60.0
+GIVE_UP_ON_S3_SECONDS = 25 * 60.0  # the server takes its share of the cores
+LOOK_SECONDS = 2.0
+LOOK_ON_S3_SECONDS = 5.0
 
 console = Console()
 
 
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--once", action="store_true", help="exit when everything is published")
-    once = arguments.parse_args().once
+@dataclass(frozen=True)
+class Place:
+    """What the demo runs on. Checkpoints are written in `folder`: which is watched, or uploaded to what is."""
 
+    config: Config
+    folder: Path
+
+    @property
+    def watched(self) -> str:
+        return self.config.checkpoints[0].path
+
+    @property
+    def on_s3(self) -> bool:
+        return self.watched.startswith("s3://")
+
+    def deliver(self, checkpoint: Path) -> None:
+        """Bring the files of a planted checkpoint, as they are now, to where they are watched."""
+        if self.on_s3:
+            store = open_store(self.watched, self.config.s3)
+            for file in sorted(checkpoint.iterdir()):
+                store.put(file.relative_to(self.folder).as_posix(), file)
+
+
+@contextmanager
+def _folders() -> Iterator[Place]:
+    """Checkpoints and results in folders beside this file, emptied first."""
     config = load_config(HERE / "eval_platform.toml")
-    for folder in (config.results, config.state, config.checkpoints[0].path):
-        shutil.rmtree(folder, ignore_errors=True)
-    arrivals = Path(config.checkpoints[0].path)
-    arrivals.mkdir(parents=True)
+    folder = Path(config.checkpoints[0].path)
+    for used in (config.results, config.state, folder):
+        shutil.rmtree(used, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield Place(config, folder)
+
+
+@contextmanager
+def _buckets() -> Iterator[Place]:
+    """The same in two new buckets; what lies on this machine is below `demo/s3`, emptied first."""
+    from tests.s3_server import CREDENTIALS, s3_server  # moto, of the dev extra
+
+    here = HERE / "s3"
+    shutil.rmtree(here, ignore_errors=True)
+    folder = here / "checkpoints"
+    folder.mkdir(parents=True)
+    os.environ.update(CREDENTIALS)
+    with s3_server() as server:
+        for bucket in ("results", "checkpoints"):
+            server.make_bucket(f"demo-{bucket}")
+        os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint  # for the trainer, which has no configuration of ours
+        text = (HERE / "eval_platform.toml").read_text(encoding="utf-8")
+        for field, bucket in (("results", "results"), ("path", "checkpoints")):
+            text = text.replace(f'{field} = "{bucket}"', f'{field} = "s3://demo-{bucket}"')
+        file = here / "eval_platform.toml"
+        file.write_text(f'{text}\n[s3]\nendpoint = "{server.endpoint}"\n', encoding="utf-8")
+        yield Place(load_config(file), folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--once", action="store_true", help="exit when everything is published")
+    parser.add_argument("--s3", action="store_true", help="checkpoints and results in buckets")
+    arguments = parser.parse_args()
+    with _buckets() if arguments.s3 else _folders() as place:
+        return _run(place, once=arguments.once)
+
+
+def _run(place: Place, *, once: bool) -> int:
+    config = place.config
     store = open_store(config.results, config.s3)
     synced = sync_tasks(config.tasks, store, config.lock_path, check=check_items)
     for error in synced.errors:
@@ -56,12 +120,14 @@ def main() -> int:
     if synced.errors:
         return 1
     lock = read_lock(config.lock_path)
-    console.print(f"{len(lock.tasks)} tasks; checkpoints arrive in {arrivals}; starting Dagster …", highlight=False)
+    console.print(
+        f"{len(lock.tasks)} tasks; checkpoints arrive in {place.watched}; starting Dagster …", highlight=False
+    )
     with platform(config, console.print) as running:
         console.print(f"UI at {running.url}; training a model on this machine …", highlight=False)
-        trainer = _trainer(config, arrivals / RUN)
+        trainer = _trainer(place)
         try:
-            problems = _watch(config, lock, trainer, arrivals, running)
+            problems = _watch(place, lock, trainer, running)
         finally:
             if trainer.poll() is None:
                 trainer.terminate()
@@ -69,7 +135,7 @@ def main() -> int:
         _print_board(config)
         for problem in problems:
             console.print(f"[red]not as it should be: {problem}[/]", highlight=False)
-        _print_where_to_look(running, config)
+        _print_where_to_look(running, place)
         if not once:
             console.print("Ctrl-C ends it.")
             try:
@@ -81,23 +147,24 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _trainer(config: Config, out: Path) -> subprocess.Popen[bytes]:
-    log = config.state_dir / "logs" / "train.log"
+def _trainer(place: Place) -> subprocess.Popen[bytes]:
+    log = place.config.state_dir / "logs" / "train.log"
+    upload = ["--upload", f"{place.watched}/{RUN}"] if place.on_s3 else []
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, str(HERE / "train.py"), "--out", str(out), "--run", RUN],
+            [sys.executable, str(HERE / "train.py"), "--out", str(place.folder / RUN), "--run", RUN, *upload],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
 
 
-def _watch(
-    config: Config, lock: TaskLock, trainer: subprocess.Popen[bytes], arrivals: Path, running: Platform
-) -> list[str]:
+def _watch(place: Place, lock: TaskLock, trainer: subprocess.Popen[bytes], running: Platform) -> list[str]:
     """Plant the three, show progress, and return what is not as it should be at the end."""
+    config = place.config
     store = open_store(config.results, config.s3)
-    plants = _plants(arrivals)
-    deadline = time.monotonic() + GIVE_UP_SECONDS
+    plants = _plants(place)
+    patience = GIVE_UP_ON_S3_SECONDS if place.on_s3 else GIVE_UP_SECONDS
+    deadline = time.monotonic() + patience
     planted = False
     found: list[status.CheckpointStatus] = []
     told = ""
@@ -113,12 +180,12 @@ def _watch(
                 return [f"the trainer ended with code {trainer.poll()}: see {config.state_dir}/logs/train.log"]
             busy = [one for one in found if one.state in {"waiting", "queued", "running", "missing"}]
             if planted and trainer.poll() == 0 and found and not busy:
-                return list(_problems(config, lock, arrivals))
-            time.sleep(2)
+                return list(_problems(place, lock))
+            time.sleep(LOOK_ON_S3_SECONDS if place.on_s3 else LOOK_SECONDS)
     left = ", ".join(
         f"{one.key} is {one.state}" for one in found if one.state in {"waiting", "queued", "running", "missing"}
     )
-    return [f"not done after {GIVE_UP_SECONDS / 60:.0f} minutes: {left}"]
+    return [f"not done after {patience / 60:.0f} minutes: {left}"]
 
 
 def _tell(found: list[status.CheckpointStatus], told: str) -> str:
@@ -134,19 +201,23 @@ def _tell(found: list[status.CheckpointStatus], told: str) -> str:
     return line
 
 
-def _plants(arrivals: Path) -> Iterator[bool]:
+def _plants(place: Place) -> Iterator[bool]:
     """One look a step; True once all three are planted."""
-    while len(whole := _whole(arrivals / RUN)) < 3:
+    while len(whole := _whole(place.folder / RUN)) < 3:
         yield False
-    source = whole[1]
-    _copy(source, arrivals / PLANTED / "copy_of_second")
-    _with_nan(source, arrivals / PLANTED / "nan_weights")
-    half = arrivals / PLANTED / "half_copied"
+    planted = place.folder / PLANTED
+    _copy(whole[1], planted / "copy_of_second")
+    place.deliver(planted / "copy_of_second")
+    _with_nan(whole[1], planted / "nan_weights")
+    place.deliver(planted / "nan_weights")
+    half = planted / "half_copied"
     _copy(whole[2], half, only_half_the_weights=True)
+    place.deliver(half)
     since = time.monotonic()
     while time.monotonic() - since < HALF_SECONDS:
         yield False
     _change_one_weight(whole[2], half)
+    place.deliver(half)
     yield True
 
 
@@ -203,8 +274,9 @@ def _board(config: Config) -> pa.Table:
     )
 
 
-def _problems(config: Config, lock: TaskLock, arrivals: Path) -> Iterator[str]:
+def _problems(place: Place, lock: TaskLock) -> Iterator[str]:
     """What the demo promises, asked of the store in SQL as a user would."""
+    config = place.config
     store = open_store(config.results, config.s3)
     warehouse.refresh(store, config.catalog_path)
 
@@ -215,7 +287,7 @@ def _problems(config: Config, lock: TaskLock, arrivals: Path) -> Iterator[str]:
     published: dict[str, set[str]] = {}
     for row in ask("select key, task from leaderboard"):
         published.setdefault(row["key"], set()).add(row["task"])
-    trained = [f"{name}/{RUN}/{folder.name}" for folder in _whole(arrivals / RUN)]
+    trained = [f"{name}/{RUN}/{folder.name}" for folder in _whole(place.folder / RUN)]
     should = [*trained, f"{name}/{PLANTED}/copy_of_second", f"{name}/{PLANTED}/half_copied"]
     for key in should:
         if missing := set(lock.tasks) - published.get(key, set()):
@@ -254,15 +326,19 @@ def _print_board(config: Config) -> None:
     terminal.print_board(_board(config).to_pylist())
 
 
-def _print_where_to_look(running: Platform, config: Config) -> None:
-    command = "eval-platform --config demo/eval_platform.toml"
+def _print_where_to_look(running: Platform, place: Place) -> None:
+    command = f"eval-platform --config {os.path.relpath(place.config.file or HERE)}"
+    credentials = ""
+    if place.on_s3:
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+        credentials = f"\n  export {' '.join(f'{name}={os.environ[name]}' for name in names)}"
     console.print(
         f"""
 Look at it
   asset graph   {running.url}/asset-groups
   leaderboard   {running.url}/assets/leaderboard
   curves        {running.url}/assets/learning_curves
-Ask it (in another shell: . .venv/bin/activate)
+Ask it (in another shell: . .venv/bin/activate){credentials}
   {command} sql "select key, task, value, ci_low, ci_high from leaderboard order by task, value desc"
   {command} sql "select key, task, reasons from held"
   {command} sql "select task, step, value from learning_curves where is_primary order by task, step"

@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from eval_platform.checkpoints.announce import upload
 from eval_platform.tasks.generators import GENERATORS, item_text, split_of
 
 END = "<|endoftext|>"
@@ -235,6 +236,10 @@ def train(
     return written
 
 
+def _uploader(target: str) -> Callable[[Path], None]:
+    return lambda folder: upload(folder, f"{target}/{folder.name}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one folder per checkpoint")
@@ -242,6 +247,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--checkpoints", type=int, default=CHECKPOINTS)
+    parser.add_argument("--upload", help="s3://bucket/path that gets every checkpoint when it is whole")
     options = parser.parse_args()
     logging.disable_progress_bar()  # one bar per checkpoint written says nothing
     # One thread: matrices this small gain little from a second, and lose much more where the two wait for each other
@@ -254,6 +260,9 @@ def main() -> int:
             seed=options.seed,
             steps=options.steps,
             n_checkpoints=options.checkpoints,
+            on_checkpoint=(lambda folder: upload(folder, f"{options.upload}/{folder.name}"))
+            if options.upload
+            else None,
         )
     except (ValueError, FileExistsError) as error:
         print(f"train.py: {error}", file=sys.stderr)

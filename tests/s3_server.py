@@ -51,6 +51,7 @@ def s3_server(**environment: str) -> Iterator[S3Server]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **CREDENTIALS, **environment},
+        start_new_session=True,  # Ctrl-C is for us; who is asked by others must be the last to go
     )
     assert process.stdin is not None
     assert process.stdout is not None
