@@ -18,10 +18,13 @@ class StoreResource(dg.ConfigurableResource):
 
     def open(self) -> Store:
         config = self.config()
-        return _opened(config.results, config.s3)
+        return _opened(config.results, config.s3.model_dump_json())
 
 
 @cache
-def _opened(results: str, s3: S3) -> Store:
-    """One for the whole process: a bucket's keeps its connections open, and knows what it has found out."""
-    return open_store(results, s3)
+def _opened(results: str, s3: str) -> Store:
+    """One for the whole process: a bucket's keeps its connections open, and knows what it has found out.
+
+    s3: the settings as JSON.
+    """
+    return open_store(results, S3.model_validate_json(s3))
