@@ -38,11 +38,14 @@ def read_body(store: Store, key: str) -> Body | None:
     """None when the file is gone. Raises StoreError when the storage fails; damage is told in `problem`."""
     try:
         body = store.read(key)
-        return _judged(store, key, body)
     except KeyError:
         return None
+    try:
+        return _judged(store, key, body)
     except SchemaError as error:
         return Body(problem=str(error).partition("\n")[0], remedy=error.remedy)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Body(problem=f"it is not of the kind that its name says: {error!r}")
 
 
 def _judged(store: Store, key: str, body: bytes) -> Body:

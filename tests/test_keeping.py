@@ -1,0 +1,381 @@
+"""Results are looked over, thinned out and carried elsewhere: nothing is lost, doubled or asked again."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from fault_tools import Place, die_at_write
+from keeping_world import command, copied, load, make_world, never, work
+from store_processes import kill_after
+
+from eval_platform import keeping, warehouse
+from eval_platform.errors import ConfigError, SamplesPruned
+from eval_platform.store import LocalStore, arrivals, commits, decisions, layout
+from eval_platform.store.announcements import announcement
+
+pytest_plugins = ["store_roots"]
+
+QUERIES = (
+    "select * from leaderboard order by all",
+    "select * exclude (tags), tags::varchar as tags from arrivals order by all",
+    "select * from learning_curves order by all",
+    "select * exclude (metrics, extracted), metrics::varchar as m from samples order by evaluation_id, position",
+    *(f"from {name} order by all" for name in ("evaluations", "scores", "decisions", "checks", "tasks", "datasets")),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def place(world: Place, tmp_path: Path) -> Place:
+    return copied(world, tmp_path)
+
+
+def answers(store, catalog):
+    warehouse.refresh(store, catalog)
+    return [warehouse.query(catalog, store, query).to_pylist() for query in QUERIES]
+
+
+def files(store):
+    """What lies in the root, but for the log, whose names are random."""
+    return {entry.key: store.read(entry.key) for entry in store.list("") if not entry.key.startswith("log/")}
+
+
+def wrong(store, catalog, kind="damage"):
+    return {one.key: one.problem for one in keeping.verify(store, catalog).findings if one.kind == kind}
+
+
+def slots(place):
+    """(task, step) -> evaluation_id."""
+    found = {}
+    for entry in place.store.list("evaluations/"):
+        record = json.loads(place.store.read(entry.key))
+        found[record["task"], int(record["key"][-1])] = record["evaluation_id"]
+    return found
+
+
+def decided(store, slot, status, actor, action):
+    told = {"status": status, "actor": actor, "action": action}
+    decisions.append(store, slot, 1, checks=[], reasons=["so"], gate_version="1", **told)
+
+
+# --- verify
+
+
+def test_verify_names_each_damage_and_only_those(place, tmp_path):
+    catalog, store, results = tmp_path / "state" / "catalog.duckdb", place.store, place.results
+    whole = keeping.verify(store, catalog)
+    assert whole.ok
+    assert whole.findings == ()
+    assert whole.files == len(list(store.list("")))
+
+    slot = slots(place)
+    record = {key: commits.read(store, identity, 1) for key, identity in slot.items()}
+    altered = results / record["choices", 1]["samples"]["key"]
+    body = altered.read_bytes()
+    altered.write_bytes(body[:8] + bytes([body[8] ^ 1]) + body[9:])  # one bit, still a Parquet file
+    lost_samples = record["words", 1]["samples"]["key"]
+    store.delete(lost_samples)
+    lost_commit = layout.evaluation(slot["choices", 2], 1)
+    store.delete(lost_commit)
+    lost_pointer = layout.answers(record["words", 2]["answers_id"], slot["words", 2], 1)
+    store.delete(lost_pointer)
+    other_score = layout.evaluation(slot["words", 3], 1)
+    store.put(other_score, store.read(other_score).replace(b'"truncated": 0', b'"truncated": 1'))
+    other_model = layout.evaluation(slot["choices", 3], 1)
+    store.put(other_model, store.read(other_model).replace(record["choices", 3]["checkpoint_id"].encode(), b"0" * 32))
+    torn = layout.decision(slot["words", 1], 1, 1)
+    store.put(torn, store.read(torn)[:-20])
+    documents = next(entry.key for entry in store.list("datasets/") if entry.key.endswith("documents.parquet"))
+    shutil.copy(results / record["words", 2]["samples"]["key"], results / documents)
+    segment = next(store.list("journal/")).key
+    store.put(segment, store.read(segment)[:-2])
+    unseen = layout.arrival(record["words", 3]["key"], 1)
+    for entry in store.list("log/"):
+        if json.loads(store.read(entry.key)).get("kind") == "arrival" and b"step_3" in store.read(entry.key):
+            store.delete(entry.key)
+    (results / "notes.txt").write_text("mine")
+
+    found = wrong(store, catalog)
+    assert set(found) == {
+        *(str(altered.relative_to(results)), lost_samples, lost_commit, lost_pointer, other_model, torn, documents),
+        *(segment, unseen, layout.arrival_identity(record["choices", 3]["key"], 1), str(catalog)),
+    }
+    assert "SHA-256" in found[str(altered.relative_to(results))]
+    # Nothing in the commit guards a figure of its own: that the catalog read it before does.
+    assert "evaluations" in found[str(catalog)]
+    assert set(wrong(store, catalog, "leftover")) >= {"notes.txt"}
+    told = command(place, "verify")
+    assert told.code == 1
+    assert f"the samples that {layout.evaluation(slot['words', 1], 1)} names are lost" in told.out
+    assert "`eval-platform rerun`" in told.out
+
+
+def test_a_lost_log_and_catalog_are_rebuilt_from_the_files(place):
+    before = answers(place.store, place.config().catalog_path)
+    shutil.rmtree(place.results / "log")
+    assert len(wrong(place.store, place.config().catalog_path)) > 10
+    told = command(place, "rebuild", "--json")
+    assert told.code == 0
+    announced = sum(announcement(entry.key) is not None for entry in place.store.list(""))
+    assert 0 < told.json["announced"] <= announced
+    assert command(place, "rebuild", "--json").json["announced"] == 0
+    answer = command(place, "verify", "--json")
+    assert (answer.code, answer.json["findings"]) == (0, [])
+    assert answers(place.store, place.config().catalog_path) == before
+
+
+# --- prune
+
+
+def test_what_is_pruned_is_told_and_never_asked_again(place, new_s3_store):
+    """On a bucket, into which the results were exported: prune, look, evaluate again."""
+    bucket = new_s3_store()
+    assert keeping.transfer(place.store, bucket).ok
+    rules = ("prune", "--keep-last", "1", "--json")
+    board = command(place, "leaderboard", "--format", "csv", store=bucket).out
+    size = sum(entry.size for entry in bucket.list("samples/"))
+    dry = command(place, *rules, store=bucket).json
+    assert {(one["step"], one["task"]) for one in dry["pruned"]} == {
+        (s, t) for s in (1, 2) for t in ("choices", "words")
+    }
+    assert (dry["done"], dry["kept"]) == (False, 2)
+    assert sum(entry.size for entry in bucket.list("samples/")) == size
+    assert command(place, *rules, "--yes", store=bucket).json["pruned"] == dry["pruned"]
+    assert sum(entry.size for entry in bucket.list("samples/")) == size - dry["bytes"]
+
+    assert command(place, *rules, store=bucket).json["pruned"] == []
+    assert command(place, "leaderboard", "--format", "csv", store=bucket).out == board
+    looked = command(place, "samples", "--checkpoint", "runs/a/step_1", "--task", "choices", store=bucket)
+    assert looked.code == 2
+    assert "were pruned at 20" in looked.err
+    assert "--keep-last 1" in looked.err
+    assert command(place, "samples", "--checkpoint", "runs/a/step_3", "--task", "choices", store=bucket).code == 0
+    report = keeping.verify(bucket, place.folder / "other" / "catalog.duckdb")
+    assert report.findings == ()
+
+    arrival = arrivals.newest(bucket, "runs/a/step_1")
+    assert arrival is not None
+    said = work(place, bucket, arrival, never)
+    assert [message["type"] for message in said] == ["linked", "linked"]
+    with pytest.raises(SamplesPruned, match="its scores stand"):
+        commits.read_samples(bucket, commits.read(bucket, said[0]["evaluation_id"], 1) or {})
+
+
+def test_a_task_scored_anew_is_asked_where_its_answers_were_pruned(place):
+    """Not an error that the answers are gone, and no figure from half of them."""
+    keeping.prune(
+        place.store,
+        keeping.choose(place.store, place.config().catalog_path, keeping.Keep(last=1)).prune,
+        actor="me",
+        rule="test",
+    )
+    place.write_task("choices", 6, metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
+    place.sync()
+    for step, origin in ((1, "asked"), (3, "rescored")):
+        arrival = arrivals.newest(place.store, f"runs/a/step_{step}")
+        assert arrival is not None
+        (message,) = [one for one in work(place, place.store, arrival, load) if one["type"] == "committed"]
+        assert (message["task"], message["origin"]) == ("choices", origin)
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"),
+    [
+        (keeping.Keep(published_only=True), {("choices", 2)}),
+        (keeping.Keep(every=2), {(task, step) for task in ("choices", "words") for step in (1, 3)}),
+        (keeping.Keep(last=2, published_only=True), {("choices", 1), ("words", 1), ("choices", 2)}),
+    ],
+    ids=str,
+)
+def test_the_rules_keep(world, tmp_path, keep, gone):
+    chosen = keeping.choose(world.store, tmp_path / "catalog.duckdb", keep)
+    assert {(one.task, one.step) for one in chosen.prune} == gone
+    assert chosen.kept == 6 - len(gone)
+
+
+def test_the_best_is_kept_and_what_is_not_decided(place, tmp_path):
+    catalog = tmp_path / "catalog.duckdb"
+    slot = slots(place)
+    place.store.delete(layout.decision(slot["choices", 2], 1, 1))
+    values = {step: commits.read(place.store, slot["choices", step], 1)["primary"]["value"] for step in (1, 3)}
+    best = max((3, 1), key=lambda step: values[step])
+    chosen = keeping.choose(place.store, catalog, keeping.Keep(best=("choices",)))
+    gone = {("words", 2), *((task, 4 - best) for task in ("choices", "words"))}
+    assert {(one.task, one.step) for one in chosen.prune} == gone
+    assert keeping.choose(place.store, catalog, keeping.Keep(best=("choices:acc",))) == chosen
+    for keep in (keeping.Keep(), keeping.Keep(best=("nothing",)), keeping.Keep(best=("choices:nothing",))):
+        with pytest.raises(ConfigError, match="remedy"):
+            keeping.choose(place.store, catalog, keep)
+
+
+def test_a_prune_that_was_killed_goes_on(place, tmp_path):
+    chosen = keeping.choose(place.store, tmp_path / "catalog.duckdb", keeping.Keep(last=1)).prune
+
+    def half() -> None:
+        die_at_delete(3)
+        keeping.prune(place.store, chosen, actor="me", rule="first")
+
+    kill_after(half)
+    catalog = tmp_path / "catalog.duckdb"
+    assert wrong(place.store, catalog) == {}
+    assert len(wrong(place.store, catalog, "leftover")) == 1
+    left = keeping.choose(place.store, catalog, keeping.Keep(last=1)).prune
+    assert 0 < len(left) < len(chosen)
+    keeping.prune(place.store, left, actor="me", rule="second")
+    assert keeping.verify(place.store, catalog).findings == ()
+    told = [commits.tombstone(place.store, one.evaluation_id, one.attempt) for one in chosen]
+    assert {one["rule"] for one in told if one} == {"first", "second"}
+
+
+def die_at_delete(n):
+    """kill -9 of this process when it would remove its n-th file."""
+    real, count = LocalStore.delete, iter(range(n - 1))
+
+    def delete(self, key):
+        if next(count, None) is None:
+            os.kill(os.getpid(), 9)
+        real(self, key)
+
+    LocalStore.delete = delete
+
+
+# --- export and import
+
+
+def test_there_and_back_sql_says_the_same(place, new_s3_store, tmp_path):
+    told = answers(place.store, place.config().catalog_path)
+    assert all(rows for rows in told)
+    bucket = new_s3_store()
+    assert keeping.transfer(place.store, bucket).evaluations == 6
+    back = Place(tmp_path / "back")
+    answer = command(back, "import", bucket.uri, "--json", store=bucket)
+    assert answer.code == 2  # into itself
+    moved = keeping.transfer(bucket, back.store)
+    assert (moved.ok, moved.evaluations, moved.present) == (True, 6, 0)
+    assert answers(back.store, back.config().catalog_path) == told
+    assert keeping.verify(back.store, back.config().catalog_path).findings == ()
+    wanted = {
+        key: body for key, body in files(place.store).items() if not key.startswith(("tries/", "leases/", "journal"))
+    }
+    assert files(back.store).items() >= {k: v for k, v in wanted.items() if ".seen-" not in k}.items()
+
+    # Again nothing is written; what is new comes over, a person's word too.
+    log = len(list(back.store.list("log/")))
+    again = keeping.transfer(bucket, back.store)
+    assert (again.files, again.evaluations, again.present, again.said) == (0, 0, 6, [])
+    assert len(list(back.store.list("log/"))) == log
+    slot = slots(back)["choices", 2]
+    decisions.append(
+        back.store,
+        slot,
+        1,
+        status="published",
+        checks=[],
+        reasons=["so"],
+        gate_version="1",
+        actor="me",
+        action="release",
+    )
+    assert command(place, "import", str(back.results)).code == 0
+    standing = decisions.standing(place.store, slot, 1)
+    assert standing is not None
+    assert (standing.n, standing.status, standing.actor) == (2, "published", "me")
+    assert keeping.transfer(back.store, bucket).files == 1
+
+
+def test_killed_at_any_write_it_goes_on(world, tmp_path):
+    whole = LocalStore(tmp_path / "whole")
+    keeping.transfer(world.store, whole)
+    n_files = len(files(whole))
+    for n in range(1, 2 * n_files, 17):
+        target = LocalStore(tmp_path / f"killed{n}")
+
+        def until_killed(n=n, target=target):
+            die_at_write(n)
+            keeping.transfer(world.store, target)
+            os.kill(os.getpid(), 9)  # there were fewer writes
+
+        kill_after(until_killed)
+        before = {slot for entry in target.list("evaluations/") if (slot := entry.key)}
+        assert all(layout_whole(target, key) for key in before)
+        assert keeping.transfer(world.store, target).ok
+        assert files(target) == files(whole)
+
+
+def layout_whole(store, key):
+    """Whether all that the commit names is there."""
+    record = json.loads(store.read(key))
+    store.read(record["samples"]["key"])
+    store.read(layout.prompts(record["prompts_id"]))
+    return True
+
+
+def test_what_the_target_has_stands_and_what_is_lost_is_refused_by_name(place, world, tmp_path):
+    slot = slots(place)
+    target = LocalStore(tmp_path / "target")
+    keeping.transfer(world.store, target)
+
+    def rewrite(store, key, old, new):
+        body = store.read(key)
+        assert old in body
+        store.put(key, body.replace(old, new))
+
+    def value(one):
+        return commits.read(place.store, slot[one], 1)
+
+    # Another try's result with the same scores; another with other scores; samples damaged on the way.
+    own = value(("words", 1))["try"].encode()
+    rewrite(target, layout.evaluation(slot["words", 1], 1), own, b"f" * 32)
+    other = json.loads(target.read(layout.evaluation(slot["words", 2], 1)))
+    other["scores"][0]["value"] = 0.123
+    target.put(layout.evaluation(slot["words", 2], 1), json.dumps(other).encode())
+    target.delete(layout.evaluation(slot["words", 3], 1))
+    place.store.put(value(("words", 3))["samples"]["key"], b"no samples")
+    target.delete(value(("words", 3))["samples"]["key"])
+    # Decided otherwise there.
+    decided(target, slot["choices", 1], "held", "me", "retract")
+    decided(place.store, slot["choices", 1], "published", "you", "recheck")
+    moved = keeping.transfer(place.store, target)
+    told = {one.key: (one.kind, one.reason) for one in moved.said}
+    assert {key: kind for key, (kind, _) in told.items()} == {
+        layout.evaluation(slot["words", 1], 1): "kept",
+        layout.evaluation(slot["words", 2], 1): "refused",
+        layout.evaluation(slot["words", 3], 1): "refused",
+        layout.decision(slot["choices", 1], 1, 2): "refused",
+    }
+    assert "0.123" not in told[layout.evaluation(slot["words", 2], 1)][1]  # the primary value is named, not a part
+    assert "damaged" in told[layout.evaluation(slot["words", 3], 1)][1]
+    assert commits.read(target, slot["words", 3], 1) is None
+    assert command(place, "export", str(tmp_path / "target")).code == 1
+
+
+def test_a_key_that_is_another_checkpoint_there_is_refused(place, world, tmp_path):
+    target = LocalStore(tmp_path / "target")
+    keeping.transfer(world.store, target)
+    for entry in list(target.list("evaluations/")):
+        target.delete(entry.key)
+    for suffix, field in ((".json", b'"fingerprint": "'), (".identity.json", b'"checkpoint_id": "')):
+        key = f"arrivals/runs/a/step_2/1{suffix}"
+        target.put(key, target.read(key).replace(field, field + b"x"))
+    moved = keeping.transfer(place.store, target)
+    assert {one.key for one in moved.said} == {
+        layout.arrival("runs/a/step_2", 1),
+        *(layout.evaluation(slots(place)[task, 2], 1) for task in ("choices", "words")),
+    }
+    assert moved.evaluations == 4
+
+    # A checkpoint root of the same name elsewhere: before anything is written.
+    target = LocalStore(tmp_path / "another")
+    target.create("roots/runs.json", place.store.read("roots/runs.json").replace(b"checkpoints", b"others"))
+    answer = command(place, "export", target.uri)
+    assert answer.code == 2
+    assert "one key would be two checkpoints" in answer.err
+    assert len(list(target.list(""))) == 1
+    with pytest.raises(ConfigError, match="no results in"):
+        keeping.transfer(LocalStore(tmp_path / "nothing"), place.store)
