@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -152,7 +153,8 @@ def stop_orphans(config: Config) -> int:
     """Ask the workers whose driver has ended to flush and leave; returns how many. What they did is not lost."""
     orphans = [one for one in running(config) if one.is_orphan]
     for one in orphans:
-        os.kill(one.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(one.pid, signal.SIGTERM)
     return len(orphans)
 
 

@@ -148,8 +148,8 @@ def fork_worker(nursery: Path, folder: Path, slot: int, env: Mapping[str, str]) 
     except (OSError, json.JSONDecodeError):  # no nursery, or one that is ending or stuck
         connection.close()
         return None
-    if "refused" in answer:
-        log.info("the nursery does not start this worker: %s", answer["refused"])
+    if "worker" not in answer:  # refused, or ended before it could say who it is
+        log.info("the nursery does not start this worker: %s", answer.get("refused", answer))
         connection.close()
         return None
     return Child(connection, answer["worker"])
@@ -299,8 +299,10 @@ def _work(request: Mapping[str, Any]) -> NoReturn:
     from eval_platform import worker
 
     os.setsid()
-    with suppress(OSError):  # whoever asked has left: the worker goes on all the same
+    try:
         request["connection"].send(json.dumps({"worker": process_record(os.getpid())}).encode())
+    except OSError:  # whoever asked waits no longer, and has perhaps started a worker the ordinary way
+        os._exit(0)
     request["connection"].close()
     folder = Path(request["folder"])
     output = os.open(folder / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -606,7 +606,9 @@ def main(folder: Path, driver: Mapping[str, Any]) -> int:
     """The program: plan.json in, messages.jsonl out. `driver` is the record of the process that asked for it."""
     signal.signal(signal.SIGTERM, _stop)
     processes = {"worker": this_process(), "driver": driver}
-    (folder / "process.json").write_text(json.dumps(processes), encoding="utf-8")
+    told = folder / "process.json.new"  # whoever looks (`launch.running`) sees it whole or not at all
+    told.write_text(json.dumps(processes), encoding="utf-8")
+    told.rename(folder / "process.json")
     with (folder / "messages.jsonl").open("a", encoding="utf-8") as messages:
 
         def emit(message: Message) -> None:

@@ -118,6 +118,24 @@ def test_a_worker_with_another_environment_is_refused(world: World, name: str, t
     assert list(tmp_path.iterdir()) == [tmp_path / "slot"]
 
 
+def test_a_worker_that_nobody_waits_for_does_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked has started another in the meantime, in the same folder and on the same slot."""
+    world.server.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(nursery, "_ANSWER_SECONDS", 0.2)
+    with (tmp_path / "slot").open("ab") as slot:
+        env = {**launch.WORKER_ENV, **os.environ}
+        assert nursery.fork_worker(world.state, tmp_path, slot.fileno(), env) is None
+        world.server.send_signal(signal.SIGCONT)
+        monkeypatch.undo()
+        # One after the other: when this is refused, the one before was forked.
+        assert nursery.fork_worker(world.state, tmp_path, slot.fileno(), {**env, "HF_HOME": "3"}) is None
+    children = Path(f"/proc/{world.server.pid}/task/{world.server.pid}/children")
+    until(lambda: not children.read_text(), "the worker to leave")
+    assert list(tmp_path.iterdir()) == [tmp_path / "slot"]
+
+
 def test_no_nursery_no_child(tmp_path: Path) -> None:
     with (tmp_path / "slot").open("ab") as slot:
         assert nursery.fork_worker(tmp_path, tmp_path, slot.fileno(), os.environ) is None
