@@ -36,7 +36,13 @@ _OPENAI_SCORES = frozenset({"babbage-002", "davinci-002"})
 _NO_IDENTITY = frozenset({"batch_size", "ca_cert_path", "max_retries", "timeout", "verify_certificate"})
 _OWN_FIELDS = {"base_url": "endpoint", "model": "model", "num_concurrent": "concurrency", "pretrained": "model"}
 _SECRET_ARGUMENTS = frozenset({"api_key", "auth_token", "header", "headers", "password", "token"})
-_SECRET_PARAMETERS = frozenset({"access_token", "api_key", "apikey", "key", "password", "secret", "sig", "token"})
+# Of a URL, without case, "-" and "_".
+_SECRET_PARAMETERS = frozenset(
+    {
+        *("accesstoken", "apikey", "auth", "authtoken", "code", "key", "password", "secret", "sig", "signature"),
+        *("subscriptionkey", "token", "xapikey"),
+    }
+)
 _BY_ENVIRONMENT = "keys come from the environment only; key_variable names another variable than the provider's own"
 
 
@@ -74,7 +80,8 @@ class ServedModel(BaseModel):
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("write the whole URL, as in http://127.0.0.1:8000/v1/completions")
-        secret = [name for name, _ in parse_qsl(parts.query) if name.lower() in _SECRET_PARAMETERS]
+        names = [name.lower().replace("-", "").replace("_", "") for name, _ in parse_qsl(parts.query)]
+        secret = _SECRET_PARAMETERS.intersection(names)
         if parts.username is not None or parts.password is not None or secret:
             raise ValueError(f"leave the credentials out of the URL: {_BY_ENVIRONMENT}")
         return endpoint

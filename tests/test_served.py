@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import socket
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -198,6 +199,21 @@ def test_what_a_server_refuses(
     assert KEY not in caplog.text
 
 
+def test_no_part_of_a_key_is_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where a long answer is cut, and not in the traceback that a try records."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    one = entry("http://127.0.0.1:1", checkpoint)
+    engine = load_served(one, settings(one))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("x" * 290 + KEY)
+
+    monkeypatch.setattr(engine._model, "generate_until", fail)
+    with pytest.raises(EvalPlatformError) as caught:
+        list(engine.answer([WRITTEN[0]]))
+    assert "sk-" not in "".join(traceback.format_exception(caught.value))
+
+
 def test_a_key_of_its_own(server: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named by its variable: OpenAI's key goes to no other server, and a missing one is named."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -254,6 +270,7 @@ def test_what_cannot_be_made(fields: dict[str, Any], expected: str) -> None:
     [
         ({"endpoint": f"http://me:{KEY}@host/v1/completions"}, "credentials out of the URL"),
         ({"endpoint": f"https://host/v1/completions?api_key={KEY}"}, "credentials out of the URL"),
+        ({"endpoint": f"https://host/v1/completions?Subscription-Key={KEY}"}, "credentials out of the URL"),
         ({"endpoint": "host/v1"}, "write the whole URL"),
         ({"arguments": {"auth_token": KEY}}, "leave auth_token out"),
         ({"arguments": {"base_url": "http://x"}}, "base_url is said by the field endpoint"),

@@ -11,8 +11,10 @@ import logging
 import os
 import platform
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -67,7 +69,10 @@ class Messages:
 
 
 class ServedEngine:
-    """The model of one `[[served]]` entry; made by `load_served`."""
+    """The model of one `[[served]]` entry; made by `load_served`.
+
+    It has not `Engine.token_scores`: that is one forward of a model in this process, for a person who looks into it.
+    """
 
     def __init__(self, entry: ServedModel, settings: RunSettings, model: Any, heard: "_Heard | None") -> None:
         self._entry = entry
@@ -125,6 +130,10 @@ class ServedEngine:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def remembering(self) -> AbstractContextManager[None]:
+        """See `face.Engine.remembering`. What is kept of a conversation is the server's own affair."""
+        return nullcontext()
+
     def _in_chunks(self, requests: Sequence[Request]) -> Iterator[Response]:
         for kind in _CALLS:
             of_kind = [request for request in requests if request.kind == kind]
@@ -152,7 +161,9 @@ class ServedEngine:
         except Exception as error:  # of requests, of a provider's own package, of the harness reading what came
             if isinstance(error, EvalPlatformError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
-            raise self._told(kind, error) from error
+            _log.warning("%s", without_key(traceback.format_exc(), self._model))
+            # Not chained: a try records tracebacks, and what a server says may repeat the key.
+            raise self._told(kind, error) from None
         if len(answers) != len(requests):  # some back ends swallow an error and end there
             raise ServerError(
                 f"{self._where}: {len(answers)} answers to {len(requests)} requests", remedy="the worker's log says why"
@@ -266,8 +277,9 @@ class ServedEngine:
         """What went wrong, in words that say who should act. Never with a key in it."""
         reply = getattr(error, "response", None)
         status = getattr(error, "status_code", None) or getattr(reply, "status_code", None)
-        said = " ".join(str(getattr(reply, "text", "") or error).split())
-        said = without_key(said if len(said) <= 300 else said[:297] + "...", self._model)
+        # Hidden first, then cut: of a key that is cut in two the first part would be left.
+        said = " ".join(without_key(str(getattr(reply, "text", "") or error), self._model).split())
+        said = said if len(said) <= 300 else said[:297] + "..."
         if isinstance(status, int):
             told = f"{self._where} answers with HTTP {status}: {said}"
             if status in _MAY_PASS or status >= 500:
