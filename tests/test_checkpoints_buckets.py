@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict
 
 import pytest
@@ -306,6 +308,50 @@ def test_the_cache_is_bounded_and_what_is_in_use_stays(model, bucket, settings, 
     weights = (in_use.path / "model.safetensors").stat().st_ino
     assert weights in {(one / "model.safetensors").stat().st_ino for one in kept}
     release(in_use)
+
+
+def test_two_that_begin_at_once_both_have_it(model, bucket, settings, tmp_path, monkeypatch):
+    """Also while neither lets go: whoever fills the cache goes on to use it."""
+    upload(bucket, model, "r/1")
+    [found] = look(bucket, settings)
+    is_whole, begun, together = downloads._is_whole, threading.local(), threading.Barrier(2)
+
+    def looked_at(folder, listing):
+        answer = is_whole(folder, listing)
+        if not hasattr(begun, "once"):
+            begun.once = True
+            together.wait(10)  # both have seen that it is not whole
+        return answer
+
+    monkeypatch.setattr(downloads, "_is_whole", looked_at)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(stage, arrived(found), tmp_path, nothing, s3=settings) for _ in range(2)]
+        ended, _ = wait(both, timeout=20)
+        for one in as_completed(both):
+            release(one.result())
+    assert len(ended) == 2
+
+
+def test_room_is_made_while_others_fill_and_remove(tmp_path):
+    over = threading.Event()
+
+    def fill():
+        while not over.is_set():
+            folder = tmp_path / "other"
+            folder.mkdir()
+            for name in "abc":
+                (folder / f"{name}.part").write_bytes(b"12")
+                (folder / f"{name}.part").rename(folder / name)
+            shutil.rmtree(folder)
+
+    with ThreadPoolExecutor(1) as pool:
+        filling = pool.submit(fill)
+        try:
+            for _ in range(300):
+                downloads._make_room(tmp_path, tmp_path / "ours", 1, 1000)
+        finally:
+            over.set()
+        filling.result()
 
 
 def test_a_checkpoint_that_brings_pickles_only_is_refused_as_in_a_folder(model, bucket, settings, tmp_path):

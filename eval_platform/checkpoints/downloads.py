@@ -11,9 +11,12 @@ What is longest unused goes first when room is needed, and never what a living p
 
 import fcntl
 import os
+import random
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from eval_platform.checkpoints.buckets import BucketListing, bucket_listing, inspect_bucket
@@ -54,8 +57,14 @@ def fetch(arrival: Arrival, cache: Path, settings: S3, metered: Callable[[int], 
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_whole(folder, listing):
                 break
-            # Changing the lock lets go of it for a moment, either way: another may fill or remove the folder.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Changing the lock lets go of it for a moment, either way: another may fill or remove the folder. Nobody
+            # waits to have it alone: who has filled it shares it for as long as its worker works.
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                time.sleep(random.uniform(0.05, 0.15))  # in step, two could keep each other from it for ever
+                continue
             found = inspect_bucket(store, listing)
             if not found.complete:
                 raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
@@ -115,22 +124,42 @@ def _is_whole(folder: Path, listing: BucketListing) -> bool:
 
 
 def _make_room(downloads: Path, ours: Path, needed: int, limit: int) -> None:
-    """Remove what is longest unused until `needed` bytes more are within `limit`, or nothing is left to remove."""
+    """Remove what is longest unused until `needed` bytes more are within `limit`, or nothing is left to remove.
+
+    Others may be filling folders or making room at the same time: what is gone since it was seen counts nothing.
+    """
     others = [one for one in downloads.iterdir() if one.is_dir() and one != ours]
-    sizes = {one: sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in others}
+    sizes = {one: _bytes_in(one) for one in others}
     total = sum(sizes.values())
-    for one in sorted(others, key=lambda folder: folder.stat().st_mtime_ns):
+    for one in sorted(others, key=_used_last):
         if total + needed <= limit:
             return
         descriptor = os.open(_lock_of(one), os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(one)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(one)
             total -= sizes[one]
         except BlockingIOError:  # in use
             continue
         finally:
             os.close(descriptor)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(inner, name)).st_size
+    return total
+
+
+def _used_last(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _lock_of(folder: Path) -> Path:
