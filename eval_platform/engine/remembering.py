@@ -3,6 +3,10 @@
 A further turn's prompt begins with the turn before: its prompt and what was answered. While an engine remembers
 (`face.Engine.remembering`), the keys and values of that beginning are kept, and only what is new is computed. Texts are
 compared token by token, so where the new prompt's tokens part from those that were drawn, computing goes on from there.
+
+Nobody asks in turns yet: every task makes one request of a completion, and none is written from the answer to another.
+It waits for tasks whose second question follows the model's own first answer (MT-Bench), which are judged by another
+model and so come with the judge.
 """
 
 import logging
