@@ -2,18 +2,29 @@
 
 A crash between the two leaves a look too many, never one too few. Entries say where to look, not what is true, so a
 reader takes those of a date as a set: their order is a clock's, and clocks step.
+
+An entry says all it says in its name too, so that in a bucket one listing reads a thousand of them. Where that would be
+too long for a file name (and in entries from before names said it) the body is read.
 """
 
+import re
 import uuid
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from eval_platform.identity import escape_key, unescape_key
 from eval_platform.store import layout
 from eval_platform.store.base import Store
 from eval_platform.store.records import create_record, read_record, utc_now
 
 Kind = Literal["arrival", "identity", "task", "try", "evaluation", "decision", "asked", "pruned"]
+
+_LONGEST_NAME = 200  # bytes; file systems take 255
+_NUMBERS = ("attempt", "n")  # the fields that are no text
+_TELLING = re.compile(
+    r"log/(?P<date>[^/]+)/(?P<h>\d\d)(?P<m>\d\d)(?P<s>[\d.]+)-(?P<id>[0-9a-f]+)(?P<fields>(\+[a-z_]+=[^+/]*)+)\.json"
+)
 
 
 def write(store: Store, kind: Kind, **fields: Any) -> str:
@@ -23,9 +34,27 @@ def write(store: Store, kind: Kind, **fields: Any) -> str:
     """
     now = utc_now()
     date, _, clock = now.removesuffix("Z").partition("T")
-    key = layout.log_entry(date, clock.replace(":", ""), uuid.uuid4().hex[:12])
+    time, entry_id = clock.replace(":", ""), uuid.uuid4().hex[:12]
+    told = _as_name({"kind": kind, **fields})
+    key = layout.log_entry(date, time, entry_id + told)
+    if len(key.rpartition("/")[2]) > _LONGEST_NAME:
+        key = layout.log_entry(date, time, entry_id)
     create_record(store, key, {**fields, "kind": kind, "time": now})
     return key
+
+
+def entry(store: Store, key: str) -> dict[str, Any]:
+    """What the entry `key` says, from its name where that tells. Raises as `read_record`."""
+    match = _TELLING.fullmatch(key)
+    if match is None:
+        return read_record(store, key)
+    told = (field.partition("=") for field in match["fields"].split("+")[1:])
+    fields = {name: int(value) if name in _NUMBERS else unescape_key(value) for name, _, value in told}
+    return {**fields, "time": f"{match['date']}T{match['h']}:{match['m']}:{match['s']}Z"}
+
+
+def _as_name(fields: Mapping[str, Any]) -> str:
+    return "".join(f"+{name}={escape_key(str(value)).replace('/', '=2F')}" for name, value in fields.items())
 
 
 def dates(store: Store) -> list[str]:
@@ -43,13 +72,13 @@ def recent_dates() -> list[str]:
 
 
 def read(store: Store, days: Iterable[str], seen: Container[str] = ()) -> list[dict[str, Any]]:
-    """The entries of these UTC dates, as written, each with its own key as `log_key`; those in `seen` are not read.
+    """The entries of these UTC dates, each with its own key as `log_key`; those in `seen` are not read.
 
     Raises StoreError and SchemaError as reading records does.
     """
     return [
-        {**read_record(store, entry.key), "log_key": entry.key}
+        {**entry(store, listed.key), "log_key": listed.key}
         for day in sorted(set(days))
-        for entry in store.list(layout.log_folder(day))
-        if entry.key not in seen
+        for listed in store.list(layout.log_folder(day))
+        if listed.key not in seen
     ]
