@@ -57,6 +57,25 @@ def rebuild(as_json: AsJson = False) -> None:
         say(f"{config.catalog_path} is built anew from {config.results}; {announced} missing log entries were written")
 
 
+@store_app.command(epilog=example("eval-platform compact"))
+def compact(as_json: AsJson = False) -> None:
+    """Copy the small records of results in a bucket into few objects, so that a new machine reads them in seconds.
+
+    Nothing is removed and nothing reads differently; results in a folder gain nothing. Dagster does it every night.
+    """
+    from eval_platform.store.bundles import bundle
+    from eval_platform.terminal import print_json, say
+
+    config, store = opened()
+    bundled = 0 if store.requests_at_once == 1 else bundle(store)
+    if as_json:
+        print_json({"root": config.results, "bundled": bundled})
+    elif store.requests_at_once == 1:
+        say(f"{config.results} is a folder: its records are read as they are")
+    else:
+        say(f"{bundled} records of {config.results} were bundled")
+
+
 @store_app.command(epilog=example("eval-platform prune --keep-last 3 --keep-every 10000 --keep-best gsm8k_50"))
 def prune(
     keep_last: Annotated[int | None, typer.Option(min=1, metavar="N", help="The N newest steps of each run.")] = None,

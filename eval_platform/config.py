@@ -31,7 +31,7 @@ class _Section(BaseModel):
 
 
 # A suite is a group of assets in Dagster; these are groups there already.
-RESERVED_SUITES = frozenset({"results", "boards", "checkpoints", "datasets"})
+RESERVED_SUITES = frozenset({"results", "boards", "checkpoints", "datasets", "maintenance"})
 SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 

@@ -51,7 +51,7 @@ def test_loads_without_tasks_and_with_them_but_never_the_models_libraries(world:
     assert found["heavy"] == []
     assert found["assets"] == sorted(
         [
-            *("checkpoint", "summary", "leaderboard", "learning_curves"),
+            *("checkpoint", "summary", "leaderboard", "learning_curves", "record_bundles"),
             *("results/a", "results/dotted.name-2", "datasets/a", "datasets/dotted.name-2"),
         ]
     )

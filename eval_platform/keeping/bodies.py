@@ -10,6 +10,7 @@ import pyarrow as pa
 from eval_platform.errors import SchemaError
 from eval_platform.identity import ordered_id
 from eval_platform.store import Store, layout
+from eval_platform.store.bundles import opened
 from eval_platform.store.parquet import read_parquet
 from eval_platform.store.records import decode
 from eval_platform.tasks.snapshots import frozen_rows
@@ -58,6 +59,9 @@ def _judged(store: Store, key: str, body: bytes) -> Body:
         return Body()
     if top in ("samples", "prompts") and name.endswith(".parquet"):
         return _parquet(top, body)
+    if top == "bundles":
+        opened(key, body)
+        return Body()
     if top == "log":
         return Body(record=decode(body, key))
     if top == "leases" and name.endswith(".beat"):

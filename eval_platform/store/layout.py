@@ -14,6 +14,7 @@ LAYOUT_VERSION = 1
 ROOT = "root.json"
 ARRIVALS = "arrivals/"
 LOG = "log/"
+BUNDLES = "bundles/"
 
 _ARRIVAL = re.compile(r"arrivals/(?P<key>.+)/(?P<n>[1-9][0-9]*)\.json")
 _DECISION = re.compile(r"decisions/[^/]+/(?P<attempt>[1-9][0-9]*)-(?P<n>[1-9][0-9]*)\.json")
@@ -186,3 +187,7 @@ def log_folder(date: str) -> str:
 
 def log_entry(date: str, time: str, entry_id: str) -> str:
     return f"{log_folder(date)}{time}-{entry_id}.json"
+
+
+def bundle(bundle_id: str) -> str:
+    return f"{BUNDLES}{bundle_id}.parquet"

@@ -13,18 +13,21 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from eval_platform.errors import SchemaError, StoreError
-from eval_platform.store import Store, find_record, layout, log, read_record
+from eval_platform.store import Store, find_record, layout, log
 from eval_platform.warehouse.connection import open_catalog
+from eval_platform.warehouse.listed import bundles_of, listed_for
 from eval_platform.warehouse.rows import (
     OWNED,
     Reading,
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 # Entries of yesterday are looked at again: clocks step back, and machines disagree around midnight.
 _OVERLAP_DAYS = 1
 _BATCH_SUBJECTS = 2_000
+# A listing shows a thousand keys. With fewer questions than this it is not worth one, however large the root may be.
+_ASKED_SINGLY = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +122,11 @@ def behind(store: Store, catalog: Path) -> bool:
 def _news(store: Store, known: _Known) -> _News:
     news = _News()
     since = _since(known.refreshed_on)
-    fresh = list(_entries(store, since, known.seen, news))
-    for look in (*fresh, *known.pending):
-        # Asked before the subject is read: what comes in between is then read though it counts as still awaited.
-        arrived = look.expects is None or _exists(store, look.expects)
+    looks = [*_entries(store, since, known.seen, news), *known.pending]
+    # Asked before the subjects are read: what comes in between is then read though it counts as still awaited.
+    there = _existing(store, {look.expects for look in looks if look.expects is not None})
+    for look in looks:
+        arrived = look.expects is None or look.expects in there
         news.looks.append(_Look(look.log_key, look.date, look.subject, None if arrived else look.expects))
         if arrived and look.subject is not None:
             news.readings.setdefault(look.subject, Reading(parse_subject(look.subject)))
@@ -150,7 +156,7 @@ def _entries(store: Store, since: str, seen: set[str], news: _News) -> Iterator[
             if entry.key in seen:
                 continue
             try:
-                subject, expects = _announced(read_record(store, entry.key))
+                subject, expects = _announced(log.entry(store, entry.key))
             except (SchemaError, KeyError, TypeError, ValueError) as error:
                 # Where it pointed is not known, so nothing is looked at again: only a rebuild finds what it announced.
                 subject = ("log", entry.key)
@@ -189,6 +195,25 @@ def _announced(entry: Mapping[str, Any]) -> tuple[Subject, str | None]:
             return ("arrival", entry["key"]), None
         case kind:
             raise ValueError(f"kind {kind!r}")
+
+
+def _existing(store: Store, keys: Set[str]) -> Set[str]:
+    """Those of `keys` that the store has. Where many are asked for in a bucket, what lies around them is listed."""
+    if store.requests_at_once == 1:
+        return {key for key in keys if _exists(store, key)}
+    by_top: dict[str, list[str]] = {}
+    for key in keys:
+        by_top.setdefault(key.partition("/")[0], []).append(key)
+    found: set[str] = set()
+    for top, own in by_top.items():
+        if len(own) < _ASKED_SINGLY:
+            with ThreadPoolExecutor(store.requests_at_once) as pool:
+                found |= {
+                    key for key, is_there in zip(own, pool.map(partial(_exists, store), own), strict=True) if is_there
+                }
+        else:
+            found |= {entry.key for entry in store.list(f"{top}/") if entry.key in keys}
+    return found
 
 
 def _exists(store: Store, key: str) -> bool:
@@ -247,12 +272,15 @@ def _build(store: Store, catalog: Path, step: Callable[[int, int], None] = lambd
     # The log is listed before the files: what is created meanwhile is found again by its entry.
     yesterday = (_today() - timedelta(days=_OVERLAP_DAYS)).isoformat()
     news = _News()
-    for look in _entries(store, yesterday, set(), news):
-        arrived = look.expects is None or _exists(store, look.expects)
+    looks = list(_entries(store, yesterday, set(), news))
+    there = _existing(store, {look.expects for look in looks if look.expects is not None})
+    for look in looks:
+        arrived = look.expects is None or look.expects in there
         news.looks.append(_Look(look.log_key, look.date, look.subject, None if arrived else look.expects))
         if look.expects is None and look.subject is not None:
             news.tried.add(look.subject)
-    subjects = all_subjects(store)
+    bundles = bundles_of(store)
+    subjects = sorted(all_subjects(store))  # so that the records of a batch lie close together
     with _successor(catalog, copy=False) as con:
         con.execute("create schema bookkeeping")
         for name, schema in {**TABLES, **INTERNAL}.items():
@@ -263,7 +291,7 @@ def _build(store: Store, catalog: Path, step: Callable[[int, int], None] = lambd
             con.execute(f"create view {name} as {text}")
         for start in range(0, len(subjects), _BATCH_SUBJECTS):
             batch = subjects[start : start + _BATCH_SUBJECTS]
-            _insert(con, read_subjects(store, batch), news.tried)
+            _insert(con, read_subjects(listed_for(store, batch, bundles), batch), news.tried)
             step(start + len(batch), len(subjects))
         _apply(con, store, news)
 

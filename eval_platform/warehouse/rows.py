@@ -15,6 +15,7 @@ from typing import Any, Literal
 from eval_platform.errors import SchemaError
 from eval_platform.identity import ordered_id
 from eval_platform.store import Store, find_record, layout, read_record, tries
+from eval_platform.store.once import ReadOnce
 
 Subject = tuple[str, str]
 Row = dict[str, Any]
@@ -58,6 +59,8 @@ def read_subject(store: Store, subject: Subject) -> Reading:
     Raises StoreError when the storage fails.
     """
     kind, name = subject
+    if store.requests_at_once > 1:
+        store = ReadOnce(store)  # the same tries are looked at for several columns
     try:
         reading = _READERS[kind](store, name)
     except SchemaError as error:

@@ -1,0 +1,43 @@
+"""A store as one reader sees it for a moment: what was listed or read is not asked for again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval_platform.store.base import Entry, Store
+
+
+class ReadOnce:
+    """The face of `store` for reading. Keep it no longer than its answers may be old."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.uri = store.uri
+        self.requests_at_once = store.requests_at_once
+        self._listed: dict[tuple[str, str | None, str | None], tuple[Entry, ...]] = {}
+        self._read: dict[str, bytes | None] = {}
+
+    def list(self, prefix: str, delimiter: str | None = None, after: str | None = None) -> Iterator[Entry]:
+        asked = prefix, delimiter, after
+        if asked not in self._listed:
+            self._listed[asked] = tuple(self.store.list(prefix, delimiter, after))
+        return iter(self._listed[asked])
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        if key not in self._read:
+            try:
+                self._read[key] = self.store.read(key)
+            except KeyError:
+                self._read[key] = None
+        body = self._read[key]
+        if body is None:
+            raise KeyError(key)
+        return body[start:end]
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        raise NotImplementedError("it is for reading")
+
+    def create(self, key: str, body: bytes | Path) -> bool:
+        raise NotImplementedError("it is for reading")
+
+    def delete(self, key: str) -> None:
+        raise NotImplementedError("it is for reading")
