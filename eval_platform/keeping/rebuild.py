@@ -8,7 +8,7 @@ from typing import Any
 from eval_platform import warehouse
 from eval_platform.errors import SchemaError
 from eval_platform.keeping.together import Step, each, quietly
-from eval_platform.store import Store, layout, read_record
+from eval_platform.store import Store, layout, log
 from eval_platform.store.announcements import announce, announcement, unannounced
 
 
@@ -41,7 +41,7 @@ def _read(store: Store, keys: list[str], step: Step) -> Iterator[dict[str, Any]]
 
     def read(key: str) -> dict[str, Any]:
         try:
-            return read_record(store, key)
+            return log.entry(store, key)
         except SchemaError:
             return {}
 
