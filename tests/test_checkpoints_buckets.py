@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict
 
 import pytest
+from fault_tools import until
 from store_processes import kill_after
 from tiny_models import make_checkpoint
 from wire import Answer, Cut, Wire
@@ -332,26 +335,28 @@ def test_two_that_begin_at_once_both_have_it(model, bucket, settings, tmp_path, 
     assert len(ended) == 2
 
 
+FILL = """
+import pathlib, shutil, sys
+folder = pathlib.Path(sys.argv[1], "other")
+while True:
+    folder.mkdir()
+    for name in "abcdefgh":
+        part = folder / f"{name}.part"
+        part.write_bytes(b"12")
+        part.rename(folder / name)
+    shutil.rmtree(folder)
+"""
+
+
 def test_room_is_made_while_others_fill_and_remove(tmp_path):
-    over = threading.Event()
-
-    def fill():
-        while not over.is_set():
-            folder = tmp_path / "other"
-            folder.mkdir()
-            for name in "abc":
-                (folder / f"{name}.part").write_bytes(b"12")
-                (folder / f"{name}.part").rename(folder / name)
-            shutil.rmtree(folder)
-
-    with ThreadPoolExecutor(1) as pool:
-        filling = pool.submit(fill)
+    with subprocess.Popen([sys.executable, "-S", "-c", FILL, str(tmp_path)]) as other:
         try:
-            for _ in range(300):
+            until(lambda: (tmp_path / "other").exists(), "another to begin")
+            for _ in range(1000):
                 downloads._make_room(tmp_path, tmp_path / "ours", 1, 1000)
+            assert other.poll() is None
         finally:
-            over.set()
-        filling.result()
+            other.kill()
 
 
 def test_a_checkpoint_that_brings_pickles_only_is_refused_as_in_a_folder(model, bucket, settings, tmp_path):
