@@ -9,9 +9,9 @@ from eval_platform import checkpoints, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import ConfigError, EvalPlatformError
-from eval_platform.plan import Plan, PlannedTask, Wanted, not_asked, plan, plan_of
+from eval_platform.plan import Plan, PlannedTask, Wanted, locked_names, not_asked, plan, plan_of
 from eval_platform.store import Store, arrivals, commits, decisions, register_root, tries, watcher_id
-from eval_platform.tasks import TaskLock, read_lock
+from eval_platform.tasks import SkippedTask, TaskLock, read_lock
 from eval_platform.values import RunSettings
 from eval_platform.warehouse.connection import literal
 
@@ -125,8 +125,11 @@ def split_skipped(lock: TaskLock, tasks: Sequence[str] | None) -> tuple[list[str
     asked = [name for name in wanted if name not in lock.skipped]
     if not asked:
         return wanted, []
-    ended = [Outcome(n, "skipped", (f"no data: {lock.skipped[n].reason}",)) for n in wanted if n in lock.skipped]
-    return asked, ended
+    return asked, [_skipped(name, lock.skipped[name]) for name in wanted if name in lock.skipped]
+
+
+def _skipped(name: str, task: SkippedTask) -> Outcome:
+    return Outcome(name, "skipped", (f"no data: {task.reason}\n  remedy: {task.remedy}",))
 
 
 def backfill(
@@ -139,16 +142,11 @@ def backfill(
 ) -> Iterator[Outcome]:
     """Evaluate every known checkpoint on the tasks of the lock that it has no result for, newest step first.
 
-    A message of type `checkpoint` names each before its outcomes. Raises ConfigError for a task not in the lock.
+    A message of type `checkpoint` names each before its outcomes. Raises ConfigError for a task that is not
+    in the lock, or skipped there.
     """
     lock = read_lock(config.lock_path)
-    for name in tasks or ():
-        if name not in lock.tasks:
-            raise ConfigError(
-                f"no task named {name} in {config.lock_path}; it has {', '.join(lock.tasks) or 'none'}",
-                remedy="add it to [tasks] and run `eval-platform tasks sync`",
-            )
-    wanted = set(tasks or lock.tasks)
+    wanted = set(locked_names(lock, tasks))
     warehouse.refresh(store, config.catalog_path)
     missing: dict[tuple[str, int], list[str]] = {}
     impossible: dict[str, dict[str, str]] = {}  # of served models

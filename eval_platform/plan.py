@@ -13,6 +13,7 @@ from eval_platform.sandbox import Mode
 from eval_platform.served import ROOT, ServedModel, why_not
 from eval_platform.store import Store, arrivals, layout, records
 from eval_platform.tasks import TaskLock
+from eval_platform.tasks.sections import did_you_mean
 from eval_platform.values import Arrival, RunSettings, Served
 
 PLAN_VERSION = 1
@@ -104,19 +105,7 @@ def plan(arrival: Arrival, wanted: Wanted, config: Config, store: Store) -> Plan
     a name than the lock pins; for a served model that is not configured; and as `Config.run_settings` does.
     """
     lock = wanted.lock
-    names = list(lock.tasks) if wanted.tasks is None else list(dict.fromkeys(wanted.tasks))
-    skipped = [f"{name} ({lock.skipped[name].reason})" for name in names if name in lock.skipped]
-    if skipped:
-        raise ConfigError(
-            f"there is no data for {', '.join(skipped)}",
-            remedy="`eval-platform tasks list` says how to get it; then run `eval-platform tasks sync`",
-        )
-    unknown = [name for name in names if name not in lock.tasks]
-    if unknown:
-        raise ConfigError(
-            f"no task named {', '.join(unknown)} in the lock; it has {', '.join(lock.tasks) or 'none'}",
-            remedy="add it to [tasks] and run `eval-platform tasks sync`",
-        )
+    names = locked_names(lock, wanted.tasks)
     if not names:
         raise ConfigError("there is nothing to ask: the lock has no tasks", remedy="run `eval-platform tasks sync`")
     locked = [(name, lock.tasks[name]) for name in names]
@@ -132,6 +121,25 @@ def plan(arrival: Arrival, wanted: Wanted, config: Config, store: Store) -> Plan
         config,
         store,
     )
+
+
+def locked_names(lock: TaskLock, tasks: Sequence[str] | None) -> list[str]:
+    """The lock's tasks of these names, each once; None: all. Raises ConfigError for one that it has not, or skips."""
+    names = list(lock.tasks) if tasks is None else list(dict.fromkeys(tasks))
+    skipped = [f"{name} ({lock.skipped[name].reason})" for name in names if name in lock.skipped]
+    if skipped:
+        raise ConfigError(
+            f"there is no data for {', '.join(skipped)}",
+            remedy="`eval-platform tasks list` says how to get it; then run `eval-platform tasks sync`",
+        )
+    unknown = [name for name in names if name not in lock.tasks]
+    if unknown:
+        raise ConfigError(
+            f"no task named {', '.join(unknown)} in the lock{did_you_mean(unknown[0], lock.tasks)}; it has "
+            f"{', '.join(lock.tasks) or 'none'}",
+            remedy="add it to [tasks] and run `eval-platform tasks sync`",
+        )
+    return names
 
 
 def plan_of(

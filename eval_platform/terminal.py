@@ -127,14 +127,21 @@ def _coloured(cell: str) -> str:
 
 
 def _told(text: str, state: str) -> None:
-    """Why it is in this state, indented and wrapped, cut where it grows too long."""
+    """Why it is in this state, indented and wrapped, cut where it grows too long; a remedy on lines of its own."""
     lines = REASON_LINES.get(state, LONGEST_REASON)
     width = max(40, out.width - len(_INDENT))
-    wrapped = textwrap.wrap(
-        " ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False, subsequent_indent="  "
-    )
-    for line in wrapped:
-        out.print(escape(_INDENT + line), soft_wrap=True)
+    what, _, remedy = text.partition("\n  remedy: ")
+    for part in (what, f"remedy: {remedy}") if remedy else (what,):
+        wrapped = textwrap.wrap(
+            " ".join(part.split()),
+            width,
+            max_lines=lines,
+            placeholder=" …",
+            break_on_hyphens=False,
+            subsequent_indent="  ",
+        )
+        for line in wrapped:
+            out.print(escape(_INDENT + line), soft_wrap=True)
 
 
 def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:

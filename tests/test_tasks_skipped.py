@@ -11,8 +11,9 @@ from tiny_models import make_checkpoint
 
 from eval_platform.checkpoints import locate
 from eval_platform.config import Config, Engine, Tasks
+from eval_platform.errors import ConfigError
 from eval_platform.once import split_skipped
-from eval_platform.plan import Wanted, plan
+from eval_platform.plan import Wanted, locked_names, plan
 from eval_platform.store import LocalStore, arrivals
 from eval_platform.tasks import SyncReport, check_tasks, load_task, read_lock, render, sync_tasks
 from eval_platform.tasks.differences import compare_documents
@@ -222,9 +223,13 @@ def test_a_run_asks_the_rest_and_says_what_it_skipped(world: World) -> None:
     assert asked == ["copies"]
     assert (ended.task, ended.status) == ("sums", "skipped")
     assert "EVAL_PLATFORM_DATA has no gsm8k/test.jsonl" in ended.reasons[0]
+    assert f"\n  remedy: {lock.skipped['sums'].remedy}" in ended.reasons[0]
     assert split_skipped(lock, ["copies"]) == (["copies"], [])
     assert split_skipped(lock, ["sums", "copies"]) == (asked, [ended])
-    assert split_skipped(lock, ["sums"]) == (["sums"], [])  # which the plan refuses, saying why
+    assert split_skipped(lock, ["sums"]) == (["sums"], [])
+    with pytest.raises(ConfigError, match=r"there is no data for sums .*no gsm8k/test.jsonl"):
+        locked_names(lock, ["copies", "sums"])  # the plan's word, and that of a backfill
+    assert locked_names(lock, ["copies", "copies"]) == locked_names(lock, None) == ["copies"]
 
 
 def test_a_run_of_nothing_else_and_one_that_requires_all_are_refused(place: Place, world: World) -> None:

@@ -180,9 +180,8 @@ def _from_hub(source: HubSource) -> list[Row]:
     try:
         rows = hub.read(source.name, source.config, source.split, source.revision)
     except hub.Unreachable as error:
-        raise NoData(
-            source.name, [str(error)], remedy="make the hub reachable, or keep the documents in a local file"
-        ) from error
+        way = f"{hub.remedy(source.name)}, or keep the documents in a local file"
+        raise NoData(source.name, [str(error)], remedy=way) from error
     return [plain_row(row, f"{where}, document {n}") for n, row in enumerate(rows)]
 
 

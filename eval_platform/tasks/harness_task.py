@@ -52,7 +52,7 @@ def live_task(leaf: Leaf) -> Any:
     path = str(config.get("dataset_path"))
     needs_hub = path not in _LOCAL and not callable(config.get("custom_dataset"))
     if needs_hub and (reason := hub.out_of_reach()) is not None:
-        raise NoData(path, [reason], remedy="make the hub reachable")
+        raise NoData(path, [reason], remedy=hub.remedy(path))
     try:
         return _configurable(config)
     except TaskError:
@@ -60,7 +60,7 @@ def live_task(leaf: Leaf) -> Any:
     except Exception as error:  # its constructor loads data and runs the task's own functions
         why = hub.why_unreachable(error, f"dataset {path}") if needs_hub else None
         if why is not None:
-            raise NoData(path, [why], remedy="make the hub reachable, or download the dataset once") from error
+            raise NoData(path, [why], remedy=hub.remedy(path)) from error
         raise TaskError(
             f"lm-eval cannot make its task {leaf.task}: {type(error).__name__}: {error}",
             remedy="try it with lm-eval itself; it may need a package or another version of the dataset",

@@ -49,6 +49,16 @@ def out_of_reach() -> str | None:
     return _refusal()
 
 
+def remedy(name: str) -> str:
+    """What would bring the dataset `name` to this machine."""
+    there = f"{name} on the Hugging Face hub"
+    if importlib.util.find_spec("datasets") is None:
+        return f"install the package that reads {there}: pip install datasets"
+    if _offline():
+        return f"unset HF_HUB_OFFLINE once, where {there} can be reached"
+    return f"make {there} reachable"
+
+
 def why_unreachable(error: Exception, where: str) -> str | None:
     """Why `error` says no more than that `where` cannot be had from here; None when it says something else."""
     if _offline():

@@ -14,6 +14,7 @@ import pkgutil
 from typing import Any, Protocol, cast
 
 from eval_platform.errors import NoData, TaskError
+from eval_platform.tasks import hub
 from eval_platform.tasks.catalogue.data import FOLDER_VARIABLE, Card, Data
 from eval_platform.tasks.sections import did_you_mean
 
@@ -66,5 +67,5 @@ def _remedy(card: Card) -> str:
     if card.files:
         ways.append(f"set {FOLDER_VARIABLE} to a folder with {', '.join(card.files)} from {card.homepage}")
     if card.hub:
-        ways.append(f"make {card.hub} on the Hugging Face hub reachable (pip install datasets)")
+        ways.append(hub.remedy(card.hub))
     return ", or ".join(ways)
