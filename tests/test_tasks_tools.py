@@ -281,7 +281,7 @@ def test_lint_says_what_to_look_at_and_ends_with_1(place: Place) -> None:
     told = place("tasks", "lint", str(folder / "twice.yaml"))
     assert told.code == 1
     assert "look duplicate_items: 2 of 41 items stand more than once" in told.out
-    assert "ok   gold_position: the right choice stands at place 0, 1" in told.out
+    assert "ok   gold_position: the right choice stands at place 0 and 1 in " in told.out
     (findings,) = place("tasks", "lint", str(folder / "twice.yaml"), "--json").json.values()
     (duplicates,) = [one for one in findings if one["wrong"]]
     assert (duplicates["rule"], len(duplicates["examples"])) == ("duplicate_items", 2)

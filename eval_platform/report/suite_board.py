@@ -110,7 +110,8 @@ def _line(
             missing.pop(task, None)
             scores[task] = {row["metric"]: _cell(row) for row in newest if row["metric"] is not None}
         else:
-            told = " ".join("; ".join(newest[0]["reasons"] or ()).split())  # a remedy has a line of its own
+            lines = "\n".join(newest[0]["reasons"] or ()).splitlines()  # a remedy has a line of its own
+            told = "; ".join(" ".join(line.split()) for line in lines if line.strip())
             missing[task] = f"{newest[0]['status']}: {told}" if told else newest[0]["status"]
     sizes = [row["n_parameters"] for row in rows if row["n_parameters"] is not None]
     counted = [column.task for column in suite.columns if column.average]

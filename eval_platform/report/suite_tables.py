@@ -32,6 +32,12 @@ def suite_markdown(board: SuiteBoard) -> str:
             parts += ["### The same answers by other rules", _beside_table(board, beside)]
     else:
         parts.append("_Nothing is evaluated yet._")
+        if board.limit is None:
+            name = suite.suite
+            parts.append(
+                f"`eval-platform run --checkpoint FOLDER --suite {name}` asks it. What was run with `--limit N` is a "
+                f"trial, shown by `eval-platform report --suite {name} --limit N`."
+            )
     parts += _missing(board)
     return "\n\n".join(parts)
 

@@ -126,7 +126,8 @@ def gold_positions(items: Sequence[Item]) -> list[Finding]:
     observed = [counts[place] for place in range(places)]
     shares = ", ".join(f"{count / n:.1%}" for count in observed)
     whose = f"{n} items" if n == len(placed) else f"those {n} items that have {places} choices"
-    told = f"the right choice stands at place 0, 1, … in {shares} of {whose}"
+    last = " and 1" if places == 2 else ", 1, …"
+    told = f"the right choice stands at place 0{last} in {shares} of {whose}"
     if n / places < LEAST_EXPECTED:
         return [Finding("gold_position", False, f"{told}; too few to test")]
     from scipy import stats
