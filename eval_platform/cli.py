@@ -147,6 +147,8 @@ def run(
         raise typer.BadParameter("give tasks or a suite, not both", param_hint="--suite")
     if (checkpoint is None) == (served is None):
         raise typer.BadParameter("give the folder of a checkpoint, or --served NAME", param_hint="--checkpoint")
+    if served is not None and trust_remote_code:
+        raise typer.BadParameter("a served model's code runs on its server", param_hint="--trust-remote-code")
     config = configured()
     lock_path = config.lock_path
     if results is not None:
