@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +262,11 @@ def test_what_takes_too_long_is_ended(tmp_path: Path, checkpoint: Path) -> None:
     assert run_side(job(tmp_path, checkpoint), timeout=0.05) is None
 
 
-@pytest.mark.slow
 def test_a_process_that_fails_says_why(tmp_path: Path, checkpoint: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(checkpoint, broken)
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(EvalPlatformError, match="safetensors"):
-        run_side(job(tmp_path, broken))
+    asked = job(tmp_path, checkpoint)
+    Path(asked.requests).write_text("no request")
+    with pytest.raises(EvalPlatformError, match=r"bench\.side ended with 1: (.*\n)*.*line 1"):
+        run_side(asked)
 
 
 def test_work_without_a_checkpoint_is_wrong_usage(tmp_path: Path) -> None:
@@ -280,15 +277,13 @@ def test_work_without_a_checkpoint_is_wrong_usage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # six processes that import torch, one after the other
+@pytest.mark.timeout(900)  # five processes that import torch, one after the other
 def test_the_command_measures_a_tiny_model(tmp_path: Path, checkpoint: Path) -> None:
     file = tmp_path / "asked.jsonl"
     write_requests(
         file,
         [
             make_request("choice", "the river is", " long"),
-            make_request("choice", "the river is", " one two"),
-            make_request("rolling", "most of the people made water"),
             make_request("generate", "the river", settings=Generation(8, stop=(".",))),
         ],
     )
@@ -299,7 +294,7 @@ def test_the_command_measures_a_tiny_model(tmp_path: Path, checkpoint: Path) -> 
     )
     assert answer.code == 0, answer.err
     found = answer.json
-    assert found["requests"] == 4
+    assert found["requests"] == 2
     assert found["work"]["unique_tokens"] < found["work"]["input_tokens"]
     assert found["rates"]["matrix"] > 0
     assert found["rates"]["memory"] > 0

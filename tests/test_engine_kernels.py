@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import transformers
 from tiny_models import ARCHITECTURES, make_model, make_tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from warm import run_warm
 
 from eval_platform.engine import kernels
 from eval_platform.engine.kernels import KINDS, Kernels, install, product
@@ -246,11 +244,7 @@ json.dump({"weights": weights, "largest": largest, "grown": grown, "close": clos
 def test_packing_doubles_no_memory(tmp_path: Path, stored: torch.dtype) -> None:
     # Stored in float32 the weights are pages of the mapped file, in bfloat16 they are converted into memory of ours.
     _llama(layers=10).to(stored).save_pretrained(tmp_path)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(tmp_path)], env=env, capture_output=True, text=True, check=True
-    )
-    seen = json.loads(run.stdout)
+    seen = json.loads(run_warm(_MEMORY, str(tmp_path))[0])
     assert seen["weights"] > 100e6
     assert seen["close"]
     # One layer, and 4 MiB of oneDNN's own (kernels, fragments of the heap).
@@ -276,8 +270,7 @@ print(faults())
 
 
 def test_settled_memory_is_not_faulted_in_again() -> None:
-    run = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 1000  # 18,432 pages are written in each of three turns
+    assert int(run_warm(_FAULTS)[0]) < 1000  # 18,432 pages are written in each of three turns
 
 
 def test_a_deterministic_engine_repeats_to_the_last_digit(tmp_path: Path) -> None:
@@ -296,9 +289,6 @@ asked = [make_request("choice", "the river " * n, f" mountain {k}") for n in (3,
 answers = {answer.request_id: answer.log_likelihood.hex() for answer in engine.answer(asked)}
 print([answers[request.request_id] for request in asked])
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
+    runs = [run_warm(code, str(tmp_path))[0] for _ in range(2)]
     assert runs[0] == runs[1]
     assert "0x" in runs[0]

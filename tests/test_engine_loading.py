@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_checkpoint, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from warm import run_warm
 
 from eval_platform.engine import EngineInfo, kernels, load, placement
 from eval_platform.errors import CheckpointError, ConfigError, classify
@@ -306,9 +307,8 @@ def test_loading_needs_no_second_copy_of_the_weights(dtype: str, size: int, tmp_
     )
     LlamaForCausalLM(config).save_pretrained(large)
     make_tokenizer().save_pretrained(large)
-    command = [sys.executable, "-c", _PEAK, str(make_checkpoint(tmp_path / "small")), str(large), dtype]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    n_parameters, resident, anonymous = map(int, done.stdout.split())
+    said, _ = run_warm(_PEAK, str(make_checkpoint(tmp_path / "small")), str(large), dtype)
+    n_parameters, resident, anonymous = map(int, said.split())
     assert n_parameters > 40_000_000
     assert anonymous < 1.3 * size * n_parameters
     # Read as it is mapped, a file in another dtype is resident too until it is closed; those pages are the system's.

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="the oracle is lm-eval, which is not installed (extra `lm-eval`)")
 
+from fault_tools import Place, forked
 from tiny_models import make_checkpoint
 
 from eval_platform import warehouse
@@ -181,7 +182,9 @@ def _ours(folder: Path, checkpoint: Path) -> tuple[dict[str, list[dict[str, Any]
     _hand_over_the_library(folder)
 
     lock = read_lock(config.lock_path)
-    for outcome in evaluate_folder(config, store, checkpoint, Wanted(lock, limit=LIMIT), actor="test"):
+    with forked(Place(folder / "workers")):
+        outcomes = list(evaluate_folder(config, store, checkpoint, Wanted(lock, limit=LIMIT), actor="test"))
+    for outcome in outcomes:
         # Random weights may be held for what they answer; but every task must have been answered.
         assert outcome.status in {"published", "held"}, (outcome.task, outcome.reasons)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_oracle import Subject, ask, check_completed, check_scored
+from fault_tools import Place, forked
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,11 +138,11 @@ def test_the_whole_road_asks_for_a_persons_word_and_records_it(tmp_path: Path) -
     assert sync_tasks(config.tasks, store, config.lock_path).errors == ()
 
     wanted = Wanted(read_lock(config.lock_path))
-    (refused,) = evaluate_folder(config, store, path, wanted, actor="test")
+    with forked(Place(tmp_path / "workers")):
+        (refused,) = evaluate_folder(config, store, path, wanted, actor="test")
+        (outcome,) = evaluate_folder(config, store, path, replace(wanted, trust_remote_code=True), actor="test")
     assert refused.status == "failed"
     assert "trust_remote_code = true" in str(refused.reasons)
-
-    (outcome,) = evaluate_folder(config, store, path, replace(wanted, trust_remote_code=True), actor="test")
     assert outcome.status in {"published", "held"}, outcome.reasons
     record = outcome.record
     assert record["trust_remote_code"] is True
