@@ -21,7 +21,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from warehouse_world import World, commit_record
+from warehouse_world import World, commit_record  # pyright: ignore[reportMissingImports]
 
 from eval_platform import keeping, warehouse
 from eval_platform.store import commits, layout, log

@@ -290,7 +290,7 @@ def test_killed_at_any_write_it_goes_on(world, tmp_path):
     whole = LocalStore(tmp_path / "whole")
     keeping.transfer(world.store, whole)
     n_files = len(files(whole))
-    for n in range(1, 2 * n_files, 23):
+    for n in range(1, 2 * n_files, 41):
         target = LocalStore(tmp_path / f"killed{n}")
 
         def until_killed(n=n, target=target):

@@ -21,7 +21,7 @@ from eval_platform.checkpoints.announce import upload
 from eval_platform.config import S3, Config, load_config
 from eval_platform.errors import StoreError
 from eval_platform.plan import Wanted, plan
-from eval_platform.store import arrivals, decisions, open_store, register_root
+from eval_platform.store import arrivals, bundles, decisions, open_store, register_root
 from eval_platform.tasks import read_lock, sync_tasks
 
 ROLES = ("watcher", "worker", "reader")
@@ -131,6 +131,8 @@ def test_each_does_its_work_with_its_policy_and_nothing_else(server, policies, t
 
     store = become("watcher")
     decisions.append(store, done["evaluation_id"], 1, **told)
+    monkeypatch.setattr(bundles, "AT_LEAST", 1)
+    assert bundles.bundle(store) == 1
     with pytest.raises(StoreError, match="AccessDenied"):
         store.delete(f"evaluations/{done['evaluation_id']}/1.json")
     calls.pop()
