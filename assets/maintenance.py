@@ -1,5 +1,7 @@
 """What keeps a results root quick to read: in a bucket, the small records of a day are copied into one object."""
 
+from typing import Any
+
 import dagster as dg
 
 from eval_platform.store.bundles import bundle
@@ -16,7 +18,7 @@ BUNDLES = dg.AssetKey("record_bundles")
     description="Copies of the results root's small records, many in one object, from which a machine that has seen "
     "nothing builds its catalog in few requests. The records themselves stay. A root in a folder has none.",
 )
-def record_bundles(store: StoreResource) -> dg.MaterializeResult[None]:
+def record_bundles(store: StoreResource) -> dg.MaterializeResult[Any]:
     """Bundle what is in no bundle yet. Safe at any time: readers go by the records that are listed."""
     opened = store.open()
     is_folder = opened.requests_at_once == 1

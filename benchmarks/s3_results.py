@@ -2,9 +2,9 @@
 
 Run from the repository's root: `python -m benchmarks.s3_results [--checkpoints 125] [--tasks 8]`. Records of so many
 evaluations are made in a folder by the store's own functions and copied to a bucket; then a machine that has seen
-nothing asks for the leaderboard, asks again, and asks after one evaluation more. Exits 1 when the first answer takes
-over 15 s, the second over 2 s, or one evaluation more is over 50 requests. moto is one Python process on the same
-cores: a real service answers many requests at once.
+nothing asks for the leaderboard, asks again, and asks after one evaluation more; then the records are bundled, and
+another such machine asks. Exits 1 when its answer takes over 15 s, the same again over 2 s, or one evaluation more is
+over 50 requests. moto is one Python process on the same cores: a real service answers many requests at once.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from unittest.mock import patch
 from eval_platform import warehouse
 from eval_platform.config import S3
 from eval_platform.store import Store, arrivals, open_store, tries
+from eval_platform.store.bundles import bundle
 from eval_platform.store.s3_requests import Requests
 from tests.s3_server import CREDENTIALS, s3_server
 from tests.warehouse_world import World
@@ -52,13 +53,15 @@ def _measure(store: Store, folder: Path, checkpoints: int, tasks: int) -> int:
     copied = _copy(local.store, store)
     print(f"{checkpoints:,} checkpoints x {tasks} tasks: {copied:,} objects; load {os.getloadavg()[0]:.1f}", flush=True)
 
-    catalog = folder / "state" / "catalog-s3.duckdb"
-    first, _ = _timed("first leaderboard, empty machine", lambda: warehouse.query(catalog, store, BOARD))
+    catalog, other = (folder / "state" / f"{name}.duckdb" for name in ("catalog", "other"))
+    _timed("first leaderboard, nothing bundled", lambda: warehouse.query(catalog, store, BOARD))
     again, _ = _timed("the same again", lambda: warehouse.query(catalog, store, BOARD))
     bucket = World(folder / "other")
     bucket.store = store  # type: ignore[assignment] -- a folder's store is what tests give it
     _evaluate(bucket, checkpoints, 1)
     _, requests = _timed("after one evaluation more", lambda: warehouse.query(catalog, store, BOARD))
+    _timed("compact", lambda: bundle(store))
+    first, _ = _timed("first leaderboard, bundled", lambda: warehouse.query(other, store, BOARD))
     if first > FIRST_SECONDS or again > AGAIN_SECONDS or requests > ONE_MORE_REQUESTS:
         print(
             f"too much: at most {FIRST_SECONDS:.0f} s, {AGAIN_SECONDS:.0f} s and {ONE_MORE_REQUESTS} requests",
@@ -93,10 +96,11 @@ def _timed(what: str, ask: Callable[[], Any]) -> tuple[float, int]:
     """(seconds, requests), printed."""
     with _counted() as requests:
         began = time.perf_counter()
-        rows = ask().num_rows
+        answer = ask()
         seconds = time.perf_counter() - began
     told = ", ".join(f"{count:,} {verb}" for verb, count in requests.most_common())
-    print(f"{what:<34} {seconds:7.2f} s, {requests.total():,} requests ({told}); {rows:,} rows", flush=True)
+    found = f"{answer:,} records" if isinstance(answer, int) else f"{answer.num_rows:,} rows"
+    print(f"{what:<34} {seconds:7.2f} s, {requests.total():,} requests ({told}); {found}", flush=True)
     return seconds, requests.total()
 
 

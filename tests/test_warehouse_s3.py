@@ -115,7 +115,7 @@ class Meanwhile(LocalStore):
 
     def _between(self):
         with self.turn:
-            if self.acts and self.chance.random() < 0.3:
+            if self.acts and self.chance.random() < 0.5:
                 self.acts.pop()()
 
     def list(self, prefix, delimiter=None, after=None):
@@ -129,7 +129,7 @@ class Meanwhile(LocalStore):
         return super().read(key, start, end)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_who_reads_while_records_are_written_and_bundled_misses_nothing_and_sees_nothing_twice(
     tmp_path, monkeypatch, seed
 ):
@@ -145,9 +145,9 @@ def test_who_reads_while_records_are_written_and_bundled_misses_nothing_and_sees
         arrival = world.arrive(f"r/run/{n}", f"c-{n}", step=n)
         world.publish(f"c-{n}", "add", "add-1", key=arrival.key)
 
-    for n in range(6):
+    for n in range(4):
         evaluate(n)
-    acts = [partial(evaluate, n) for n in range(6, 12)] + [partial(bundles.bundle, world.store)] * 4
+    acts = [partial(evaluate, n) for n in range(4, 8)] + [partial(bundles.bundle, world.store)] * 4
     chance.shuffle(acts)
     seen = Meanwhile(world.store.folder, acts, chance)
     board = "select key, value from leaderboard order by step"
@@ -156,14 +156,14 @@ def test_who_reads_while_records_are_written_and_bundled_misses_nothing_and_sees
         with warehouse.connect(world.catalog, world.store, samples=False) as con:
             keys = [key for key, _ in con.sql(board).fetchall()]
         assert len(keys) == len(set(keys))
-        assert set(keys) >= {f"r/run/{n}" for n in range(6)}
+        assert set(keys) >= {f"r/run/{n}" for n in range(4)}
         if not acts:
             break
     warehouse.refresh(seen, world.catalog)
     after_all = dump(world.catalog)
     warehouse.rebuild(world.store, world.catalog)
     assert after_all == dump(world.catalog)
-    assert warehouse.query(world.catalog, world.store, board).num_rows == 12
+    assert warehouse.query(world.catalog, world.store, board).num_rows == 8
 
 
 def test_many_announcements_are_looked_for_together(bucket, wire, monkeypatch):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def slot(store: Store, evaluation_id: str) -> int:
     """The attempt that is open, or else the last one: the highest that was committed or asked for, at least 1."""
-    return max([1, *attempts(store, evaluation_id), *_asked(store, evaluation_id)])
+    listed = store.list(layout.evaluation_folder(evaluation_id), delimiter="/")
+    numbered = [found for entry in listed if (found := layout.numbered(entry.key))]
+    return max([1, *(n for n, suffix in numbered if suffix in (".json", ".asked.json"))])
 
 
 def attempts(store: Store, evaluation_id: str) -> list[int]:
@@ -142,7 +144,3 @@ def prune_samples(store: Store, record: Mapping[str, Any], *, actor: str, rule: 
 def tombstone(store: Store, evaluation_id: str, attempt: int) -> dict[str, Any] | None:
     """Who pruned the attempt's samples, when and by which rule; None while they are kept."""
     return find_record(store, layout.evaluation_pruned(evaluation_id, attempt))
-
-
-def _asked(store: Store, evaluation_id: str) -> list[int]:
-    return [n for n, _ in layout.numbers(store, layout.evaluation_folder(evaluation_id), suffix=".asked.json")]

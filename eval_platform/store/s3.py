@@ -30,6 +30,8 @@ MAX_CREATED_BYTES = 5 * 2**30  # what one PutObject may carry
 PART_BYTES = 16 * 2**20
 _MAX_PARTS = 10_000
 _UPLOADS_AT_ONCE = 4
+# The prompts of a task are the same for every checkpoint: what is large is not sent to hear that it is there.
+_LOOKED_FOR_BYTES = 2**20
 # Smaller ones cost more in the classes for rarely read objects, and beats are written again and again.
 _CLASSED_BYTES = 128 * 2**10
 # Whose object this is, for a writer that lost the answer to its own request.
@@ -123,6 +125,8 @@ class S3Store:
                 f"cannot create {self._named(key)} at once: {size:,} bytes, S3 takes {MAX_CREATED_BYTES:,}",
                 remedy="ask fewer items in one task",
             )
+        if size >= _LOOKED_FOR_BYTES and self._is_there(key):
+            return False
         writer = uuid.uuid4().hex
         with _Body(body) as whole:
             created = self._create(key, whole, writer)
@@ -159,6 +163,13 @@ class S3Store:
             return True
 
         return self._requests.run(f"create {self._named(key)}", put)
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.read(key, 0, 1)
+        except KeyError:
+            return False
+        return True
 
     def _is_of(self, client: Any, key: str, writer: str) -> bool:
         try:
