@@ -5,15 +5,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from checkpoint_factory import make_checkpoint
 from dagster_world import DagsterWorld, dagster_world
 from wire import Wire
 
+from assets.maintenance import record_bundles
 from eval_platform import status
 from eval_platform.checkpoints.announce import announce, upload
-from eval_platform.store import arrivals, open_store
+from eval_platform.store import arrivals, bundles, open_store
 from eval_platform.tasks import read_lock
+from resources.store import StoreResource
 
 pytestmark = pytest.mark.dagster
 pytest_plugins = ["store_roots"]
@@ -57,7 +60,9 @@ def cost(wire: Wire) -> Counter[str]:
     return asked
 
 
-def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(world: DagsterWorld, wire: Wire) -> None:
+def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(
+    world: DagsterWorld, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in range(STEPS):
         drop(world, step, seed=step)
     found = world.tick("new_checkpoints").run_requests
@@ -104,3 +109,10 @@ def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(world: 
     status.status(world.config, world.store, lock)
     asked = cost(wire)
     assert asked.total() <= 8, asked
+
+    monkeypatch.setattr(bundles, "AT_LEAST", 1)
+    resources = {"store": StoreResource(config_file=str(world.file))}
+    for bundled in (True, False):  # the second time there is nothing new
+        assert dg.materialize([record_bundles], instance=world.instance, resources=resources).success
+        assert bool(world.events("record_bundles")[0].metadata["records bundled"].value) is bundled
+    assert len(list(world.store.list("bundles/"))) == 1
