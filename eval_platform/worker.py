@@ -39,7 +39,7 @@ from eval_platform.engine import (
     resolve_settings,
 )
 from eval_platform.engine import load as load_engine
-from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, classify
+from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, SamplesPruned, classify
 from eval_platform.identity import content_id, ordered_id
 from eval_platform.plan import Plan, PlannedTask, read_plan
 from eval_platform.sandbox import describe as describe_sandbox
@@ -491,14 +491,16 @@ def _stored_answers(
         record = commits.read(store, evaluation_id, attempt)
         if record is None or standing is None or standing.status != "published":
             continue
-        if commits.tombstone(store, evaluation_id, attempt) is not None:  # its answers were pruned
-            continue
         other = tasks.load_task(store, record["task_id"])
         if other.repeats < task.repeats:
             continue
+        try:
+            samples = commits.read_samples(store, record)
+        except SamplesPruned:
+            continue
         answers = {
             (response.request_id, response.repeat): response
-            for row in commits.read_samples(store, record).to_pylist()
+            for row in samples.to_pylist()
             for response in scoring.responses_from_sample(other, by_sample[row["sample_id"]], row)
         }
         log.info("%s: scored from the stored answers of evaluation %s", planned.name, evaluation_id)

@@ -132,7 +132,7 @@ def test_each_does_its_work_with_its_policy_and_nothing_else(server, policies, t
     store = become("watcher")
     decisions.append(store, done["evaluation_id"], 1, **told)
     monkeypatch.setattr(bundles, "AT_LEAST", 1)
-    assert bundles.bundle(store) == 1
+    assert bundles.bundle(store) > 0
     with pytest.raises(StoreError, match="AccessDenied"):
         store.delete(f"evaluations/{done['evaluation_id']}/1.json")
     calls.pop()

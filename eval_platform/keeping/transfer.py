@@ -20,8 +20,11 @@ from eval_platform.store.records import decode
 Slot = tuple[str, int]
 
 _BY_NAME = "tasks/by-name/"
-_CONTENT = ("datasets/", "tasks/", "prompts/")
-_COPIED = ("roots/", *_CONTENT, "arrivals/", "samples/", "answers/", "evaluations/", "decisions/")
+# Listed in this order: what names others first, so that what it names is listed although a platform writes meanwhile.
+_COPIED = (
+    *("evaluations/", "decisions/", "answers/", "samples/", "prompts/"),
+    *("arrivals/", "roots/", "tasks/", "datasets/"),
+)
 
 
 @dataclass(frozen=True, slots=True)

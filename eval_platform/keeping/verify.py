@@ -84,6 +84,9 @@ def verify(store: Store, catalog: Path, step: Step = quietly) -> Verified:
             findings.append(Finding(kind, entry.key, body.problem, body.remedy or RESTORE))
         if body is not None:
             root.bodies[entry.key] = body
+    for entry in store.list("evaluations/"):  # of a prune that went on meanwhile
+        if entry.key.endswith(".pruned.json") and entry.key not in root.sizes:
+            root.sizes[entry.key] = entry.size
     for check in (_evaluations, _unnamed, _decisions, _tries, _arrivals, _tasks):
         findings += check(root)
     # What was written since its folder was listed is not lost.
@@ -157,11 +160,14 @@ def _references(root: _Root, key: str, record: dict[str, Any]) -> Iterator[Findi
         yield Finding("damage", layout.prompts(record["prompts_id"]), f"its items are not those of {key}", RESTORE)
     arrival, n = record["key"], record["arrival"]
     identity = root.record(layout.arrival_identity(arrival, n))
-    if layout.arrival(arrival, n) not in root.sizes or identity is None:
+    if layout.arrival_identity(arrival, n) not in root.sizes:
+        lost = layout.arrival_identity(arrival, n)
+        yield Finding("damage", lost, f"which checkpoint {key} is of stands nowhere any more", RESTORE)
+    elif layout.arrival(arrival, n) not in root.sizes:
         yield Finding(
             "damage", layout.arrival(arrival, n), f"the checkpoint's record that {key} names is lost", RESTORE
         )
-    elif identity["checkpoint_id"] != record["checkpoint_id"]:
+    elif identity is not None and identity.get("checkpoint_id") != record["checkpoint_id"]:
         yield Finding("damage", layout.arrival_identity(arrival, n), f"{key} says it is another checkpoint", RESTORE)
     if layout.task(record["task_id"]) not in root.sizes:
         yield Finding("damage", layout.task(record["task_id"]), f"the task that {key} names is lost", RESTORE)
