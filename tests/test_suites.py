@@ -110,10 +110,10 @@ def test_a_table_has_both_rules_and_says_what_is_missing() -> None:
     board = board_of_rows(find_suite("instructeval", {}), _locked("mmlu_instructeval", "bbh_instructeval"), rows)
     text = suite_markdown(board)
 
-    assert "| r/s_2 | 6.7B | 41.6 ± 3.0 (200) |  | skipped |" in text
+    assert "| r/s_2 | 6.7B | 41.6 ± 3.0 (200) | held | skipped |" in text
     assert "| r/s_1 |  | 30.0 (200) |  | skipped |" in text
     assert "| checkpoint | MMLU (prefix_match) | MMLU (exact_match) | BBH (prefix_match) | BBH (exact_match) |" in text
-    assert "| r/s_2 | 41.6 ± 3.0 (200) | 40.0 ± 3.0 (200) |  |  |" in text
+    assert "| r/s_2 | 41.6 ± 3.0 (200) | 40.0 ± 3.0 (200) | held | held |" in text
     assert "- BBH (`bbh_instructeval`) of r/s_2: held: too good; odd" in text
     assert "- BBH (`bbh_instructeval`) of r/s_1: not evaluated" in text
     assert "- DROP (`drop_instructeval`): no data: no file drop.json" in text

@@ -107,7 +107,8 @@ def _head(title: str, metric: str | None) -> str:
 def _shown(line: Line, task: str, metric: str | None, *, absent: bool) -> str:
     cell = line.scores.get(task, {}).get(metric or "")
     if cell is None:
-        return "" if not absent else "skipped"
+        state = "skipped" if absent else line.missing.get(task, "").partition(":")[0]
+        return "" if state == "not evaluated" else state
     return _number(cell, is_share=_is_share(metric or ""))
 
 
