@@ -20,13 +20,13 @@ from eval_platform.checkpoints.headers import MAX_HEADER_BYTES
 from eval_platform.checkpoints.inspection import Inspection, inspect
 from eval_platform.identity import content_id
 from eval_platform.store.base import Entry
-from eval_platform.store.s3 import S3Store
+from eval_platform.store.s3 import PAGE_KEYS, S3Store
 
 # What inspection and description read; of the rest it is enough to know that it is there.
 _READ = ("config.json", "tokenizer_config.json", "adapter_config.json", *DESCRIBING)
 _HEADER_GUESS_BYTES = 1 << 16  # holds the headers of most shards, so that one request a file is enough
 _READS_AT_ONCE = 8
-_LIST_WHOLE = 50  # folders of ten files each: one request for a hundred of them instead of a hundred
+_LIST_WHOLE = 4  # folders of ten files each, side by side: one request for a hundred of them instead of a hundred
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,11 @@ class BucketTree:
             return
         tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
         last = max(folders)
-        for entry in self.store.list(prefix, after=min(folders)):
+        for n, entry in enumerate(self.store.list(prefix, after=min(folders))):
             if entry.key > last and not entry.key.startswith(last):
                 break
+            if n == PAGE_KEYS * len(folders):  # they lie so far apart that one request for each costs less
+                return
             parent, _, _ = entry.key.rpartition("/")
             tree.setdefault(f"{parent}/", {})[entry.key] = entry
             while len(parent) > len(prefix):
