@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval_platform import warehouse
 from eval_platform.errors import ConfigError, StoreError
@@ -11,6 +11,9 @@ from eval_platform.keeping.together import Step, each, quietly
 from eval_platform.store import Store, commits
 from eval_platform.tasks.metrics import METRICS
 from eval_platform.warehouse.connection import literal
+
+if TYPE_CHECKING:
+    import duckdb
 
 _DECIDED = """
     select e.evaluation_id, e.attempt, e.checkpoint_id, e.key, a.run, a.step, e.task, e.status, e.samples_key,
@@ -87,10 +90,12 @@ def choose(store: Store, catalog: Path, keep: Keep) -> Chosen:
         raise ConfigError("which samples are to be kept?", remedy="give a rule, as --keep-last 3 or --published-only")
     warehouse.refresh(store, catalog)
     sizes = {entry.key: entry.size for entry in store.list("samples/")}
-    checkpoints = _kept_checkpoints(store, catalog, keep)
+    with warehouse.connect(catalog, store, samples=False) as con:
+        checkpoints = _kept_checkpoints(con, keep)
+        decided = _ask(con, _DECIDED)
     going: list[Candidate] = []
     kept = 0
-    for row in _ask(catalog, store, _DECIDED):
+    for row in decided:
         if row["samples_key"] not in sizes:
             continue
         if row.pop("pruned") or not _is_kept(row, checkpoints, keep):
@@ -126,22 +131,22 @@ def _is_kept(row: dict[str, Any], checkpoints: set[str] | None, keep: Keep) -> b
     return checkpoints is None or row["checkpoint_id"] in checkpoints
 
 
-def _kept_checkpoints(store: Store, catalog: Path, keep: Keep) -> set[str] | None:
+def _kept_checkpoints(con: "duckdb.DuckDBPyConnection", keep: Keep) -> set[str] | None:
     """checkpoint_ids that a rule keeps; None where no rule speaks of checkpoints, so that all are."""
     if keep.last is None and keep.every is None and not keep.best:
         return None
     kept: set[str] = set()
-    for row in _ask(catalog, store, _NEWEST):
+    for row in _ask(con, _NEWEST):
         by_last = keep.last is not None and row["place"] <= keep.last
         by_every = keep.every is not None and (row["step"] is None or row["step"] % keep.every == 0)
         if by_last or by_every:
             kept.add(row["checkpoint_id"])
     for named in keep.best:
-        kept |= _best(store, catalog, named)
+        kept |= _best(con, named)
     return kept
 
 
-def _best(store: Store, catalog: Path, named: str) -> set[str]:
+def _best(con: "duckdb.DuckDBPyConnection", named: str) -> set[str]:
     """In each run the checkpoint with the best value of TASK's primary metric, or of TASK:METRIC."""
     task, _, metric = named.partition(":")
     which = f"metric = {literal(metric)}" if metric else "is_primary"
@@ -150,7 +155,7 @@ def _best(store: Store, catalog: Path, named: str) -> set[str]:
         where task = {literal(task)} and {which} and subset = '' and subject is null and not stale and value is not null
         order by step desc nulls last
     """
-    rows = _ask(catalog, store, text)
+    rows = _ask(con, text)
     if not rows:
         raise ConfigError(
             f"--keep-best {named}: nothing is published of it",
@@ -173,6 +178,5 @@ def _best(store: Store, catalog: Path, named: str) -> set[str]:
     return {row["checkpoint_id"] for row in best.values()}
 
 
-def _ask(catalog: Path, store: Store, text: str) -> list[dict[str, Any]]:
-    with warehouse.connect(catalog, store, samples=False) as con:
-        return con.sql(text).to_arrow_table().to_pylist()
+def _ask(con: "duckdb.DuckDBPyConnection", text: str) -> list[dict[str, Any]]:
+    return con.sql(text).to_arrow_table().to_pylist()
