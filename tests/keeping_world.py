@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from checkpoint_factory import make_checkpoint
 from cli_tools import Answer, run_cli
 from fault_tools import WORDS, Place
 
@@ -76,7 +77,7 @@ def make_world(folder: Path) -> Place:
     place.write_task("words", 4, **WORDS)
     place.sync()
     for step in STEPS:
-        place.checkpoint(f"a/step_{step}", seed=step)
+        make_checkpoint(place.checkpoints / f"a/step_{step}", seed=step)
         arrival = arrive(place, step)
         for message in work(place, place.store, arrival, load):
             held = step == 2 and message["task"] == "choices"
