@@ -233,7 +233,11 @@ class Config(_Section):
     @property
     def catalog_path(self) -> Path:
         """A mirror of its own for every results root: `run --results` elsewhere leaves this one's as it is."""
-        return self.state_dir / f"catalog-{content_id(self.results)[:8]}.duckdb"
+        elsewhere = (
+            self.s3.endpoint if self.results.startswith("s3://") else None
+        )  # servers may have buckets of one name
+        root = [elsewhere, self.results] if elsewhere else self.results
+        return self.state_dir / f"catalog-{content_id(root)[:8]}.duckdb"
 
     @property
     def cache_dir(self) -> Path:

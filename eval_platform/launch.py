@@ -161,7 +161,13 @@ def stop_orphans(config: Config) -> int:
 def _forget_old(workers: Path) -> None:
     """Keep the folders (plan, messages, log) of the last workers for people to look at, not of all that ever ran."""
     for folder in sorted(workers.glob("*"))[:-KEPT_WORKERS]:
-        shutil.rmtree(folder, ignore_errors=True)  # a living one writes on; what stays is forgotten next time
+        try:
+            processes = json.loads((folder / "process.json").read_text(encoding="utf-8"))
+            if not known_dead(processes["worker"]):
+                continue  # one long evaluation beside many short ones
+        except FileNotFoundError:
+            pass  # it never began
+        shutil.rmtree(folder, ignore_errors=True)  # another may be forgetting the same
 
 
 def _free_slot(config: Config, waiting: Callable[[], None]) -> IO[bytes]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eval_platform.identity import content_id
 from eval_platform.store.base import Store
 from eval_platform.store.local import LocalStore
 
@@ -16,13 +15,12 @@ from eval_platform.store.local import LocalStore
 def local_files(store: Store, keys: Iterable[str], cache: Path) -> dict[str, Path]:
     """key -> a file with its bytes, for those of `keys` that the store has.
 
-    Of a store elsewhere the copies lie in `cache`, which grows with what is asked for and may be deleted at any time.
-    Raises StoreError when the store cannot be read or the cache cannot be written.
+    Of a store elsewhere the copies lie in `cache`, a folder of this store's own, which grows with what is asked for and
+    may be deleted at any time. Raises StoreError when the store cannot be read or the cache cannot be written.
     """
     if isinstance(store, LocalStore):
         return {key: path for key in keys if (path := store.path(key)).is_file()}
-    # Each store has a folder of its own, and a copy has the key's place below it, so that people find it.
-    copies = LocalStore(cache / content_id(store.uri)[:16])
+    copies = LocalStore(cache)  # a copy has the key's place below it, so that people find it
     wanted = {key: copies.path(key) for key in keys}
     missing = [key for key, path in wanted.items() if not path.is_file()]
     with ThreadPoolExecutor(store.requests_at_once) as pool:

@@ -34,7 +34,7 @@ def connect(catalog: Path, store: Store, *, samples: bool = True) -> "duckdb.Duc
     """
     con = open_catalog(catalog)
     try:
-        lock_down(con, define_samples(con, store, catalog.parent / "store_copies") if samples else [])
+        lock_down(con, define_samples(con, store, catalog.parent / "store_copies" / catalog.stem) if samples else [])
     except BaseException:
         con.close()
         raise
