@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from eval_platform.checkpoints.announce import announce, upload
 from eval_platform.config import S3
-from eval_platform.errors import EvalPlatformError
+from eval_platform.errors import EvalPlatformError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -65,17 +65,23 @@ class EvalPlatformCallback(TrainerCallback):
         self._upload_owed()
 
     def _upload_owed(self) -> None:
+        """Newest first, and no further than the bucket answers: each folder would wait for it as long, and training
+        with it."""
         still: list[Path] = []
-        for folder in self.owed:
+        answers = True
+        for folder in reversed(self.owed):
             if not folder.is_dir():
                 log.error("%s was deleted before it could be uploaded to %s", folder, self.upload_to)
                 continue
             try:
-                upload(folder, f"{self.upload_to}/{folder.name}", self.s3)
+                if answers:
+                    upload(folder, f"{self.upload_to}/{folder.name}", self.s3)
+                    continue
             except EvalPlatformError as error:
                 log.error("%s is not uploaded, and so not evaluated yet: %s", folder, error)
-                still.append(folder)
-        self.owed = still
+                answers = not isinstance(error, StoreError)
+            still.append(folder)
+        self.owed = still[::-1]
 
 
 def _saved(args: TrainingArguments, state: TrainerState) -> Path:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from tiny_models import make_checkpoint, make_model, make_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from wire import Answer, Wire
 
 from eval_platform.checkpoints import Watch, discover
@@ -82,6 +82,17 @@ def test_the_trainer_announces_each_save_and_uploads_it_before_it_deletes_it(
     names = {entry.key for entry in open_store(f"{target}/checkpoint-3", settings).list("")}
     assert "optimizer.pt" not in names
     assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "checkpoint.json", "_SUCCESS"} <= names
+
+
+def test_a_bucket_that_is_away_is_waited_for_once_a_save_however_much_is_owed(tmp_path, s3_session, s3_credentials):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with Wire(s3_session.port) as wire:
+        callback = EvalPlatformCallback(f"s3://absent-{time.time_ns()}/runs", s3=S3(endpoint=wire.endpoint))
+        owed = [make_checkpoint(tmp_path / name) for name in ("checkpoint-1", "checkpoint-2")]
+        callback.owed = list(owed)
+        callback.on_train_end(arguments, TrainerState(), TrainerControl())
+        assert len(wire.requests) == 1
+    assert callback.owed == owed
 
 
 def test_a_replaced_upload_has_no_mark_while_it_is_under_way_and_never_mixes_two_models(tmp_path, settings, s3_session):
