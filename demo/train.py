@@ -236,10 +236,6 @@ def train(
     return written
 
 
-def _uploader(target: str) -> Callable[[Path], None]:
-    return lambda folder: upload(folder, f"{target}/{folder.name}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one folder per checkpoint")
