@@ -10,7 +10,7 @@ from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import ConfigError, EvalPlatformError
 from eval_platform.plan import Plan, PlannedTask, Wanted, locked_names, not_asked, plan, plan_of
-from eval_platform.store import Store, arrivals, commits, decisions, register_root, tries, watcher_id
+from eval_platform.store import Store, arrivals, commits, decisions, open_root, register_root, tries, watcher_id
 from eval_platform.tasks import SkippedTask, TaskLock, read_lock
 from eval_platform.values import RunSettings
 from eval_platform.warehouse.connection import literal
@@ -65,6 +65,7 @@ def evaluate_folder(
         lambda done, total: on_message(_staging(done, total)),
         config.s3,
     )
+    open_root(store)
     for root in config.checkpoints:
         register_root(store, root.name, root.path)
     yield from _evaluate(config, store, found, wanted, actor, on_message)
@@ -90,6 +91,7 @@ def evaluate_served(
             f"no [[served]] model is called {name!r}; " + (f"there are {known}" if known else "there is none"),
             remedy="describe it in eval_platform.toml (docs/served.md)",
         )
+    open_root(store)
     yield from _evaluate(config, store, checkpoints.as_found(entry), wanted, actor, on_message)
 
 

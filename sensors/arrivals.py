@@ -12,7 +12,7 @@ from assets.partitions import checkpoints
 from assets.results import ARRIVAL_TAG, CHECKPOINT, EVALUATE_JOB, SUMMARY, TASKS_TAG, arrival_name, results_key
 from eval_platform.checkpoints import Found, Watch, as_found, discover, hold
 from eval_platform.config import Config
-from eval_platform.store import Store, arrivals, register_root, watcher_id
+from eval_platform.store import Store, arrivals, open_root, register_root, watcher_id
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Arrival, Incomplete
 from resources.store import StoreResource
@@ -45,6 +45,7 @@ def run_request(arrival: Arrival, lock: TaskLock, tasks: Collection[str], *, suf
 class _Memory:
     """What this process has seen in the store and what never changes there; it only saves requests."""
 
+    is_open: bool = False  # the results root, whose layout we know
     roots: set[tuple[str, str]] = field(default_factory=set)  # registered: name, path
     fingerprints: dict[tuple[str, int], str] = field(default_factory=dict)  # of an arrival: key, n
 
@@ -64,6 +65,9 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
         if not lock.tasks:
             return dg.SkipReason("there is nothing to ask yet: run `eval-platform tasks sync`")
         config, opened = store.config(), store.open()
+        if not memory.is_open:
+            open_root(opened)
+            memory.is_open = True
         for root in config.checkpoints:
             if (root.name, root.path) not in memory.roots:
                 register_root(opened, root.name, root.path)

@@ -390,6 +390,14 @@ def test_a_newer_or_broken_lock_is_refused(world: World) -> None:
             read_lock(world.lock)
 
 
+def test_a_store_that_a_newer_release_laid_out_is_refused_before_anything_is_written(world: World) -> None:
+    world.write()
+    world.store.create(layout.ROOT, b'{"schema_version": 1, "root_id": "x", "layout": 99}')
+    with pytest.raises(SchemaError, match=r"layout version 99(.|\n)*upgrade"):
+        world.sync()
+    assert [entry.key for entry in world.store.list("")] == [layout.ROOT]
+
+
 def test_an_unknown_or_altered_task_is_refused(world: World) -> None:
     world.write()
     locked = world.sync().lock.tasks["sums"]

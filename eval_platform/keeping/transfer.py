@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from eval_platform.errors import ConfigError, SchemaError
 from eval_platform.keeping.together import Step, each, quietly
-from eval_platform.store import Store, decisions, find_record, layout, read_record
+from eval_platform.store import Store, decisions, find_record, layout, open_root, read_record
 from eval_platform.store.announcements import announce
 from eval_platform.store.records import decode
 
@@ -95,6 +95,7 @@ def transfer(source: Store, target: Store, step: Step = quietly) -> Moved:
         raise ConfigError(f"{source.uri} is both source and target", remedy="name another results root")
     if not any(key.startswith(("evaluations/", "arrivals/", "tasks/")) for key in there):
         raise ConfigError(f"there are no results in {source.uri}", remedy="name the folder that `results` is set to")
+    open_root(target)
     roots = _Roots(source, target, there, {entry.key for top in _COPIED for entry in target.list(top)})
     moved = Moved()
     _checkpoint_roots(roots, moved)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from eval_platform import config
 from eval_platform.errors import NoData, TaskError
-from eval_platform.store import Store, create_record, find_record, layout, log, read_record
+from eval_platform.store import Store, create_record, find_record, layout, log, open_root, read_record
 from eval_platform.tasks.building import definition_record, open_task, prove_task, with_chance
 from eval_platform.tasks.differences import DocumentChange, compare_documents
 from eval_platform.tasks.documents import as_documents
@@ -76,9 +76,10 @@ def sync_tasks(
     the lock says too. `check` looks at the items of what this store has not seen before: an error makes the task a
     broken one, a warning is kept beside the snapshot and reported.
     Raises ConfigError for a folder or a suite that is not there, StoreError when the store cannot be written,
-    SchemaError when the lock is from a newer eval-platform.
+    SchemaError when the lock or the store is from a newer eval-platform.
     """
     before = read_lock(lock_path)
+    open_root(store)
 
     def unseen(task: Task) -> bool:
         return check is not None and find_record(store, _checks_key(task)) is None
