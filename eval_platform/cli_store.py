@@ -1,4 +1,4 @@
-"""The commands that keep a results root: verify, rebuild, prune, export, import; thin calls into `keeping`."""
+"""The commands that keep a results root: verify, rebuild, prune, export, both imports; thin calls into `keeping`."""
 
 import getpass
 from dataclasses import asdict
@@ -140,6 +140,46 @@ def import_(
     moved = _transfer(_other(config, source), store)
     _refresh(config, store)
     _tell(moved, source, store.uri, as_json)
+
+
+@store_app.command("import-lm-eval", epilog=example("eval-platform import-lm-eval ../lm_eval_results --run pythia"))
+def import_lm_eval(
+    source: Annotated[Path, typer.Argument(help="What lm-eval's --output_path named, or one results_<time>.json.")],
+    run: Annotated[str | None, typer.Option(help="The run of all these models; else as their paths say.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="The step of all these models; else as their paths say.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over results of lm-evaluation-harness 0.4: scores, standard errors and, where they were logged, samples.
+
+    They stand beside the platform's own, marked as imported (`kind` on boards, `evaluations.origin`), as tasks of
+    their own (`arc_easy@lm-eval`), and are never taken for an answer to one of ours. The gate looks at the numbers:
+    what is NaN, or not what its samples say, is held. Importing a file again adds nothing. Groups are left out, their
+    tasks are not. Ends with 1 when something could not be read; the rest is taken over.
+    """
+    from eval_platform import keeping
+    from eval_platform.terminal import print_json, print_taken_over, steps
+
+    config, store = opened()
+    with steps() as progress:
+        done = keeping.take_over(
+            store,
+            config.catalog_path,
+            source.resolve(),
+            roots=config.checkpoints,
+            run=run,
+            step=step,
+            actor=getpass.getuser(),
+            progress=progress,
+        )
+    _refresh(config, store)
+    if as_json:
+        print_json({"ok": done.ok, "source": str(source), "told": [asdict(one) for one in done.told]})
+    else:
+        print_taken_over(done, str(source))
+    if not done.ok:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _transfer(source: Store, target: Store) -> "Moved":

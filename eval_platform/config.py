@@ -20,7 +20,7 @@ from eval_platform.errors import ConfigError
 from eval_platform.identity import content_id
 from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.served import ServedModel
-from eval_platform.values import RunSettings
+from eval_platform.values import IMPORTED, RunSettings
 
 CONFIG_NAME = "eval_platform.toml"
 LOCK_NAME = "eval_platform.lock.json"
@@ -204,8 +204,10 @@ class Config(_Section):
     @classmethod
     def _names_differ(cls, roots: tuple[Root, ...]) -> tuple[Root, ...]:
         names = [root.name for root in roots]
-        if len(set(names)) != len(names) or {"adhoc", SERVED_ROOT} & set(names):
-            raise ValueError(f"the name of every [[checkpoints]] root must be its own, not 'adhoc' or '{SERVED_ROOT}'")
+        if len(set(names)) != len(names) or {"adhoc", SERVED_ROOT, IMPORTED} & set(names):
+            raise ValueError(
+                f"the name of every [[checkpoints]] root must be its own, not 'adhoc', '{SERVED_ROOT}' or '{IMPORTED}'"
+            )
         return roots
 
     @field_validator("served")

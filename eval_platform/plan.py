@@ -14,7 +14,7 @@ from eval_platform.served import ROOT, ServedModel, why_not
 from eval_platform.store import Store, arrivals, layout, records
 from eval_platform.tasks import TaskLock
 from eval_platform.tasks.sections import did_you_mean
-from eval_platform.values import Arrival, RunSettings, Served
+from eval_platform.values import IMPORTED, Arrival, RunSettings, Served
 
 PLAN_VERSION = 1
 
@@ -194,6 +194,8 @@ def _shown(served: Served) -> str:
 
 def not_asked(config: Config, lock: TaskLock, store: Store, key: str) -> dict[str, str]:
     """Tasks of the lock that cannot be asked of the model `key`, and why; of a checkpoint there are none."""
+    if key.startswith(f"{IMPORTED}/"):
+        return dict.fromkeys(lock.tasks, "the model is known only by results that were imported")
     entry = config.served_at(key)
     if entry is None:
         return {}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -130,6 +130,15 @@ class ServedModel(BaseModel):
     def hashed_arguments(self) -> dict[str, Any]:
         """Those that may change an answer."""
         return {name: value for name, value in self.arguments.items() if name not in _NO_IDENTITY}
+
+
+def without_secrets(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A back end's arguments as they may be kept: no keys, and of a URL nothing but where it leads."""
+    kept = {name: value for name, value in arguments.items() if name not in _SECRET_ARGUMENTS}
+    if isinstance(url := kept.get("base_url"), str):
+        parts = urlsplit(url)
+        kept["base_url"] = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return kept
 
 
 def served_id(served: Served) -> str:

@@ -28,7 +28,7 @@ from rich.text import Text
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
 from eval_platform.engine import TokenScore
-from eval_platform.keeping import Chosen, Moved, Verified
+from eval_platform.keeping import Chosen, Moved, TakenOver, Verified
 from eval_platform.status import CheckpointStatus, TaskStatus
 from eval_platform.tasks import Finding as LintFinding
 from eval_platform.tasks import LockDifference, SkippedTask, TaskDifference, TaskLock
@@ -360,6 +360,18 @@ def print_moved(moved: Moved, source: str, target: str) -> None:
     say(
         f"{source} -> {target}: {moved.evaluations} evaluations copied ({moved.files} files), "
         f"{moved.present} were there already"
+    )
+
+
+def print_taken_over(done: TakenOver, source: str) -> None:
+    """What became of every result that was found."""
+    marks = {"taken": "[green]taken   [/]", "present": "present ", "left_out": "left out", "fault": "[red]fault   [/]"}
+    for one in done.told:
+        text = one.text if one.key is None or one.task is None or one.kind == "fault" else f"{one.key}: {one.text}"
+        out.print(f"{marks[one.kind]} {escape(text)}", soft_wrap=True)
+    say(
+        f"{source}: {done.count('taken')} evaluations taken over, {done.count('present')} were there already, "
+        f"{done.count('fault')} could not be read"
     )
 
 

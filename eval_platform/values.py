@@ -12,6 +12,8 @@ Prompt = str
 RequestKind = Literal["choice", "rolling", "generate"]
 Severity = Literal["error", "warning"]
 TRANSFORMERS = "transformers"
+# Origin of results that another program computed, kind of what it asked, and the first part of its key.
+IMPORTED = "imported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Checkpoint:
     checkpoint_id: str
     weights_id: str | None
     path: Path | None
-    kind: str  # "transformers" | "adapter" | "served"
+    kind: str  # "transformers" | "adapter" | "served" | "imported"
 
 
 @dataclass(frozen=True, slots=True)

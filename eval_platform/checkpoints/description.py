@@ -67,19 +67,24 @@ def describe(folder: Path, root_name: str, relative: str, pattern: str | None = 
                 remedy="write it like 2026-11-21T10:00:00Z, or leave it out",
             ) from error
     state = _read(folder / "trainer_state.json", _TrainerState)
-    match = compile_pattern(pattern).fullmatch(relative) if pattern else None
-    path = match.groupdict() if match else {}
-
-    above, _, name = relative.rpartition("/")
-    numbers = _NUMBER.findall(name)
-    from_path = int(path["step"]) if "step" in path else int(numbers[-1]) if numbers else None
+    path = describe_path(root_name, relative, pattern)
     return Description(
-        run=own.run or path.get("run") or above or root_name,
-        step=_first(own.step, state.global_step, from_path),
+        run=own.run or path.run,
+        step=_first(own.step, state.global_step, path.step),
         # transformers writes 0 when it was not asked to count.
         tokens_seen=_first(own.tokens_seen, state.num_input_tokens_seen or None),
         tags=own.tags,
     )
+
+
+def describe_path(root_name: str, relative: str, pattern: str | None = None) -> Description:
+    """What a path alone says, as `describe` has it. Raises ConfigError for the pattern."""
+    match = compile_pattern(pattern).fullmatch(relative) if pattern else None
+    path = match.groupdict() if match else {}
+    above, _, name = relative.rpartition("/")
+    numbers = _NUMBER.findall(name)
+    from_path = int(path["step"]) if "step" in path else int(numbers[-1]) if numbers else None
+    return Description(run=path.get("run") or above or root_name, step=from_path)
 
 
 def _first(*values: int | None) -> int | None:

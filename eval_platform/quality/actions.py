@@ -7,7 +7,7 @@ from typing import Any
 from eval_platform.errors import EvalPlatformError
 from eval_platform.quality.gate import GATE_VERSION, committed, judge, verdict
 from eval_platform.store import Store, commits, decisions, tries
-from eval_platform.values import Check, Decision
+from eval_platform.values import IMPORTED, Check, Decision
 
 
 def release(store: Store, evaluation_id: str, attempt: int, actor: str, reason: str) -> Decision:
@@ -69,6 +69,12 @@ def rerun(store: Store, evaluation_id: str, actor: str, reason: str) -> int:
     Raises EvalPlatformError when nothing is committed yet or an attempt is open already.
     """
     _named(actor, reason)
+    first = commits.read(store, evaluation_id, 1)
+    if first is not None and first.get("origin") == IMPORTED:
+        raise EvalPlatformError(
+            f"evaluation {evaluation_id} was imported from {first[IMPORTED]['file']}: its model cannot be asked here",
+            remedy="ask it where it was asked and import the new results, or evaluate the checkpoint here",
+        )
     return commits.open_rerun(store, evaluation_id, actor, reason)
 
 

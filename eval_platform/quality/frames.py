@@ -142,7 +142,8 @@ def _standard_error(record: Mapping[str, Any]) -> float:
     if not math.isnan(error):
         return error
     clusters = record.get("n_clusters")
-    estimable = record["n"] >= 2 and (clusters is None or clusters >= 2) and not _says_why(record)
+    # What was imported says why first: how many items there were may not be known.
+    estimable = not _says_why(record) and record["n"] >= 2 and (clusters is None or clusters >= 2)
     return math.inf if estimable and math.isfinite(_float(record["value"])) else 0.0
 
 

@@ -10,10 +10,11 @@ import pyarrow as pa
 from eval_platform.errors import EvalPlatformError
 from eval_platform.quality import reproducibility, rules, suites
 from eval_platform.quality.history import History, read_history
-from eval_platform.store import Store, commits, decisions
+from eval_platform.quality.imported import check_imported
+from eval_platform.store import Store, commits, decisions, layout, read_record
 from eval_platform.tasks import load_task
 from eval_platform.tasks.schema import TaskFile
-from eval_platform.values import Check, Decision
+from eval_platform.values import IMPORTED, Check, Decision
 
 # Raised whenever a rule or a threshold changes: `recheck` then judges stored results anew, without inference.
 GATE_VERSION = "1"
@@ -73,6 +74,11 @@ def judge(store: Store, catalog: Path, evaluation: Mapping[str, Any]) -> list[Ch
     Raises StoreError or SchemaError when the samples are not those that were committed.
     """
     samples = commits.read_samples(store, evaluation)
+    if evaluation.get("origin") == IMPORTED:
+        theirs = read_record(store, layout.task(evaluation["task_id"]))["definition"]
+        return check_imported(
+            evaluation, samples, theirs, [record for _, record in _published_others(store, evaluation)]
+        )
     definition = load_task(store, evaluation["task_id"]).definition
     checks = run_checks(evaluation, samples, definition, read_history(store, catalog, evaluation))
     others = [
