@@ -12,8 +12,9 @@ from store_processes import kill_after
 
 from eval_platform import keeping, warehouse
 from eval_platform.errors import ConfigError, SamplesPruned
-from eval_platform.store import LocalStore, arrivals, commits, decisions, layout
+from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, layout, log
 from eval_platform.store.announcements import announcement
+from eval_platform.values import Checkpoint
 
 pytest_plugins = ["store_roots"]
 
@@ -189,6 +190,19 @@ def test_the_rules_keep(world, tmp_path):
         chosen = keeping.choose(world.store, tmp_path / "catalog.duckdb", keep)
         assert {(one.task, one.step) for one in chosen.prune} == gone, keep
         assert chosen.kept == 6 - len(gone)
+
+
+def test_the_newest_steps_are_steps_and_not_folders(place, tmp_path):
+    """A run's end often lies there twice, as its last checkpoint and as the model that goes out."""
+    first = json.loads(place.store.read(layout.arrival_identity("runs/a/step_1", 1)))
+    last = arrivals.newest(place.store, "runs/a/step_3")
+    assert last is not None
+    told = {"uri": "u", "fingerprint": "f", "run": last.run, "step": 3, "watcher": "w"}
+    final, _ = arrivals.register(place.store, key="runs/a/final", **told)
+    arrivals.record_identity(
+        place.store, final, Checkpoint(first["checkpoint_id"], first["weights_id"], None, "transformers")
+    )
+    assert keeping.choose(place.store, tmp_path / "catalog.duckdb", keeping.Keep(last=2)).prune == ()
 
 
 def test_the_best_is_kept_and_what_is_not_decided(place, tmp_path):

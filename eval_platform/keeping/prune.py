@@ -24,9 +24,12 @@ _DECIDED = """
     order by a.run, a.step nulls first, e.key, e.task, e.evaluation_id, e.attempt
 """
 
+# Steps are counted, not folders: a run's last save often lies there twice, once as the final model. What has no step
+# counts singly, behind all that have one.
 _NEWEST = """
-    select checkpoint_id, step, row_number() over (partition by run order by step desc nulls last, arrived_at desc, key)
-        as place
+    select checkpoint_id, step, dense_rank() over (
+            partition by run order by step desc nulls last, case when step is null then arrived_at end desc
+        ) as place
     from newest_arrivals
 """
 
