@@ -65,9 +65,12 @@ def decided(store, slot, status, actor, action):
 # --- verify
 
 
-def test_verify_names_each_damage_and_only_those(place):
+def test_verify_names_each_damage_and_only_those(place, monkeypatch):
     store, results = place.store, place.results
     warehouse.refresh(store, place.config().catalog_path)
+    monkeypatch.setattr(bundles, "AT_LEAST", 1)
+    bundles.bundle(store)
+    [bundle] = [entry.key for entry in store.list("bundles/")]
     slot = slots(place)
     record = {key: commits.read(store, identity, 1) for key, identity in slot.items()}
     altered = results / record["choices", 1]["samples"]["key"]
@@ -92,7 +95,10 @@ def test_verify_names_each_damage_and_only_those(place):
     for entry in store.list("log/"):
         if json.loads(store.read(entry.key)).get("kind") == "arrival" and b"step_3" in store.read(entry.key):
             store.delete(entry.key)
+    told_by_name = next(entry.key for entry in store.list("log/") if "+kind=identity" in entry.key)
+    store.put(told_by_name, b"{")
     (results / "notes.txt").write_text("mine")
+    store.create("tries/evaluations/astray/1.end.json", b'{"schema_version": 1}')
 
     told = command(place, "verify", "--json")
     assert told.code == 1
@@ -105,14 +111,17 @@ def test_verify_names_each_damage_and_only_those(place):
     altered_key, identity = str(altered.relative_to(results)), layout.arrival_identity(record["choices", 3]["key"], 1)
     assert set(found) == {
         *(altered_key, lost_samples, lost_commit, lost_pointer, other_model, torn, documents),
-        *(segment, unseen, identity, mirror),
+        *(segment, unseen, identity, mirror, told_by_name, bundle),
     }
     assert "SHA-256" in found[altered_key]
     assert f"the samples that {layout.evaluation(slot['words', 1], 1)} names are lost" in found[lost_samples]
     # Nothing in the commit guards a figure of its own: that the catalog read it before does.
     assert "the table evaluations" in found[mirror]
-    leftover = {one["key"] for one in told.json["findings"] if one["kind"] == "leftover"}
-    assert leftover >= {"notes.txt", record["choices", 2]["samples"]["key"]}
+    leftover = {one["key"]: one["problem"] for one in told.json["findings"] if one["kind"] == "leftover"}
+    assert leftover.keys() >= {"notes.txt", record["choices", 2]["samples"]["key"]}
+    announced = [key for key, problem in leftover.items() if "announces is not there" in problem]
+    assert [key for key in announced if "+kind=evaluation" in key and slot["choices", 2] in key] == announced
+    assert announced
 
 
 def test_a_lost_log_and_catalog_are_rebuilt_from_the_files(place):

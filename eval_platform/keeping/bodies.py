@@ -2,26 +2,29 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from eval_platform.errors import SchemaError
 from eval_platform.identity import ordered_id
-from eval_platform.store import Store, layout
-from eval_platform.store.bundles import opened
+from eval_platform.store import Store, layout, log
+from eval_platform.store.bundles import copies
 from eval_platform.store.parquet import read_parquet
 from eval_platform.store.records import decode
 from eval_platform.tasks.snapshots import frozen_rows
 
 _RECORDS = ("root.json", "roots/", "arrivals/", "tasks/", "evaluations/", "decisions/", "tries/", "leases/", "answers/")
 _ASK_AGAIN = "delete it: its requests are asked again, if anyone still needs them"
+_ANNOUNCE_AGAIN = "delete it, and `eval-platform rebuild` announces again what it announced"
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """record: of JSON. sha256 and rows: of Parquet. sample_ids: the id over them in order, of prompts.
+    """record: of JSON. sha256: of that and of Parquet. rows: of Parquet. sample_ids: the id over them in order, of
+    prompts. copies: of a bundle, key -> SHA-256 of each record in it.
 
     problem: why it is not what its name says; foreign: because it is no file of a store at all.
     """
@@ -30,6 +33,7 @@ class Body:
     sha256: str | None = None
     rows: int | None = None
     sample_ids: str | None = None
+    copies: Mapping[str, str] = field(default_factory=dict)
     problem: str | None = None
     remedy: str | None = None
     foreign: bool = False
@@ -41,6 +45,11 @@ def read_body(store: Store, key: str) -> Body | None:
         body = store.read(key)
     except KeyError:
         return None
+    return judge(store, key, body)
+
+
+def judge(store: Store, key: str, body: bytes) -> Body:
+    """What `body`, read from `key`, says; damage is told in `problem`. Raises StoreError when the storage fails."""
     try:
         return _judged(store, key, body)
     except SchemaError as error:
@@ -60,10 +69,9 @@ def _judged(store: Store, key: str, body: bytes) -> Body:
     if top in ("samples", "prompts") and name.endswith(".parquet"):
         return _parquet(top, body)
     if top == "bundles":
-        opened(key, body)
-        return Body()
+        return Body(copies={one: hashlib.sha256(record).hexdigest() for one, record in copies(key, body)})
     if top == "log":
-        return Body(record=decode(body, key))
+        return _entry(key, body)
     if top == "leases" and name.endswith(".beat"):
         decode(body, key)
         return Body()
@@ -71,8 +79,20 @@ def _judged(store: Store, key: str, body: bytes) -> Body:
         record = decode(body, key)
         if top == "tasks" and "/by-name/" not in key and key != layout.task(record.get("task_id", "")):
             return Body(problem=f"it defines task {record.get('task_id')}")
-        return Body(record=record if top != "leases" else None)
+        return Body(record=record if top != "leases" else None, sha256=hashlib.sha256(body).hexdigest())
     return Body(problem="it is no file of a results root", remedy="move it elsewhere", foreign=True)
+
+
+def _entry(key: str, body: bytes) -> Body:
+    """A log entry says in its body what its name says: readers go by the name."""
+    named = log.by_name(key)
+    try:
+        record = decode(body, key)
+    except SchemaError as error:
+        return Body(named, problem=str(error).partition("\n")[0], remedy=_ANNOUNCE_AGAIN)
+    if named is not None and any(record.get(name) != value for name, value in named.items()):
+        return Body(named, problem="its name says something else than its body", remedy=_ANNOUNCE_AGAIN)
+    return Body(record)
 
 
 def _parquet(top: str, body: bytes) -> Body:

@@ -12,7 +12,8 @@ from eval_platform.identity import content_id
 from eval_platform.keeping.bodies import Body, read_body
 from eval_platform.keeping.together import Step, each, quietly
 from eval_platform.store import Entry, Store, layout
-from eval_platform.store.announcements import announcement, unannounced
+from eval_platform.store.announcements import unannounced, unmet
+from eval_platform.store.bundles import WITHOUT_IT
 
 RESTORE = "restore it from a copy"
 _RERUN = f"{RESTORE}, or `eval-platform rerun` the evaluation"
@@ -87,7 +88,7 @@ def verify(store: Store, catalog: Path, step: Step = quietly) -> Verified:
     for entry in store.list("evaluations/"):  # of a prune that went on meanwhile
         if entry.key.endswith(".pruned.json") and entry.key not in root.sizes:
             root.sizes[entry.key] = entry.size
-    for check in (_evaluations, _unnamed, _decisions, _tries, _arrivals, _tasks):
+    for check in (_evaluations, _unnamed, _decisions, _tries, _arrivals, _tasks, _bundles):
         findings += check(root)
     # What was written since its folder was listed is not lost.
     findings = [one for one in findings if one.key in root.sizes or one.kind == "leftover" or not _is_there(store, one)]
@@ -228,6 +229,8 @@ def _tries(root: _Root) -> Iterator[Finding]:
     for folder, _, key in root.under("tries/evaluations/", ".end.json"):
         record = root.record(key)
         evaluation_id, _, attempt = folder.rpartition("/")
+        if not attempt.isdecimal():  # no try's place
+            continue
         commit = layout.evaluation(evaluation_id, int(attempt))
         if record is not None and record.get("outcome") == "committed" and commit not in root.sizes:
             yield Finding("damage", commit, f"{key} says it was committed, and it is lost", _RERUN)
@@ -274,15 +277,32 @@ def _gaps(numbers: dict[str, set[int]], place: Any, problem: str) -> Iterator[Fi
             yield Finding("damage", place(name, n), problem, RESTORE)
 
 
+def _bundles(root: _Root) -> Iterator[Finding]:
+    """A record in a bundle is the record: catalogs are built from either."""
+    for key, body in root.bodies.items():
+        for copied, sha256 in body.copies.items():
+            record = root.bodies.get(copied)
+            if record is not None and record.sha256 is not None and record.sha256 != sha256:
+                yield Finding("damage", key, f"its copy of {copied} is not what that says", WITHOUT_IT)
+                break
+
+
 def _log(store: Store, root: _Root) -> Iterator[Finding]:
-    entries = [body.record for key, body in root.bodies.items() if key.startswith(layout.LOG) and body.record]
-    missing = unannounced((key for key in root.sizes if announcement(key) is not None), entries)
-    if missing:  # announced, perhaps, since the log was listed
-        since = [entry.key for entry in store.list(layout.LOG) if entry.key not in root.sizes]
-        entries += [body.record for key in since if (body := read_body(store, key)) is not None and body.record]
-        missing = unannounced(missing, entries)
+    keys = list(root.sizes)
+    entries = {key: body.record for key, body in root.bodies.items() if key.startswith(layout.LOG) and body.record}
+    missing = unannounced(keys, entries.values())
+    ahead = unmet(entries, keys)
+    if missing or ahead:  # announced, or written, since its folder was listed
+        keys = [entry.key for entry in store.list("")]
+        since = [key for key in keys if key.startswith(layout.LOG) and key not in root.sizes]
+        entries |= {key: body.record for key in since if (body := read_body(store, key)) is not None and body.record}
+        missing = unannounced(missing, entries.values())
+        ahead = unmet({key: entries[key] for key in ahead}, keys)
     for key in missing:
         yield Finding("damage", key, "no log entry points at it: other machines may never see it", _REBUILD)
+    for key in ahead:
+        said = "what it announces is not there: its writer was killed before it wrote it, or it is lost"
+        yield Finding("leftover", key, said, f"none needed after a kill; else {RESTORE}")
 
 
 def _is_there(store: Store, finding: Finding) -> bool:

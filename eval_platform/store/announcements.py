@@ -56,6 +56,12 @@ def unannounced(keys: Iterable[str], entries: Iterable[Mapping[str, Any]]) -> li
     return missing
 
 
+def unmet(entries: Mapping[str, Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
+    """Those of `entries` (log key -> what it says) that announce none of the files `keys`."""
+    there = {signature(*found) for key in keys if (found := announcement(key)) is not None}
+    return [key for key, entry in entries.items() if signature(entry.get("kind", ""), entry) not in there]
+
+
 def announce(store: Store, key: str) -> None:
     """Write the entry that announces the file `key`, if any does. Raises StoreError when it cannot be written."""
     found = announcement(key)

@@ -10,6 +10,8 @@ is in no bundle yet is read by itself. Only what is created once and never chang
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +24,7 @@ from eval_platform.store.records import decode
 
 # What a catalog is built from. Leases change; samples and prompts are large and read by need.
 _BUNDLED = (layout.ARRIVALS, "decisions/", "evaluations/", "tries/")
+WITHOUT_IT = "delete it: the records themselves are then read"
 AT_LEAST = 500  # fewer are not worth an object of their own
 AT_MOST = 20_000  # some 60 MB before compression
 _SCHEMA = pa.schema({"key": pa.string(), "body": pa.binary()})
@@ -36,36 +39,62 @@ class Bundles:
     def __init__(self, store: Store) -> None:
         keys = [entry.key for entry in store.list(layout.BUNDLES)]
         with ThreadPoolExecutor(store.requests_at_once) as pool:
-            self._files = list(pool.map(lambda key: opened(key, store.read(key)), keys))
+            files = zip(keys, pool.map(partial(_found, store), keys), strict=True)
+            self._files = [(key, file) for key, file in files if file is not None]
 
     def between(self, first: str, last: str) -> Iterator[tuple[str, bytes]]:
         """(key, body) of the bundled records from the folder `first` to the folder `last`, that one included."""
         end = last + "\U0010ffff"
-        for file in self._files:
+        for key, file in self._files:
             for number in range(file.num_row_groups):
                 bounds = file.metadata.row_group(number).column(0).statistics
                 if bounds is not None and (bounds.max < first or bounds.min > end):
                     continue
-                group = file.read_row_group(number)
+                with _named(key):
+                    group = file.read_row_group(number)
                 kept = group.filter((pc.field("key") >= first) & (pc.field("key") <= end))
                 yield from zip(kept["key"].to_pylist(), kept["body"].to_pylist(), strict=True)
 
     def keys(self) -> set[str]:
         """Every key that is bundled."""
-        return {key for file in self._files for key in file.read(columns=["key"])["key"].to_pylist()}
+        found: set[str] = set()
+        for key, file in self._files:
+            with _named(key):
+                found.update(file.read(columns=["key"])["key"].to_pylist())
+        return found
 
 
-def opened(key: str, body: bytes) -> pq.ParquetFile:
-    """The bundle in `body`. Raises SchemaError, naming `key`, when it is none."""
-    try:
+def copies(key: str, body: bytes) -> Iterator[tuple[str, bytes]]:
+    """(key, body) of every record in the bundle `body`. Raises SchemaError, naming `key`, when it is none."""
+    file = _opened(key, body)
+    with _named(key):
+        table = file.read()
+    yield from zip(table["key"].to_pylist(), table["body"].to_pylist(), strict=True)
+
+
+def _opened(key: str, body: bytes) -> pq.ParquetFile:
+    with _named(key):
         file = pq.ParquetFile(pa.BufferReader(body))
-    except (pa.ArrowException, OSError) as error:
-        raise SchemaError(
-            f"{key} is no bundle of records: {error}", remedy="delete it: the records themselves are then read"
-        ) from error
     if not set(_SCHEMA.names) <= set(file.schema_arrow.names):
         raise SchemaError(f"{key} has not the columns of a bundle", remedy="delete it, or upgrade eval-platform")
     return file
+
+
+def _found(store: Store, key: str) -> pq.ParquetFile | None:
+    """None when it was deleted since it was listed, which anybody may do."""
+    try:
+        return _opened(key, store.read(key))
+    except KeyError:
+        return None
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """What is wrong with the bundle `key` is a SchemaError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise SchemaError(f"{key} is no bundle of records: {error}", remedy=WITHOUT_IT) from error
 
 
 def bundle(store: Store) -> int:

@@ -45,10 +45,18 @@ def write(store: Store, kind: Kind, **fields: Any) -> str:
 
 def entry(store: Store, key: str) -> dict[str, Any]:
     """What the entry `key` says, from its name where that tells. Raises as `read_record`."""
+    told = by_name(key)
+    return read_record(store, key) if told is None else told
+
+
+def by_name(key: str) -> dict[str, Any] | None:
+    """What the name of the entry `key` says; None where its body has to be read."""
     match = _TELLING.fullmatch(key)
     if match is None:
-        return read_record(store, key)
-    told = (field.partition("=") for field in match["fields"].split("+")[1:])
+        return None
+    told = [field.partition("=") for field in match["fields"].split("+")[1:]]
+    if not all(value.isdecimal() for name, _, value in told if name in _NUMBERS):
+        return None
     fields = {name: int(value) if name in _NUMBERS else unescape_key(value) for name, _, value in told}
     return {**fields, "time": f"{match['date']}T{match['h']}:{match['m']}:{match['s']}Z"}
 
