@@ -377,6 +377,49 @@ def test_what_the_target_has_stands_and_what_is_lost_is_refused_by_name(place, w
     assert command(place, "export", str(tmp_path / "target")).code == 1
 
 
+def test_nothing_damaged_is_carried_on(place, tmp_path):
+    """What is created stands for ever: a file that is torn here would be torn there, and never mended."""
+    store, slot = place.store, slots(place)
+    torn = layout.decision(slot["words", 1], 1, 1)
+    identity = layout.arrival_identity("runs/a/step_3", 1)
+    prompts = layout.prompts((commits.read(store, slot["choices", 1], 1) or {})["prompts_id"])
+    for key in (torn, identity, prompts):
+        store.put(key, store.read(key)[:-20])
+    target = LocalStore(tmp_path / "target")
+    moved = keeping.transfer(store, target)
+    assert {(one.kind, one.key) for one in moved.said} == {
+        *(("refused", key) for key in (torn, prompts, layout.arrival("runs/a/step_3", 1))),
+        *(("refused", layout.evaluation(slot[one], 1)) for one in slot if one[0] == "choices" or one[1] == 3),
+    }
+    assert moved.evaluations == 2
+    assert keeping.verify(target, tmp_path / "catalog.duckdb").ok
+    assert commits.read(target, slot["words", 1], 1) is not None
+
+
+def test_a_rerun_comes_over_as_one_that_is_answered_and_never_beside_another_result(place, world, tmp_path):
+    slot = slots(place)
+    target = LocalStore(tmp_path / "target")
+    keeping.transfer(world.store, target)
+    doubted = layout.evaluation(slot["words", 1], 1)
+    other = json.loads(target.read(doubted))
+    other["scores"][0]["value"] = 0.123
+    target.put(doubted, json.dumps(other).encode())
+    for one in (("words", 1), ("words", 2)):
+        assert commits.open_rerun(place.store, slot[one], "me", "again") == 2
+        record = {**(commits.read(place.store, slot[one], 1) or {}), "attempt": 2}
+        place.store.create(layout.evaluation(slot[one], 2), json.dumps(record).encode())
+    moved = keeping.transfer(place.store, target)
+    assert [(one.kind, one.key) for one in moved.said] == [
+        ("refused", key) for key in (doubted, layout.evaluation(slot["words", 1], 2))
+    ]
+    assert commits.attempts(target, slot["words", 1]) == [1]
+    assert commits.attempts(target, slot["words", 2]) == [1, 2]
+    target.read(layout.evaluation_asked(slot["words", 2], 2))
+    # Until its result is there, whoever sees that it was asked for would ask the model.
+    told = [one["kind"] for one in log.read(target, log.dates(target)) if one.get("attempt") == 2]
+    assert told == ["evaluation", "asked"]
+
+
 def test_a_key_that_is_another_checkpoint_there_is_refused(place, world, tmp_path):
     target = LocalStore(tmp_path / "target")
     keeping.transfer(world.store, target)

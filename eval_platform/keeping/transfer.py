@@ -1,19 +1,22 @@
 """How do results come from one root into another? Copied in the order in which each file names the others.
 
 So a kill leaves files that nothing names yet and never a name without its file; doing it again goes on where it
-stopped. What the target has stands: every file is created once there too. Tries, leases and journals stay where they
-are: work under way, and failures, which elsewhere may succeed.
+stopped. What the target has stands: every file is created once there too. For the same reason nothing damaged is
+copied: it would stand there for ever. Tries, leases and journals stay where they are: work under way, and failures,
+which elsewhere may succeed.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from eval_platform.errors import ConfigError, SchemaError
+from eval_platform.keeping.bodies import judge
 from eval_platform.keeping.together import Step, each, quietly
-from eval_platform.store import Store, decisions, find_record, layout, open_root, read_record
+from eval_platform.store import Store, commits, decisions, find_record, layout, open_root, read_record
 from eval_platform.store.announcements import announce
 from eval_platform.store.records import decode
 
@@ -58,7 +61,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class _Roots:
-    """The two roots, and what each had when it was listed at the beginning."""
+    """The two roots, and what each had when it was listed at the beginning; `there` without what proved damaged."""
 
     source: Store
     target: Store
@@ -70,10 +73,16 @@ class _Roots:
         return max(self.source, self.target, key=lambda store: store.requests_at_once)
 
     def copy(self, key: str) -> bool:
-        """True when the target had it not. The log is told first where the file is one that it tells of."""
+        """True when the target had it not. The log is told first where the file is one that it tells of.
+
+        Raises SchemaError when it is damaged in the source.
+        """
         if key in self.kept:
             return False
         body = self.source.read(key)
+        if (problem := judge(self.source, key, body).problem) is not None:
+            self.there.discard(key)
+            raise SchemaError(f"{key} is damaged: {problem}")
         announce(self.target, key)
         return self.target.create(key, body)
 
@@ -87,7 +96,7 @@ class _Roots:
 def transfer(source: Store, target: Store, step: Step = quietly) -> Moved:
     """Copy tasks, datasets, prompts, checkpoints' records, samples, evaluations and decisions into `target`.
 
-    Raises ConfigError, before anything is written, when the two are one or a checkpoint root's name stands for
+    Raises ConfigError, before anything is copied, when the two are one or a checkpoint root's name stands for
     different places in them; StoreError when either fails.
     """
     there = {entry.key for top in _COPIED for entry in source.list(top)}
@@ -103,9 +112,9 @@ def transfer(source: Store, target: Store, step: Step = quietly) -> Moved:
     by_content = [key for key in there - roots.kept if key.startswith(("datasets/", "prompts/"))]
     by_content.sort(key=lambda key: (not key.endswith("documents.parquet"), key))
     tasks = sorted(key for key in there - roots.kept if key.startswith("tasks/") and not key.startswith(_BY_NAME))
-    for keys, what in ((by_content, "copying documents and prompts"), (tasks, "copying tasks")):
-        for done, was_new in enumerate(each(roots.slower, roots.copy, keys), 1):
-            moved.files += was_new
+    for keys, copy, what in ((by_content, _copy, "copying documents and prompts"), (tasks, _task, "copying tasks")):
+        for done, part in enumerate(each(roots.slower, partial(copy, roots), keys), 1):
+            moved.add(part)
             step(what, done, len(keys))
     _names(roots, moved)
 
@@ -124,9 +133,15 @@ def transfer(source: Store, target: Store, step: Step = quietly) -> Moved:
 
     def evaluation(evaluation_id: str) -> Moved:
         part = Moved()
+        other = None  # the attempt that is another result there
         for attempt in sorted(slots[evaluation_id]):
             slot = (evaluation_id, attempt)
-            _evaluation(roots, slot, sorted(decided[slot]), usable, part)
+            if other is None or layout.evaluation(*slot) in roots.kept:
+                stands = _evaluation(roots, slot, sorted(decided[slot]), usable, part)
+                other = other if stands else attempt
+            else:  # the gate has compared the two here, and would show the one where the other is doubted
+                reason = f"it is the rerun of attempt {other}, which is another result there"
+                part.said.append(Said("refused", layout.evaluation(*slot), reason))
         return part
 
     for done, part in enumerate(each(roots.slower, evaluation, sorted(slots)), 1):
@@ -163,6 +178,32 @@ def _checkpoint_roots(roots: _Roots, moved: Moved) -> None:
     moved.files += sum(map(roots.copy, names))
 
 
+def _damaged(key: str, error: SchemaError) -> Said:
+    return Said("refused", key, f"{str(error).partition(chr(10))[0]}; see `eval-platform verify`")
+
+
+def _copy(roots: _Roots, key: str) -> Moved:
+    try:
+        return Moved(files=roots.copy(key))
+    except SchemaError as error:
+        return Moved(said=[_damaged(key, error)])
+
+
+def _task(roots: _Roots, key: str) -> Moved:
+    """Copy a task whose documents are in the target."""
+    try:
+        record = read_record(roots.source, key)
+    except SchemaError as error:
+        roots.there.discard(key)
+        return Moved(said=[_damaged(key, error)])
+    asked = [record[name] for name in ("dataset_id", "fewshot_dataset_id") if record.get(name) is not None]
+    for documents in map(layout.dataset_documents, asked):
+        if documents not in roots.there and documents not in roots.kept:
+            roots.there.discard(key)
+            return Moved(said=[Said("refused", key, f"{documents}, which it asks, is missing or damaged")])
+    return _copy(roots, key)
+
+
 def _names(roots: _Roots, moved: Moved) -> None:
     """What task each name stands for. A name whose history goes on from the target's goes on there too, else the
     target's stands."""
@@ -178,14 +219,28 @@ def _names(roots: _Roots, moved: Moved) -> None:
                 else:
                     newest[name] = max(numbered[0], newest.get(name, 0))
     for name, numbers in sorted(names.items()):
-        keys = [layout.task_name(name, n) for n in sorted(numbers)]
-        if all(roots.ours(key) == roots.theirs(key) for key in keys if key in roots.kept):
-            moved.files += sum(map(roots.copy, keys))
-            continue
-        last, theirs = roots.ours(keys[-1]), roots.theirs(layout.task_name(name, newest[name]))
-        if last is None or theirs is None or last["task_id"] != theirs["task_id"]:
-            reason = "the name stands for another task there: results of this one are kept, and count as stale"
-            moved.said.append(Said("kept", layout.task_names(name), reason))
+        try:
+            _name(roots, name, sorted(numbers), newest.get(name, 0), moved)
+        except SchemaError as error:
+            moved.said.append(_damaged(layout.task_names(name), error))
+
+
+def _name(roots: _Roots, name: str, numbers: list[int], newest: int, moved: Moved) -> None:
+    """newest: what the target has of the name."""
+    keys = [layout.task_name(name, n) for n in numbers]
+    ours = {key: read_record(roots.source, key) for key in keys}
+    if all(ours[key] == roots.theirs(key) for key in keys if key in roots.kept):
+        for key in keys:
+            task = layout.task(ours[key]["task_id"])
+            if task not in roots.there and task not in roots.kept:
+                moved.said.append(Said("refused", key, f"{task}, which it names, is missing or damaged"))
+                return
+            moved.files += roots.copy(key)
+        return
+    theirs = roots.theirs(layout.task_name(name, newest))
+    if theirs is None or ours[keys[-1]]["task_id"] != theirs["task_id"]:
+        reason = "the name stands for another task there: results of this one are kept, and count as stale"
+        moved.said.append(Said("kept", layout.task_names(name), reason))
 
 
 def _arrivals(roots: _Roots, key: str, numbers: list[int]) -> tuple[set[Slot], Moved]:
@@ -196,15 +251,19 @@ def _arrivals(roots: _Roots, key: str, numbers: list[int]) -> tuple[set[Slot], M
         place, identity = layout.arrival(key, n), layout.arrival_identity(key, n)
         if place not in roots.kept and n > 1 and (key, n - 1) not in same:
             moved.said.append(Said("refused", place, "arrivals before it are others there, or missing here"))
-            return same, moved
-        if roots.copy(place):
-            moved.files += 1
-        elif not _same_arrival(roots, key, n):
-            reason = "this arrival is another checkpoint there: results of it would stand on the wrong curve"
-            moved.said.append(Said("refused", place, reason))
-            return same, moved
-        if identity in roots.there:
-            moved.files += roots.copy(identity)
+            break
+        try:
+            if roots.copy(place):
+                moved.files += 1
+            elif not _same_arrival(roots, key, n):
+                reason = "this arrival is another checkpoint there: results of it would stand on the wrong curve"
+                moved.said.append(Said("refused", place, reason))
+                break
+            if identity in roots.there:
+                moved.files += roots.copy(identity)
+        except SchemaError as error:
+            moved.said.append(_damaged(place, error))
+            break
         same.add((key, n))
     return same, moved
 
@@ -219,8 +278,11 @@ def _same_arrival(roots: _Roots, key: str, n: int) -> bool:
     return read_record(roots.source, place)["fingerprint"] == read_record(roots.target, place)["fingerprint"]
 
 
-def _evaluation(roots: _Roots, slot: Slot, numbers: list[int], usable: set[Slot], moved: Moved) -> None:
-    """One attempt: first what its commit names, then the commit, then what was decided on it."""
+def _evaluation(roots: _Roots, slot: Slot, numbers: list[int], usable: set[Slot], moved: Moved) -> bool:
+    """One attempt: first what its commit names, then the commit, then what was asked for and decided on it.
+
+    False when it is another result in the target.
+    """
     key = layout.evaluation(*slot)
     try:
         body = roots.source.read(key)
@@ -232,7 +294,7 @@ def _evaluation(roots: _Roots, slot: Slot, numbers: list[int], usable: set[Slot]
             reason = _bring(roots, slot, record, usable, moved)
             if reason is not None:
                 moved.said.append(Said("refused", key, reason))
-                return
+                return True
             announce(roots.target, key)
             if roots.target.create(key, body):
                 moved.files += 1
@@ -240,13 +302,17 @@ def _evaluation(roots: _Roots, slot: Slot, numbers: list[int], usable: set[Slot]
                 before = record
             else:  # another writer has won the slot meanwhile
                 before = read_record(roots.target, key)
+        if before == record:
+            # Who asked for a rerun comes after its result: until that is there, a platform would ask the model again.
+            if (asked := layout.evaluation_asked(*slot)) in roots.there:
+                moved.files += roots.copy(asked)
+            _decisions(roots, slot, numbers, moved)
+            return True
     except SchemaError as error:
-        moved.said.append(Said("refused", key, f"{str(error).partition(chr(10))[0]}; see `eval-platform verify`"))
-        return
-    if before == record:
-        _decisions(roots, slot, numbers, moved)
-    else:
-        moved.said.append(_other_result(key, record, before))
+        moved.said.append(_damaged(key, error))
+        return True
+    moved.said.append(_other_result(key, record, before))
+    return moved.said[-1].kind == "kept"
 
 
 def _bring(roots: _Roots, slot: Slot, record: dict[str, Any], usable: set[Slot], moved: Moved) -> str | None:
@@ -255,21 +321,24 @@ def _bring(roots: _Roots, slot: Slot, record: dict[str, Any], usable: set[Slot],
         return f"its checkpoint {record['key']}, arrival {record['arrival']}, is not the same there, or missing here"
     for needed in (layout.task(record["task_id"]), layout.prompts(record["prompts_id"])):
         if needed not in roots.there:
-            return f"{needed}, which it names, is missing; see `eval-platform verify`"
+            return f"{needed}, which it names, is missing or damaged; see `eval-platform verify`"
     named, tombstone = record["samples"], layout.evaluation_pruned(*slot)
-    if tombstone in roots.there:
-        moved.files += roots.copy(tombstone)
-    elif named["key"] not in roots.kept:
+    pruned = tombstone in roots.there
+    if not pruned and named["key"] not in roots.kept:
         try:
             samples = roots.source.read(named["key"])
         except KeyError:
-            return f"its samples {named['key']} are missing; see `eval-platform verify`"
-        if hashlib.sha256(samples).hexdigest() != named["sha256"]:
-            return f"its samples {named['key']} are damaged; see `eval-platform verify`"
-        moved.files += roots.target.create(named["key"], samples)
-    for key in (layout.evaluation_asked(*slot), layout.answers(record["answers_id"], *slot)):
-        if key in roots.there:
-            moved.files += roots.copy(key)
+            pruned = commits.tombstone(roots.source, *slot) is not None  # since it was listed
+            if not pruned:
+                return f"its samples {named['key']} are missing; see `eval-platform verify`"
+        else:
+            if hashlib.sha256(samples).hexdigest() != named["sha256"]:
+                return f"its samples {named['key']} are damaged; see `eval-platform verify`"
+            moved.files += roots.target.create(named["key"], samples)
+    if pruned:
+        moved.files += roots.copy(tombstone)
+    if (pointer := layout.answers(record["answers_id"], *slot)) in roots.there:
+        moved.files += roots.copy(pointer)
     return None
 
 
@@ -284,14 +353,23 @@ def _other_result(key: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Sai
 
 def _decisions(roots: _Roots, slot: Slot, numbers: list[int], moved: Moved) -> None:
     """What was decided goes on from the same beginning, or the target's own stands."""
-    for n in numbers:
+    for expected, n in enumerate(numbers, 1):
         key = layout.decision(*slot, n)
-        if roots.copy(key):
-            moved.files += 1
-        elif read_record(roots.target, key) != read_record(roots.source, key):
-            last = read_record(roots.source, layout.decision(*slot, numbers[-1]))["status"]
-            standing = decisions.standing(roots.target, *slot)
-            there = standing.status if standing is not None else None
-            reason = f"it was decided there too: {there} there, {last} here; the target's own decisions stand"
-            moved.said.append(Said("kept" if last == there else "refused", key, reason))
+        if n != expected:
+            moved.said.append(Said("refused", key, "a decision before it is lost; see `eval-platform verify`"))
             return
+        try:
+            if roots.copy(key):
+                moved.files += 1
+                continue
+            if read_record(roots.target, key) == read_record(roots.source, key):
+                continue
+            last = read_record(roots.source, layout.decision(*slot, numbers[-1]))["status"]
+        except SchemaError as error:
+            moved.said.append(_damaged(key, error))
+            return
+        standing = decisions.standing(roots.target, *slot)
+        there = standing.status if standing is not None else None
+        reason = f"it was decided there too: {there} there, {last} here; the target's own decisions stand"
+        moved.said.append(Said("kept" if last == there else "refused", key, reason))
+        return
