@@ -11,7 +11,10 @@ from cli_tools import run_cli
 from lm_eval_oracle import HEAD
 from tiny_models import make_checkpoint
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `lm-eval`)")
+from eval_platform.config import Root
+from eval_platform.errors import SchemaError
+from eval_platform.keeping.harness import place_of
+from eval_platform.keeping.harness_results import read_results
 
 TASKS = {
     "choosing": """
@@ -52,6 +55,7 @@ NAMES = {name: f"{name}@lm-eval" + ("-2shot" if name == "choosing" else "") for 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `lm_eval run --output_path --log_samples` leaves: made by the calls that it makes."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `lm-eval`)")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
@@ -198,8 +202,19 @@ def test_sql_says_the_numbers_of_their_files(written: Path, tmp_path: Path) -> N
     slot = told[0]["evaluation_id"] or told[1]["evaluation_id"]
     assert "published" in run(tmp_path, "recheck", slot, "--reason", "look again").out
     refused = run(tmp_path, "rerun", slot, "--reason", "why not")
-    assert refused.code == 1
+    assert refused.code == 2
     assert "cannot be asked here" in refused.err
+
+    # Killed between commits and decisions, the same command decides.
+    shutil.rmtree(tmp_path / "results/decisions")
+    told = [one for one in take(tmp_path, written).json["told"] if one["task"]]
+    assert {(one["kind"], one["status"]) for one in told} == {("present", "published")}
+    # Carried into another root it is what it was.
+    assert run(tmp_path, "export", str(tmp_path / "elsewhere")).code == 0
+    config = tmp_path / "other.toml"
+    config.write_text('results = "elsewhere"\nstate = "other"\n')
+    there = run_cli("--config", str(config), "sql", "--format", "json", "select task from leaderboard order by all")
+    assert [row["task"] for row in json.loads(there.out)] == sorted(NAMES.values())
 
 
 def test_what_is_wrong_is_named_and_the_others_go_on(theirs: Path, tmp_path: Path) -> None:
@@ -209,6 +224,9 @@ def test_what_is_wrong_is_named_and_the_others_go_on(theirs: Path, tmp_path: Pat
     rewrite(file, said)
     log, lines = lines_of(theirs, "completing")
     log.write_text("".join(json.dumps(line | {"exact_match": 1.0}) + "\n" for line in lines))
+    log, lines = lines_of(theirs, "choosing")
+    lines[0]["resps"][0][0][0] = "nan"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (theirs / "results_torn.json").write_text(file.read_text()[:-50])
     (theirs / "results_other.json").write_text('{"results": []}')
     done = take(tmp_path, theirs)
@@ -223,7 +241,7 @@ def test_what_is_wrong_is_named_and_the_others_go_on(theirs: Path, tmp_path: Pat
         assert any(part in fault for fault in faults), (part, faults)
     status = {one["task"]: (one["status"], one["text"]) for one in done.json["told"] if one["kind"] == "taken"}
     assert {name: one for name, (one, _) in status.items()} == {
-        NAMES["choosing"]: "published",
+        NAMES["choosing"]: "held",
         NAMES["completing"]: "held",
         NAMES["whole_text"]: "held",
     }
@@ -231,6 +249,7 @@ def test_what_is_wrong_is_named_and_the_others_go_on(theirs: Path, tmp_path: Pat
         "the sample log is not of these results: exact_match,strict-match of the samples is 1"
         in status[NAMES["completing"]][1]
     )
+    assert "1 of 36 log-likelihoods are NaN" in status[NAMES["choosing"]][1]
     assert "cannot be computed" in status[NAMES["whole_text"]][1]
 
 
@@ -277,7 +296,7 @@ def test_other_results_of_one_model_contradict_or_are_told_apart(theirs: Path, t
     assert first.code == 0
     later = file.with_name("results_2031-01-01T00-00-00.000000.json")
     said["date"] += 1000
-    said["results"]["choosing"]["acc,none"] += 0.9
+    said["results"]["choosing"]["acc,none"] = 1.0  # more than a standard error from before
     rewrite(later, said)
     told = {one["task"]: one for one in take(tmp_path, later, "--run", "mine").json["told"]}
     choosing = told[NAMES["choosing"]]
@@ -297,3 +316,42 @@ def test_other_results_of_one_model_contradict_or_are_told_apart(theirs: Path, t
     assert {(one["attempt"], one["status"]) for one in told.values() if one["task"]} == {(1, "published")}
     board = sql(tmp_path, "select step, task from leaderboard where run = 'mine' order by all")
     assert [tuple(row.values()) for row in board] == [(9, NAMES["choosing"]), (500, NAMES["last_word"])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "run_name", "step"),
+    [
+        ({"pretrained": "/disk/run7/checkpoint-500"}, "disk/run7/checkpoint-500", "disk/run7", 500),
+        ("pretrained=org/Llama-3-8B,dtype=float16", "org/Llama-3-8B", "org/Llama-3-8B", None),
+        ("pretrained=org/p,revision=step3000", "org/p/step3000", "org/p", 3000),
+        ("pretrained=org/p,revision=main", "org/p", "org/p", None),
+        ("pretrained=org/p,peft=../adapters/iter_20", "adapters/iter_20", "adapters", 20),
+        ({"pretrained": "/watched/a/at 7"}, "watched/a/at=207", "a", 7),
+    ],
+)
+def test_where_a_model_stands(tmp_path: Path, arguments: Any, key: str, run_name: str, step: int | None) -> None:
+    roots = [Root(name="watched", path="/watched", pattern="{run}/at {step}")]
+    place = place_of(read_results(named(tmp_path, arguments)), roots, None, None)
+    assert (place.key, place.run, place.step) == (f"imported/{key}", run_name, step)
+    of_a_person = place_of(read_results(named(tmp_path, arguments)), roots, "mine", 8)
+    assert (of_a_person.key, of_a_person.run, of_a_person.step) == (f"imported/{key}/step-8", "mine", 8)
+    assert of_a_person.identity != place.identity
+
+
+def test_credentials_are_not_kept(tmp_path: Path) -> None:
+    said = "model=gpt,base_url=https://me:hush@host/v1?key=hush,api_key=hush,batch_size=4,max_length=100"
+    model = read_results(named(tmp_path, said)).model
+    assert model.which == {"model": "gpt", "base_url": "https://host/v1"}
+    assert model.arguments == {"max_length": "100"}
+
+
+def test_a_file_that_does_not_say_which_model(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"results_1\.json: field config\.model_args does not say"):
+        read_results(named(tmp_path, None))
+
+
+def named(folder: Path, arguments: Any) -> Path:
+    file = folder / "results_1.json"
+    said = {"results": {"t": {"acc,none": 0.5}}, "config": {"model": "hf", "model_args": arguments}}
+    file.write_text(json.dumps(said))
+    return file
