@@ -12,9 +12,9 @@ from store_processes import kill_after
 
 from eval_platform import keeping, warehouse
 from eval_platform.errors import ConfigError, SamplesPruned
-from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, layout, log
+from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, journal, layout, log
 from eval_platform.store.announcements import announcement
-from eval_platform.values import Checkpoint
+from eval_platform.values import Checkpoint, Response
 
 pytest_plugins = ["store_roots"]
 
@@ -153,7 +153,11 @@ def test_what_is_pruned_is_told_and_never_asked_again(place):
     }
     assert (dry["done"], dry["kept"]) == (False, 2)
     assert sum(entry.size for entry in store.list("samples/")) == size
+    # Another evaluation of the same answers is at work on what it asks more.
+    of_another = journal.Journal(store, commits.read(store, slots(place)["words", 1], 1)["answers_id"], 1, "f" * 32)
+    of_another.append([Response("r", 1, None, None, "Yes", 1, "stop", 0)])
     assert command(place, *rules, "--yes").json["pruned"] == dry["pruned"]
+    assert list(of_another.finished()) == [("r", 1)]
     assert sum(entry.size for entry in store.list("samples/")) == size - dry["bytes"]
 
     assert answers(store, catalog, QUERIES[:3]) == before

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eval_platform.errors import EvalPlatformError, SamplesPruned, SchemaError, StoreError
-from eval_platform.store import layout, log
+from eval_platform.store import layout, log, tries
 from eval_platform.store.base import Store
 from eval_platform.store.leases import Lease
 from eval_platform.store.records import create_record, find_record, utc_now
@@ -127,7 +127,10 @@ def read_samples(store: Store, record: Mapping[str, Any]) -> "pa.Table":
 
 
 def prune_samples(store: Store, record: Mapping[str, Any], *, actor: str, rule: str) -> None:
-    """Remove the samples that the commit `record` names, and the journal of its attempt. The commit stands.
+    """Remove the samples that the commit `record` names, and what its own tries have journalled. The commit stands.
+
+    Other evaluations of the same answers (a task that is scored otherwise, or repeats more) journal in the same place:
+    what a try of theirs has answered is hours of work that nothing else keeps.
 
     The tombstone comes first, so that a crash leaves samples too many and never a gap without a reason; pruning again
     goes on where it stopped. Raises StoreError when the store fails.
@@ -136,8 +139,13 @@ def prune_samples(store: Store, record: Mapping[str, Any], *, actor: str, rule: 
     log.write(store, "pruned", evaluation_id=evaluation_id, attempt=attempt)
     told = {"samples": record["samples"], "actor": actor, "rule": rule, "time": utc_now()}
     create_record(store, layout.evaluation_pruned(evaluation_id, attempt), told)
-    for entry in list(store.list(layout.journal_folder(record["answers_id"], attempt))):
-        store.delete(entry.key)
+    segments = [entry.key for entry in store.list(layout.journal_folder(record["answers_id"], attempt))]
+    own = {record["try"]}
+    if any(layout.journal_try(key) not in own for key in segments):
+        own |= tries.ids(store, tries.evaluation_subject(evaluation_id, attempt))
+    for key in segments:
+        if layout.journal_try(key) in own:
+            store.delete(key)
     store.delete(record["samples"]["key"])  # last: while it is there the work is known to be unfinished
 
 

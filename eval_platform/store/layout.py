@@ -122,6 +122,11 @@ def journal_segment(answers_id: str, attempt: int, try_id: str, n: int) -> str:
     return f"{journal_folder(answers_id, attempt)}{try_id}/{n:09d}.jsonl"
 
 
+def journal_try(segment: str) -> str:
+    """The try that wrote it."""
+    return segment.split("/")[3]
+
+
 def lease_folder(name: str) -> str:
     return f"leases/{name}/"
 

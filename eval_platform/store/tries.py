@@ -116,6 +116,11 @@ def history(store: Store, subject: Subject) -> list[Told]:
     return told
 
 
+def ids(store: Store, subject: Subject) -> set[str]:
+    """The ids of every try of the subject."""
+    return {read_record(store, key)["try"] for _, key in _starts(store, subject)}
+
+
 def asked(store: Store, subject: Subject) -> Mapping[str, Any]:
     """What the tries of the subject say they were to answer (`start`); empty when none says anything."""
     return next((told.evaluation for told in history(store, subject) if told.evaluation), {})
