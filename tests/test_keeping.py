@@ -237,7 +237,7 @@ def test_a_prune_that_was_killed_goes_on(place, tmp_path):
     chosen = keeping.choose(place.store, tmp_path / "catalog.duckdb", keeping.Keep(last=1)).prune
 
     def half() -> None:
-        die_at_delete(3)
+        die_at_delete(4)
         keeping.prune(place.store, chosen, actor="me", rule="first")
 
     kill_after(half)

@@ -16,12 +16,12 @@ from fault_tools import Place
 from keeping_world import load
 from s3_server import CREDENTIALS, S3Server, s3_server
 
-from eval_platform import checkpoints, warehouse, worker
+from eval_platform import checkpoints, keeping, warehouse, worker
 from eval_platform.checkpoints.announce import upload
 from eval_platform.config import S3, Config, load_config
 from eval_platform.errors import StoreError
 from eval_platform.plan import Wanted, plan
-from eval_platform.store import arrivals, bundles, decisions, open_store, register_root
+from eval_platform.store import arrivals, bundles, commits, decisions, open_store, register_root
 from eval_platform.tasks import read_lock, sync_tasks
 
 ROLES = ("watcher", "worker", "reader")
@@ -124,6 +124,11 @@ def test_each_does_its_work_with_its_policy_and_nothing_else(server, policies, t
     said: list[dict[str, Any]] = []
     assert worker.work(todo, store, said.append, load=load) == 0, said
     (done,) = [message for message in said if message["type"] == "committed"]
+    own = keeping.Candidate(done["evaluation_id"], 1, arrival.key, None, None, "choices", "held", "", 0)
+    with pytest.raises(StoreError, match="AccessDenied"):
+        keeping.prune(store, [own], actor="test", rule="none")
+    calls.pop()
+    assert commits.tombstone(store, done["evaluation_id"], 1) is None
     told = {"status": "published", "checks": [], "reasons": [], "gate_version": "1", "actor": "test"}
     with pytest.raises(StoreError, match="AccessDenied"):
         decisions.append(store, done["evaluation_id"], 1, **told)

@@ -1,5 +1,6 @@
 """Which samples may go? Those that no rule keeps. Commits, scores and decisions stay, so nothing is asked again."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval_platform import warehouse
 from eval_platform.errors import ConfigError, StoreError
 from eval_platform.keeping.together import Step, each, quietly
-from eval_platform.store import Store, commits
+from eval_platform.store import Store, commits, layout
 from eval_platform.tasks.metrics import METRICS
 from eval_platform.warehouse.connection import literal
 
@@ -109,7 +110,7 @@ def choose(store: Store, catalog: Path, keep: Keep) -> Chosen:
     return Chosen(tuple(going), kept)
 
 
-def prune(store: Store, chosen: Sequence[Candidate], *, actor: str, rule: str, step: Step = quietly) -> None:
+def prune(store: Store, candidates: Sequence[Candidate], *, actor: str, rule: str, step: Step = quietly) -> None:
     """Remove the samples of these attempts, each behind a tombstone that says who and by which rule.
 
     Safe to repeat after a kill. Raises StoreError when the store fails.
@@ -124,8 +125,10 @@ def prune(store: Store, chosen: Sequence[Candidate], *, actor: str, rule: str, s
             )
         commits.prune_samples(store, record, actor=actor, rule=rule)
 
-    for done, _ in enumerate(each(store, remove, chosen), 1):
-        step("pruning", done, len(chosen))
+    # Who may not delete (a bucket's policy can be the guard) is told before a tombstone says that samples are gone.
+    store.delete(layout.samples("nothing", uuid.uuid4().hex))
+    for done, _ in enumerate(each(store, remove, candidates), 1):
+        step("pruning", done, len(candidates))
 
 
 def _is_kept(row: dict[str, Any], checkpoints: set[str] | None, keep: Keep) -> bool:
