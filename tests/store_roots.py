@@ -7,8 +7,11 @@ TEST_S3_ROOT=s3://bucket/prefix and the usual AWS settings, a bucket of whicheve
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import botocore.client
 import pytest
 from s3_server import CREDENTIALS, S3Server, s3_server
 
@@ -35,6 +38,26 @@ def s3_credentials() -> Iterator[None]:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture
+def s3_asked() -> Iterator[Callable[[], Counter[str]]]:
+    """Says what was asked of S3 since it was last called: how many LIST, GET, PUT and others."""
+    calls: list[str] = []
+    real = botocore.client.BaseClient._make_api_call
+
+    def recorded(client: Any, operation: str, parameters: Any) -> Any:
+        calls.append("LIST" if operation.startswith("List") else operation.removesuffix("Object").upper())
+        return real(client, operation, parameters)
+
+    def asked() -> Counter[str]:
+        told = Counter(calls)
+        calls.clear()
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.client.BaseClient, "_make_api_call", recorded)
+        yield asked
 
 
 @pytest.fixture(scope="module")

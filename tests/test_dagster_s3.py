@@ -2,14 +2,14 @@
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
 from checkpoint_factory import make_checkpoint
 from dagster_world import DagsterWorld, dagster_world
-from wire import Wire
+from s3_server import S3Server
 
 from assets.maintenance import record_bundles
 from eval_platform import status
@@ -25,15 +25,9 @@ STEPS = 4
 
 
 @pytest.fixture
-def wire(s3_session, s3_credentials) -> Iterator[Wire]:
-    with Wire(s3_session.port) as wire:
-        yield wire
-
-
-@pytest.fixture
-def world(tmp_path: Path, wire: Wire) -> Iterator[DagsterWorld]:
+def world(tmp_path: Path, s3_session: S3Server, s3_credentials: None) -> Iterator[DagsterWorld]:
     root = f"s3://results/{uuid.uuid4().hex}"
-    with dagster_world(tmp_path, f'[s3]\nendpoint = "{wire.endpoint}"\n') as one:
+    with dagster_world(tmp_path, f'[s3]\nendpoint = "{s3_session.endpoint}"\n') as one:
         text = one.file.read_text()
         for field, name in (("results", "results"), ("path", "checkpoints")):
             text = text.replace(f'{field} = "{name}"', f'{field} = "{root}/{name}"')
@@ -50,18 +44,8 @@ def drop(world: DagsterWorld, step: int, seed: int = 0) -> None:
     upload(folder, f"{world.config.checkpoints[0].path}/a/step_{step}", world.config.s3)
 
 
-def cost(wire: Wire) -> Counter[str]:
-    """What was asked since the last look: listings, reads and writes."""
-    asked: Counter[str] = Counter()
-    for request in wire.requests:
-        method, _, path = request.partition("\r\n")[0].partition(" ")
-        asked["LIST" if "list-type" in path else method] += 1
-    wire.requests.clear()
-    return asked
-
-
 def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(
-    world: DagsterWorld, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    world: DagsterWorld, s3_asked: Callable[[], Counter[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in range(STEPS):
         drop(world, step, seed=step)
@@ -72,9 +56,9 @@ def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(
     world.tick("new_checkpoints")  # reads once what the keys arrived as
 
     # Nothing has changed: the listings of the watched bucket, and of the store what its keys lie between.
-    cost(wire)
+    s3_asked()
     assert not world.tick("new_checkpoints").run_requests
-    asked = cost(wire)
+    asked = s3_asked()
     assert asked == {"LIST": asked["LIST"]}
     assert asked["LIST"] <= 4  # the top, a/, all below it; in the store all arrivals
 
@@ -97,17 +81,17 @@ def test_what_arrives_in_a_bucket_is_asked_for_shown_and_looked_at_again(
     assert world.events("summary", keys[-1])
 
     world.tick("reconciliation")
-    cost(wire)
+    s3_asked()
     world.tick("reconciliation")
-    asked = cost(wire)
+    asked = s3_asked()
     assert asked.total() <= 6, asked
 
     lock = read_lock(world.config.lock_path)
     states = {one.key: one.state for one in status.status(world.config, world.store, lock)}
     assert states == {key: "published" if key == keys[-1] else "queued" for key in keys}
-    cost(wire)
+    s3_asked()
     status.status(world.config, world.store, lock)
-    asked = cost(wire)
+    asked = s3_asked()
     assert asked.total() <= 8, asked
 
     monkeypatch.setattr(bundles, "AT_LEAST", 1)

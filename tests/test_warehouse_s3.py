@@ -7,21 +7,13 @@ from functools import partial
 
 import pytest
 from warehouse_world import World, dump
-from wire import Wire
 
 from eval_platform import warehouse
-from eval_platform.config import S3
-from eval_platform.store import LocalStore, bundles, layout, open_store, tries
+from eval_platform.store import LocalStore, bundles, layout, tries
 from eval_platform.warehouse import catalog as catalog_module
 from eval_platform.warehouse.listed import bundles_of, listed_for
 
 pytest_plugins = ["store_roots"]
-
-
-@pytest.fixture
-def wire(s3_session, s3_credentials):
-    with Wire(s3_session.port) as wire:
-        yield wire
 
 
 @pytest.fixture
@@ -48,32 +40,24 @@ def local(tmp_path):
 
 
 @pytest.fixture
-def bucket(local, wire, s3_session, tmp_path):
+def bucket(local, new_s3_store, tmp_path):
     world = World(tmp_path / "bucket")
-    root = f"s3://results/{tmp_path.name}"
-    world.store = open_store(root, S3(endpoint=wire.endpoint))
-    straight = open_store(root, S3(endpoint=s3_session.endpoint))
+    world.store = new_s3_store()
     for entry in local.store.list(""):
         if not entry.key.startswith(("leases/", "answers/")):  # no catalog reads them
-            straight.put(entry.key, local.store.read(entry.key))
+            world.store.put(entry.key, local.store.read(entry.key))
     return world
 
 
-def cost(wire):
-    lines = [request.partition("\r\n")[0] for request in wire.requests]
-    wire.requests.clear()
-    return Counter("LIST" if "list-type" in line else line.partition(" ")[0] for line in lines)
-
-
 def test_a_catalog_built_from_a_bucket_is_the_folders_and_one_evaluation_more_costs_little(
-    local, bucket, wire, monkeypatch
+    local, bucket, s3_asked, monkeypatch
 ):
     monkeypatch.setattr(catalog_module, "_ASKED_SINGLY", 2)  # as where there are many
     warehouse.refresh(local.store, local.catalog)
     records = sum(not entry.key.startswith(("log/", "leases/", "answers/", "tries/")) for entry in local.store.list(""))
-    cost(wire)
+    s3_asked()
     warehouse.refresh(bucket.store, bucket.catalog)
-    asked = cost(wire)
+    asked = s3_asked()
     assert dump(bucket.catalog) == dump(local.catalog)
     # Every record once, the log by its names; what is left are the tries and the root's own.
     assert asked["GET"] <= records + 30, asked
@@ -82,9 +66,9 @@ def test_a_catalog_built_from_a_bucket_is_the_folders_and_one_evaluation_more_co
     for world in (local, bucket):
         world.publish("c-new", "add", "add-1")
     monkeypatch.undo()
-    cost(wire)
+    s3_asked()
     assert warehouse.refresh(bucket.store, bucket.catalog)
-    asked = cost(wire)
+    asked = s3_asked()
     assert asked.total() <= 36, asked  # three tries that did not end well are looked at again
     warehouse.refresh(local.store, local.catalog)
     sql = "select evaluation_id, attempt, status from evaluations order by all"
@@ -98,9 +82,9 @@ def test_a_catalog_built_from_a_bucket_is_the_folders_and_one_evaluation_more_co
     assert bundles.bundle(bucket.store) == 0
     local.publish("c-newer", "add", "add-1")
     bucket.publish("c-newer", "add", "add-1")
-    cost(wire)
+    s3_asked()
     warehouse.rebuild(bucket.store, bucket.catalog)
-    asked = cost(wire)
+    asked = s3_asked()
     assert asked["GET"] <= 20, asked
     warehouse.rebuild(local.store, local.catalog)
     answers = [warehouse.query(world.catalog, world.store, sql).to_pylist() for world in (local, bucket)]
