@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python -m demo.run $(if $(ONCE),--once) $(if $(filter s3,$(STORE)),--s3)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

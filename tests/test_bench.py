@@ -277,16 +277,10 @@ def test_work_without_a_checkpoint_is_wrong_usage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # five processes that import torch, one after the other
+@pytest.mark.timeout(900)  # three processes that import torch, one after the other
 def test_the_command_measures_a_tiny_model(tmp_path: Path, checkpoint: Path) -> None:
     file = tmp_path / "asked.jsonl"
-    write_requests(
-        file,
-        [
-            make_request("choice", "the river is", " long"),
-            make_request("generate", "the river", settings=Generation(8, stop=(".",))),
-        ],
-    )
+    write_requests(file, [make_request("choice", "the river is", " long")])
     (tmp_path / "eval_platform.toml").write_text('[engine]\ndevice = "cpu"\n')
     answer = run_cli(
         *("--config", str(tmp_path / "eval_platform.toml"), "bench"),
@@ -294,12 +288,12 @@ def test_the_command_measures_a_tiny_model(tmp_path: Path, checkpoint: Path) -> 
     )
     assert answer.code == 0, answer.err
     found = answer.json
-    assert found["requests"] == 2
-    assert found["work"]["unique_tokens"] < found["work"]["input_tokens"]
+    assert found["requests"] == 1
+    assert found["work"]["unique_tokens"] == found["work"]["input_tokens"] > 0
     assert found["rates"]["matrix"] > 0
     assert found["rates"]["memory"] > 0
     assert found["fraction"] > 0
     assert found["ours"]["seconds"] > 0
     assert found["theirs"]["engine_path"] == "lm-eval"
     assert found["agreement"]["worst"] <= 1
-    assert found["agreement"]["texts_equal"] == 1
+    assert found["agreement"]["choices"] == 1

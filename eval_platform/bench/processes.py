@@ -94,7 +94,9 @@ def measure_rates(checkpoint: Path | None, settings: Mapping[str, Any], threads:
 def best_batch(
     job: Job, sizes: Sequence[int] = BATCH_SIZES, tried: Callable[[int, Measured | None], None] = lambda *_: None
 ) -> int:
-    """lm-eval's fastest batch size for `job`, each of `sizes` run once."""
+    """lm-eval's fastest batch size for `job`, each of `sizes` run once; of one alone there is nothing to find."""
+    if len(sizes) == 1:
+        return sizes[0]
     best: tuple[float, int] | None = None
     for size in sizes:
         timeout = None if best is None else 2 * best[0] + _LEAST_SECONDS
