@@ -120,3 +120,6 @@ def test_a_replaced_upload_has_no_mark_while_it_is_under_way_and_never_mixes_two
     [after] = found(place.rpartition("/")[0], settings)
     assert after.fingerprint != before.fingerprint
     assert json.loads(open_store(place, settings).read("checkpoint.json"))["step"] == 1
+    (other / "checkpoint.json").unlink()  # it says no more than its weights: what lay there must not speak for it
+    upload(other, place, settings)
+    assert "checkpoint.json" not in {entry.key for entry in open_store(place, settings).list("")}

@@ -72,6 +72,8 @@ def upload(folder: Path, target: str, s3: S3 | None = None) -> None:
         )
     if SUCCESS in there:
         store.delete(SUCCESS)
+    for name in there.intersection(DESCRIBING).difference(names):
+        store.delete(name)  # the run and step of what lay there before
     with ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
         for _ in pool.map(lambda name: store.put(name, folder / name), names):
             pass
