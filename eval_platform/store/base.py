@@ -47,6 +47,28 @@ class Store(Protocol):
         ...
 
 
+class ReadOnly:
+    """A view of `store` that answers from what it remembers; `list` and `read` are its own.
+
+    It has the rest of the face so that every reader takes it, and refuses it by design: what was written through a view
+    it would not show. To call it is a programmer's mistake.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.uri = store.uri
+        self.requests_at_once = store.requests_at_once
+
+    def put(self, key: str, body: bytes | Path) -> None:
+        raise NotImplementedError("it is for reading")
+
+    def create(self, key: str, body: bytes | Path) -> bool:
+        raise NotImplementedError("it is for reading")
+
+    def delete(self, key: str) -> None:
+        raise NotImplementedError("it is for reading")
+
+
 def check_key(key: str) -> None:
     """Raises ValueError for what is no key: empty, from the root, or leading out of the store."""
     if not key or key.startswith("/") or ".." in key.split("/"):

@@ -1,18 +1,15 @@
 """A store as one reader sees it for a moment: what was listed or read is not asked for again."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from eval_platform.store.base import Entry, Store
+from eval_platform.store.base import Entry, ReadOnly, Store
 
 
-class ReadOnce:
+class ReadOnce(ReadOnly):
     """The face of `store` for reading. Keep it no longer than its answers may be old."""
 
     def __init__(self, store: Store) -> None:
-        self.store = store
-        self.uri = store.uri
-        self.requests_at_once = store.requests_at_once
+        super().__init__(store)
         self._listed: dict[tuple[str, str | None, str | None], tuple[Entry, ...]] = {}
         self._read: dict[str, bytes | None] = {}
 
@@ -32,12 +29,3 @@ class ReadOnce:
         if body is None:
             raise KeyError(key)
         return body[start:end]
-
-    def put(self, key: str, body: bytes | Path) -> None:
-        raise NotImplementedError("it is for reading")
-
-    def create(self, key: str, body: bytes | Path) -> bool:
-        raise NotImplementedError("it is for reading")
-
-    def delete(self, key: str) -> None:
-        raise NotImplementedError("it is for reading")

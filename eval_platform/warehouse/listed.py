@@ -2,9 +2,9 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from eval_platform.store import Entry, Store, layout
+from eval_platform.store.base import ReadOnly
 from eval_platform.store.bundles import Bundles
 from eval_platform.warehouse.rows import Subject
 
@@ -27,13 +27,11 @@ def listed_for(store: Store, subjects: Sequence[Subject], bundles: Bundles | Non
     return store if bundles is None else _Listed(store, subjects, bundles)
 
 
-class _Listed:
+class _Listed(ReadOnly):
     """The store's face for reading; bundled bodies are taken as they are, since no record ever changes."""
 
     def __init__(self, store: Store, subjects: Sequence[Subject], bundles: Bundles) -> None:
-        self.store = store
-        self.uri = store.uri
-        self.requests_at_once = store.requests_at_once
+        super().__init__(store)
         self._ranges: list[tuple[str, str]] = []  # folders, first and last, between which everything was listed
         self._entries: dict[str, Entry] = {}
         self._bodies: dict[str, bytes] = {}
@@ -73,15 +71,6 @@ class _Listed:
         if start or end is not None:
             return self.store.read(key, start, end)
         return self._bodies[key] if key in self._bodies else self.store.read(key)
-
-    def put(self, key: str, body: bytes | Path) -> None:
-        raise NotImplementedError("it is for reading")
-
-    def create(self, key: str, body: bytes | Path) -> bool:
-        raise NotImplementedError("it is for reading")
-
-    def delete(self, key: str) -> None:
-        raise NotImplementedError("it is for reading")
 
     def _knows(self, key: str) -> bool:
         return any(first <= key and not _is_after(key, last) for first, last in self._ranges)
