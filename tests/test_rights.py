@@ -13,7 +13,7 @@ import botocore.session
 import pytest
 from checkpoint_factory import make_checkpoint
 from fault_tools import Place
-from keeping_world import load
+from keeping_world import TOML, load
 from s3_server import CREDENTIALS, S3Server, s3_server
 
 from eval_platform import checkpoints, keeping, warehouse, worker
@@ -65,24 +65,8 @@ def users(server: S3Server, policies: dict[str, Any]) -> dict[str, dict[str, str
 
 def configured(place: Place, server: S3Server) -> Config:
     file = place.folder / "eval_platform.toml"
-    file.write_text(
-        f"""
-        results = "s3://evals/team"
-        state = "state"
-        [[checkpoints]]
-        name = "runs"
-        path = "s3://training/runs"
-        quiet_seconds = 0
-        [tasks]
-        folders = ["tasks"]
-        [engine]
-        device = "cpu"
-        dtype = "float32"
-        max_length = 256
-        [s3]
-        endpoint = "{server.endpoint}"
-        """
-    )
+    where = {"results": "s3://evals/team", "state": "state", "checkpoints": "s3://training/runs"}
+    file.write_text(TOML.format(**where, s3=f'endpoint = "{server.endpoint}"'))
     return load_config(file)
 
 
