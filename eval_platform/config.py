@@ -251,7 +251,10 @@ class Config(_Section):
 
     @property
     def lock_path(self) -> Path:
-        return self.folder / LOCK_NAME
+        """Beside the configuration, and of its name where that is not the usual one: two may lie in one folder."""
+        if self.file is None or self.file.name == CONFIG_NAME:
+            return self.folder / LOCK_NAME
+        return self.folder / f"{self.file.stem}.lock.json"
 
     def run_settings(
         self,

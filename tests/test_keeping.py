@@ -11,7 +11,7 @@ from keeping_world import command, copied, load, make_world, never, work
 from store_processes import kill_after
 
 from eval_platform import keeping, warehouse
-from eval_platform.errors import ConfigError, SamplesPruned
+from eval_platform.errors import ConfigError, SamplesPruned, SchemaError
 from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, journal, layout, log
 from eval_platform.store.announcements import announcement
 from eval_platform.values import Checkpoint, Response
@@ -136,6 +136,34 @@ def test_a_lost_log_and_catalog_are_rebuilt_from_the_files(place):
     assert answer.code == 0
     assert "whole; 0 leftovers" in answer.out
     assert answers(place.store, place.config().catalog_path, QUERIES[:3]) == before
+
+
+def test_a_root_that_has_lost_its_own_record_and_what_a_killed_verify_left(place, monkeypatch):
+    catalog = place.config().catalog_path
+    place.store.create("log/2026-01-01/000000-ab+kind==FF.json", b"{")  # no name that we give, nor a record
+    assert keeping.rebuild(place.store, catalog) == 0
+    place.store.delete("log/2026-01-01/000000-ab+kind==FF.json")
+    before = {path.name for path in catalog.parent.iterdir()}
+
+    def die(what, done, total):
+        if "catalog" in what and done == total:
+            os.kill(os.getpid(), 9)
+
+    kill_after(lambda: keeping.verify(place.store, catalog, die))
+    assert {path.name for path in catalog.parent.iterdir()} > before
+    place.store.delete(layout.ROOT)
+    [found] = [one for one in keeping.verify(place.store, catalog).findings if one.kind == "damage"]
+    assert (found.key, "tasks sync" in found.remedy) == (layout.ROOT, True)
+    left = {path.name for path in catalog.parent.iterdir()} - before
+    assert all(name.endswith(".lock") for name in left), left
+
+
+def test_results_of_a_newer_layout_are_not_taken_over(place, tmp_path):
+    place.store.put(layout.ROOT, b'{"schema_version": 1, "root_id": "x", "layout": 2}')
+    target = LocalStore(tmp_path / "target")
+    with pytest.raises(SchemaError, match=r"layout version 2.*\n.*upgrade"):
+        keeping.transfer(place.store, target)
+    assert list(target.list("")) == []
 
 
 # --- prune

@@ -19,6 +19,7 @@ from eval_platform.keeping.together import Step, each, quietly
 from eval_platform.store import Store, commits, decisions, find_record, layout, open_root, read_record
 from eval_platform.store.announcements import announce
 from eval_platform.store.records import decode
+from eval_platform.store.roots import known_layout
 
 Slot = tuple[str, int]
 
@@ -97,8 +98,11 @@ def transfer(source: Store, target: Store, step: Step = quietly) -> Moved:
     """Copy tasks, datasets, prompts, checkpoints' records, samples, evaluations and decisions into `target`.
 
     Raises ConfigError, before anything is copied, when the two are one or a checkpoint root's name stands for
-    different places in them; StoreError when either fails.
+    different places in them; SchemaError when a newer eval-platform has laid either out; StoreError when either fails.
     """
+    root = find_record(source, layout.ROOT)
+    if root is not None:
+        known_layout(source, root)
     there = {entry.key for top in _COPIED for entry in source.list(top)}
     if source.uri == target.uri:
         raise ConfigError(f"{source.uri} is both source and target", remedy="name another results root")

@@ -88,7 +88,7 @@ def verify(store: Store, catalog: Path, step: Step = quietly) -> Verified:
     for entry in store.list("evaluations/"):  # of a prune that went on meanwhile
         if entry.key.endswith(".pruned.json") and entry.key not in root.sizes:
             root.sizes[entry.key] = entry.size
-    for check in (_evaluations, _unnamed, _decisions, _tries, _arrivals, _tasks, _bundles):
+    for check in (_root_record, _evaluations, _unnamed, _decisions, _tries, _arrivals, _tasks, _bundles):
         findings += check(root)
     # What was written since its folder was listed is not lost.
     findings = [one for one in findings if one.key in root.sizes or one.kind == "leftover" or not _is_there(store, one)]
@@ -102,6 +102,16 @@ def verify(store: Store, catalog: Path, step: Step = quietly) -> Verified:
 
 
 # ------------------------------------------------------------------------------------------------ what is referred to
+
+
+def _root_record(root: _Root) -> Iterator[Finding]:
+    if root.sizes and layout.ROOT not in root.sizes:
+        yield Finding(
+            "damage",
+            layout.ROOT,
+            "the root's own record is lost: which layout this is, and its id, stand nowhere",
+            f"{RESTORE}, or `eval-platform tasks sync`: it writes one, and every machine builds its catalog anew",
+        )
 
 
 def _evaluations(root: _Root) -> Iterator[Finding]:

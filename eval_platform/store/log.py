@@ -57,7 +57,10 @@ def by_name(key: str) -> dict[str, Any] | None:
     told = [field.partition("=") for field in match["fields"].split("+")[1:]]
     if not all(value.isdecimal() for name, _, value in told if name in _NUMBERS):
         return None
-    fields = {name: int(value) if name in _NUMBERS else unescape_key(value) for name, _, value in told}
+    try:
+        fields = {name: int(value) if name in _NUMBERS else unescape_key(value) for name, _, value in told}
+    except UnicodeDecodeError:  # `=FF`: not one of our names
+        return None
     return {**fields, "time": f"{match['date']}T{match['h']}:{match['m']}:{match['s']}Z"}
 
 

@@ -2,6 +2,7 @@
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 from eval_platform.errors import ConfigError, SchemaError
 from eval_platform.store import layout
@@ -18,13 +19,17 @@ def open_root(store: Store) -> str:
     create_record(
         store, layout.ROOT, {"root_id": uuid.uuid4().hex, "layout": layout.LAYOUT_VERSION, "created_at": utc_now()}
     )
-    root = read_record(store, layout.ROOT)
+    return known_layout(store, read_record(store, layout.ROOT))["root_id"]
+
+
+def known_layout(store: Store, root: dict[str, Any]) -> dict[str, Any]:
+    """The record `root` of the store. Raises SchemaError when a newer eval-platform has laid the store out."""
     if root["layout"] > layout.LAYOUT_VERSION:
         raise SchemaError(
             f"{store.uri} has layout version {root['layout']}; this eval-platform knows up to {layout.LAYOUT_VERSION}",
             remedy="upgrade eval-platform on this machine",
         )
-    return root["root_id"]
+    return root
 
 
 def register_root(store: Store, name: str, uri: str) -> None:

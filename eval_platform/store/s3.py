@@ -94,6 +94,7 @@ class S3Store:
                 answer = client.get_object(**where)
                 # Compared here, because servers differ in what they take If-Match to be.
                 if etag is not None and answer["ETag"].strip('"') != etag:
+                    answer["Body"].close()  # unread: its connection, which holds the rest, goes with it
                     return None
                 return answer["Body"].read()
             except ClientError as error:

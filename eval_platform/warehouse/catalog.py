@@ -86,7 +86,7 @@ def refresh(store: Store, catalog: Path, *, wait_seconds: float | None = None) -
     Waits for another refresh under way: for ever, or `wait_seconds`; then False, and the catalog is as it was.
     Raises StoreError when the store cannot be read or the catalog cannot be written.
     """
-    with _turn(catalog, wait_seconds) as ours:
+    with turn(catalog, wait_seconds) as ours:
         if not ours:
             return False
         known = _remembered(store, catalog)
@@ -106,7 +106,7 @@ def rebuild(store: Store, catalog: Path, step: Callable[[int, int], None] = lamb
 
     Raises as `refresh`.
     """
-    with _turn(catalog, None):
+    with turn(catalog, None):
         _build(store, catalog, step)
 
 
@@ -424,7 +424,7 @@ def _successor(catalog: Path, *, copy: bool) -> Iterator["duckdb.DuckDBPyConnect
 
 
 @contextmanager
-def _turn(catalog: Path, wait_seconds: float | None) -> Iterator[bool]:
+def turn(catalog: Path, wait_seconds: float | None) -> Iterator[bool]:
     """Hold the catalog's lock, which the system releases when a process dies; False when it was not had in time."""
     try:
         catalog.parent.mkdir(parents=True, exist_ok=True)

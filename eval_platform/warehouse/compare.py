@@ -1,11 +1,10 @@
 """Does a catalog say what the files say? It is held against one that is built from the files at this moment."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from eval_platform.store import Store
-from eval_platform.warehouse.catalog import rebuild, refresh
+from eval_platform.warehouse.catalog import rebuild, refresh, turn
 from eval_platform.warehouse.connection import literal, open_catalog
 from eval_platform.warehouse.schema import TABLES
 
@@ -17,16 +16,19 @@ def differences(
 
     The catalog is refreshed first. Raises StoreError when the store cannot be read or a catalog not be written.
     """
-    with tempfile.TemporaryDirectory(prefix=f"{catalog.name}.anew-", dir=_made(catalog.parent)) as folder:
-        anew = Path(folder) / "catalog.duckdb"
-        refresh(store, catalog)
-        rebuild(store, anew, step)
-        if not (found := _compared(catalog, anew)):
-            return found
-        # Something may have been written between the two.
-        refresh(store, anew)
-        refresh(store, catalog)
-        return _compared(catalog, anew)
+    anew = catalog.with_name(f"anew-{catalog.name}")  # one name, in turns: what a kill leaves the next one replaces
+    with turn(catalog.with_name(f"compared-{catalog.name}"), None):
+        try:
+            refresh(store, catalog)
+            rebuild(store, anew, step)
+            if not (found := _compared(catalog, anew)):
+                return found
+            # Something may have been written between the two.
+            refresh(store, anew)
+            refresh(store, catalog)
+            return _compared(catalog, anew)
+        finally:
+            anew.unlink(missing_ok=True)
 
 
 def _compared(catalog: Path, anew: Path) -> dict[str, tuple[int, int]]:
@@ -44,8 +46,3 @@ def _compared(catalog: Path, anew: Path) -> dict[str, tuple[int, int]]:
     finally:
         con.close()
     return found
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
