@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from eval_platform.checkpoints.files import CONVERTED
 from eval_platform.errors import CheckpointError, ConfigError
 
 # A number that stands alone: not the 1 of "1B" nor the 3 or 2 of "v3.2".
@@ -78,10 +79,16 @@ def describe(folder: Path, root_name: str, relative: str, pattern: str | None = 
 
 
 def describe_path(root_name: str, relative: str, pattern: str | None = None) -> Description:
-    """What a path alone says, as `describe` has it. Raises ConfigError for the pattern."""
+    """What a path alone says, as `describe` has it. Raises ConfigError for the pattern.
+
+    step_1000/hf is the converted copy of what lies in step_1000, whose name says run and step.
+    """
+    above, _, name = relative.rpartition("/")
+    if name == CONVERTED and above:
+        relative = above
+        above, _, name = relative.rpartition("/")
     match = compile_pattern(pattern).fullmatch(relative) if pattern else None
     path = match.groupdict() if match else {}
-    above, _, name = relative.rpartition("/")
     numbers = _NUMBER.findall(name)
     from_path = int(path["step"]) if "step" in path else int(numbers[-1]) if numbers else None
     return Description(run=path.get("run") or above or root_name, step=from_path)

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from eval_platform.checkpoints.description import Description, compile_pattern, describe
-from eval_platform.checkpoints.files import SUCCESS, Listing, evidence, list_folder
+from eval_platform.checkpoints.files import (
+    CONVERTED,
+    SUCCESS,
+    Listing,
+    evidence,
+    is_trainer_state,
+    list_folder,
+    unconverted,
+)
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import identify
 from eval_platform.checkpoints.inspection import Inspection, inspect
@@ -212,7 +220,16 @@ def _walk(
     scan, will_enter = _scan_bucket(root, s3) if root.path.startswith("s3://") else _scan_folders(root)
     stack = [("", False)]  # relative path, lies inside a checkpoint
     above: set[str] = set()  # folders that have a checkpoint below them
+    converted: set[str] = set()  # folders whose `hf` is a checkpoint
+    distributed: list[str] = []
     config_only: list[_Candidate] = []
+
+    def is_one(checkpoint: str) -> None:
+        above.update(_ancestors(checkpoint))
+        parent, _, name = checkpoint.rpartition("/")
+        if name == CONVERTED:
+            converted.add(parent)
+
     while stack:
         relative, inside = stack.pop()
         uri = f"{root.path}/{relative}" if relative else root.path
@@ -231,8 +248,10 @@ def _walk(
         signs = evidence(seen.names) if key not in known or key in look else None
         candidate = _Candidate(key, root, relative, seen.place, seen.changed_ns)
         if signs == "weights":
-            above.update(_ancestors(relative))
+            is_one(relative)
             yield candidate
+        elif signs == "distributed" and not inside:
+            distributed.append(relative)
         elif signs == "config" and not inside:
             config_only.append(candidate)
 
@@ -246,11 +265,19 @@ def _walk(
                 yield Incomplete(_reported_key(root.name, child), ascii(f"{root.path}/{child}"), reason, refused=True)
                 continue
             if child_key in known and child_key not in look:
-                above.update(_ancestors(child))
+                is_one(child)
             else:
                 entered.append(child)
         will_enter(relative, entered)
         stack += [(child, inside or signs == "weights") for child in entered]
+    for relative in distributed:
+        parent, _, name = relative.rpartition("/")
+        # transformers with FSDP keeps the shards of the model in a folder of the checkpoint, and those of the optimizer
+        # in another.
+        if relative not in above and parent not in converted and not is_trainer_state(name):
+            uri = f"{root.path}/{relative}" if relative else root.path
+            yield Incomplete(make_key(root.name, relative), uri, unconverted(uri))
+            above.update(_ancestors(relative))
     # A config.json above checkpoints is most often the training's own configuration: nothing to wait for.
     yield from (candidate for candidate in config_only if candidate.relative not in above)
 
@@ -288,6 +315,7 @@ def locate(named: Path | str, roots: Sequence[Root], cache: Path, progress: Prog
         return _locate_in_bucket(named.rstrip("/"), roots, s3)
     folder = Path(named).resolve()
     try:
+        folder = Path(_converted(str(folder), os.listdir(folder)))
         found = inspect(folder)
     except OSError as error:
         raise CheckpointError(
@@ -310,6 +338,15 @@ def locate(named: Path | str, roots: Sequence[Root], cache: Path, progress: Prog
     return Found(key, str(folder), found.listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)
 
 
+def _converted(uri: str, names: Collection[str]) -> str:
+    """What is meant by a folder with these files and folders in it: of a torch distributed checkpoint, its copy."""
+    if evidence(names) != "distributed":
+        return uri
+    if CONVERTED not in names:
+        raise CheckpointError(f"{uri} is no checkpoint to evaluate: {unconverted(uri)}")
+    return f"{uri}/{CONVERTED}"
+
+
 def _locate_in_bucket(uri: str, roots: Sequence[Root], s3: S3 | None) -> Found:
     from eval_platform.checkpoints.buckets import BucketPlace
     from eval_platform.store.s3 import S3Store
@@ -319,8 +356,10 @@ def _locate_in_bucket(uri: str, roots: Sequence[Root], s3: S3 | None) -> Found:
         # Its content, of which a key would be made, is known only once all of it is downloaded.
         raise CheckpointError(f"{uri} is in no root of [[checkpoints]]", remedy="add one with the path of its bucket")
     root = max(around, key=lambda root: len(root.path))
-    relative = uri.removeprefix(root.path.rstrip("/")).strip("/")
-    place = BucketPlace(S3Store(root.path, s3), f"{relative}/" if relative else "")
+    store = S3Store(root.path, s3)
+    there = [entry.key.rstrip("/").rpartition("/")[2] for entry in S3Store(uri, s3).list("", delimiter="/")]
+    relative = _converted(uri, there).removeprefix(root.path.rstrip("/")).strip("/")
+    place = BucketPlace(store, f"{relative}/" if relative else "")
     try:
         listing = place.listing()
         found = place.inspect(listing)

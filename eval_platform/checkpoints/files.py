@@ -44,6 +44,8 @@ _TRAINER_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_s
 _SAME_SAVE = ("*.safetensors", "*.bin", "*.pt", "*.pth", "trainer_state.json", "checkpoint.json", SUCCESS)
 _PICKLE = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model*.bin")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
+_DISTRIBUTED = ("*.distcp",)  # shards of torch.distributed.checkpoint: pickles of pieces, for its own reader only
+CONVERTED = "hf"  # where trainers put the safetensors copy of such a checkpoint: the name of a folder below it
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -66,15 +68,33 @@ def is_pickle(name: str) -> bool:
     return _matches(name, _PICKLE)
 
 
-def evidence(names: Iterable[str]) -> Literal["weights", "config"] | None:
-    """What in a folder says that it is, or will be, a checkpoint: something of its weights, or only a config.json."""
-    found: Literal["config"] | None = None
+def evidence(names: Iterable[str]) -> Literal["weights", "distributed", "config"] | None:
+    """What in a folder says that it is, or will be, a checkpoint: something of its weights, or only a config.json.
+
+    "distributed": weights as torch.distributed.checkpoint writes them, and no others.
+    """
+    found: Literal["distributed", "config"] | None = None
     for name in names:
         if role(name) in ("weights", "index") or is_pickle(name) or _matches(name, _ADAPTER):
             return "weights"
-        if name == "config.json":
+        if _matches(name, _DISTRIBUTED):
+            found = "distributed"
+        elif name == "config.json" and found is None:
             found = "config"
     return found
+
+
+def unconverted(uri: str) -> str:
+    """Why the torch distributed checkpoint at `uri` waits."""
+    return (
+        f"a torch distributed checkpoint without its converted copy: save it as safetensors, tokenizer beside it, in "
+        f"{uri}/{CONVERTED} (docs/arrivals.md has the lines that do it)"
+    )
+
+
+def is_trainer_state(name: str) -> bool:
+    """Whether a file or folder of this name holds what training goes on from, and nothing of the model."""
+    return _matches(name, _TRAINER_STATE)
 
 
 @dataclass(frozen=True, slots=True)
