@@ -27,14 +27,14 @@ def judge(run: Run, status: int, *, kernel_killed: bool) -> Verdict:
     if report is None:
         ended_by = os.waitstatus_to_exitcode(status)
         by_signal = -ended_by if ended_by < 0 else ended_by - 128 if ended_by > 128 else 0
-        if by_signal in (signal.SIGXCPU, signal.SIGKILL) and seconds >= run.program.timeout:
+        if by_signal in (signal.SIGXCPU, signal.SIGKILL) and seconds >= run.task.program.timeout:
             return Verdict("timeout", "", seconds)
         if by_signal:
             return Verdict("crash", _signal_name(by_signal), seconds)
         return Verdict("exit", f"status {ended_by}", seconds)
     if report.reason == "passed" and not secrets.compare_digest(report.mark, run.mark.encode()):
         return Verdict("forged", "it says that it passed, and does not know the mark", seconds)
-    if report.reason == "passed" and report.seconds > run.program.timeout:
+    if report.reason == "passed" and report.seconds > run.task.program.timeout:
         return Verdict("timeout", "", report.seconds)
     return Verdict(report.reason, report.detail, report.seconds)
 

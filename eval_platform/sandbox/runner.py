@@ -21,28 +21,49 @@ LONGEST_DETAIL = 300
 
 
 def main():
-    with os.fdopen(JOB, "rb") as file:
-        job = marshal.loads(file.read())
+    job = read_job()
     limit(job)
+    limit_time(job)
+    silence()
     run(job)
 
 
-def limit(job):
-    """Give this process the job's limits; its children inherit them."""
-    memory, files, cpu = job["process_memory"], job["files"], job["cpu_seconds"]
+def read_job():
+    with os.fdopen(JOB, "rb") as file:
+        return marshal.loads(file.read())
+
+
+def limit(limits):
+    """Give this process the limits that all programs have; its children inherit them."""
     for what, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_NPROC, job["processes"]),
-        (resource.RLIMIT_FSIZE, files),
-        (resource.RLIMIT_NOFILE, job["open_files"]),
+        (resource.RLIMIT_AS, limits["process_memory"]),
+        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_FSIZE, limits["files"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
-        (resource.RLIMIT_CPU, cpu),
     ):
-        hard = resource.getrlimit(what)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(what, (value, value))
+        _limit(what, value)
+
+
+def limit_time(job):
+    """Give this process the program's own limit: seconds of CPU."""
+    _limit(resource.RLIMIT_CPU, job["cpu_seconds"])
+
+
+def _limit(what, value):
+    hard = resource.getrlimit(what)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(what, (value, value))
+
+
+def silence():
+    """Standard input has nothing to read, and what is written to the other two is heard by nobody."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
 
 
 def run(job):
@@ -51,10 +72,6 @@ def run(job):
     write, leave, read, clock = os.write, os._exit, os.read, time.perf_counter
     reasons = {AssertionError: "assertion", MemoryError: "memory", SystemExit: "exit"}
     os.environ.clear()
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-    os.close(null)
     sys.argv = [""]
     sys.dont_write_bytecode = True
     module = type(sys)("__main__")

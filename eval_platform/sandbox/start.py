@@ -4,12 +4,11 @@ import fcntl
 import os
 import platform
 import shutil
-import socket
 from dataclasses import dataclass
 
 from eval_platform.errors import SandboxError
-from eval_platform.sandbox.processes import die_with_parent, end
-from eval_platform.sandbox.root import NAMESPACES, SCRIPTS, Python, assemble, enter_own_mounts, mount_tmp, unmount_tmp
+from eval_platform.sandbox.processes import die_with_parent
+from eval_platform.sandbox.root import NAMESPACES, Python, assemble, enter_own_mounts, mount_tmp
 from eval_platform.sandbox.runner import REPORT
 from eval_platform.sandbox.seccomp import seccomp_filter
 from eval_platform.sandbox.slot import Slot
@@ -99,35 +98,6 @@ def mount(way: Way, slot: Slot) -> None:
     """Give the slot a /tmp of its own, empty."""
     owner = os.getuid() if slot.user is None else slot.user
     mount_tmp(slot.tmp, way.limits.files, way.limits.most_files, owner)
-
-
-def serve(way: Way, slot: Slot) -> None:
-    """See that the slot's server runs. Raises SandboxError when it does not start."""
-    if slot.server is not None:
-        return
-    mount(way, slot)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    slot.server = spawn(way, slot, (theirs.fileno(),), command(way, slot, [f"{SCRIPTS}/server.py"]))
-    theirs.close()
-    ours.settimeout(START_SECONDS)
-    try:
-        ready = ours.recv(16) == b"ready"
-    except TimeoutError:
-        ready = False
-    if not ready:
-        stop_server(slot)
-        raise why_not_started(way, slot)
-    slot.control = ours
-
-
-def stop_server(slot: Slot) -> None:
-    """End the slot's server, if it has one, and all that runs in it."""
-    if slot.server is not None:
-        end(slot.server)
-        unmount_tmp(slot.tmp)
-    if slot.control is not None:
-        slot.control.close()
-    slot.server, slot.control = None, None
 
 
 def why_not_started(way: Way, slot: Slot) -> SandboxError:

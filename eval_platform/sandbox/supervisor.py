@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -34,7 +35,7 @@ from eval_platform.sandbox.judge import judge
 from eval_platform.sandbox.processes import adopt_orphans, end, send
 from eval_platform.sandbox.root import SCRIPTS, Python, unmount_tmp
 from eval_platform.sandbox.runner import STARTED
-from eval_platform.sandbox.slot import Run, Slot
+from eval_platform.sandbox.slot import Run, Slot, Task
 from eval_platform.sandbox.start import (
     START_SECONDS,
     Way,
@@ -44,16 +45,17 @@ from eval_platform.sandbox.start import (
     mount,
     own_place,
     sealed,
-    serve,
     spawn,
-    stop_server,
     users_of_slots,
     why_not_started,
 )
 from eval_platform.sandbox.verdict import Limits, Mode, Program, Verdict
+from eval_platform.sandbox.warm import hear, serve, stop_server
 
 LONGEST_REPORT = 1 << 14
-SERVER_PROCESSES = 8  # what bubblewrap and the server of a warm slot need beside the program
+# What there is beside the program: bubblewrap's two and, warm, the server and its places (server.py), each with a first
+# process and with one that waits.
+SERVER_PROCESSES = 8
 _FORGED = "it passes also where its last assertion does not hold"
 
 
@@ -61,7 +63,7 @@ class Supervisor:
     """The slots, and the loop over them."""
 
     def __init__(self, mode: Mode, n_slots: int, limits: Limits, python: Python) -> None:
-        self.waiting: deque[tuple[int, Program]] = deque()
+        self.waiting: deque[Task] = deque()
         self.answers: deque[tuple[int, Verdict]] = deque()
         self.selector = selectors.DefaultSelector()
         adopt_orphans()
@@ -81,14 +83,14 @@ class Supervisor:
 
     # -- one program ---------------------------------------------------------------------------------------------
 
-    def start(self, slot: Slot, number: int, program: Program, passed: Verdict | None = None) -> None:
-        """Start `program` in the slot, or its control when it has `passed`."""
+    def start(self, slot: Slot, task: Task) -> None:
+        """Start `task` in the slot, which has a place for it."""
         # The two texts differ in one digit of a line of their own, and the failing one comes second.
         a, b = secrets.randbelow(9000) + 1000, secrets.randbelow(9000) + 1000
-        last = f"\nassert {a} * {b} == {a * b + (passed is not None)}\n"
+        last = f"\nassert {a} * {b} == {a * b + (task.passed is not None)}\n"
         job = {
-            "source": program.source + last,
-            "cpu_seconds": math.ceil(program.timeout) + 1,
+            "source": task.program.source + last,
+            "cpu_seconds": math.ceil(task.program.timeout) + 1,
             **asdict(self.way.limits),
         }
         mark = secrets.token_hex(16)
@@ -98,27 +100,27 @@ class Supervisor:
         os.close(mark_in)
         report, report_end = os.pipe()
         ends = (job_end, mark_end, report_end)
-        folder = None
+        folder, place = None, None
         if self.way.mode == "warm":
-            serve(self.way, slot)
-            assert slot.control is not None
-            assert slot.server is not None
-            socket.send_fds(slot.control, [b"run"], ends)
-            process, ended = slot.server, slot.control.fileno()
+            place = slot.places.popleft()
+            with suppress(ConnectionError):  # it has been killed as it waited: the server will say so
+                socket.send_fds(place.door, [b"run"], ends)
+            process, handle = place.first, place.handle
         else:
             if self.way.mode == "unsafe":
                 folder = tempfile.mkdtemp(prefix="eval-platform-unsafe-")
             else:
                 mount(self.way, slot)
             process = spawn(self.way, slot, ends, command(self.way, slot, [f"{SCRIPTS}/runner.py"]), folder)
-            ended = os.pidfd_open(process)
+            handle = os.pidfd_open(process)
+            self.selector.register(handle, selectors.EVENT_READ, (slot, "ended"))
         for descriptor in ends:
             os.close(descriptor)
-        slot.run = Run(number, program, mark, process, ended, report, time.monotonic(), passed, folder=folder)
+        now = time.monotonic()
+        slot.run = Run(task, mark, process, handle, report, now, place, looked=now, folder=folder)
         slot.run.kills_before = slot.group.kills() if slot.group else 0
         os.set_blocking(report, False)
         self.selector.register(report, selectors.EVENT_READ, (slot, "report"))
-        self.selector.register(ended, selectors.EVENT_READ, (slot, "ended"))
 
     # -- what comes of it ----------------------------------------------------------------------------------------
 
@@ -134,8 +136,31 @@ class Supervisor:
         if run.started is None and run.said.startswith(STARTED):
             run.started = time.monotonic()
 
-    def finish(self, slot: Slot) -> None:
-        """The slot's program has ended: clear up, judge, and go on with its control or answer."""
+    def hear(self, slot: Slot) -> None:
+        """The slot's server has something to say, or has ended."""
+        assert slot.control is not None
+        control = slot.control.fileno()
+        ended, alive = hear(slot)
+        for number, status in ended:
+            if slot.run is not None and slot.run.place is not None and slot.run.place.number == number:
+                self.finish(slot, status)
+            elif idle := next((place for place in slot.places if place.number == number), None):
+                slot.places.remove(idle)  # killed as it waited; there will be another one
+                idle.close()
+            else:
+                raise why_not_started(self.way, slot)
+        if not alive:
+            self.selector.unregister(control)
+            stop_server(slot)
+            self.end_strays()
+            if slot.run is not None:
+                self.finish(slot, signal.SIGKILL)
+
+    def finish(self, slot: Slot, status: int | None = None) -> None:
+        """The slot's program has ended: clear up, judge, and go on with its control or answer.
+
+        status: its wait status, where the server has said it (warm).
+        """
         run = slot.run
         assert run is not None
         while run.report in self.selector.get_map():  # what it said last
@@ -143,44 +168,34 @@ class Supervisor:
             self.read_report(run)
             if len(run.said) == before:
                 break
-        status = self._cleared(slot, run)
-        slot.run = None
-        if run.started is None:
-            raise why_not_started(self.way, slot)
-        verdict = judge(run, status, kernel_killed=slot.group is not None and slot.group.kills() > run.kills_before)
-        if run.passed is not None:
-            honest = verdict.reason not in ("passed", "forged")
-            self.answers.append((run.number, run.passed if honest else Verdict("forged", _FORGED, run.passed.seconds)))
-        elif verdict.passed:
-            self.start(slot, run.number, run.program, passed=verdict)
-        else:
-            self.answers.append((run.number, verdict))
-
-    def _cleared(self, slot: Slot, run: Run) -> int:
-        """Nothing of the run is left; returns the wait status of its process (of the program, where warm)."""
-        status = 0
-        self.selector.unregister(run.ended)
         if run.report in self.selector.get_map():
             self.selector.unregister(run.report)
         os.close(run.report)
-        if self.way.mode == "warm":
-            assert slot.control is not None
-            assert slot.server is not None
-            slot.control.settimeout(0)
-            try:
-                answer = slot.control.recv(64)
-            except OSError:
-                answer = b""
-            if run.killed or not answer:
-                stop_server(slot)
-                status = signal.SIGKILL
-            else:
-                status = int(answer)
+        slot.run = None
+        if status is None:
+            status = self._cleared(slot, run)
+        elif run.place is not None:
+            run.place.close()
+        if run.started is None:
+            raise why_not_started(self.way, slot)
+        verdict = judge(run, status, kernel_killed=slot.group is not None and slot.group.kills() > run.kills_before)
+        task = run.task
+        if task.passed is not None:
+            honest = verdict.reason not in ("passed", "forged")
+            final = task.passed if honest else Verdict("forged", _FORGED, task.passed.seconds)
+            self.answers.append((task.number, final))
+        elif verdict.passed:
+            self._give(slot, Task(task.number, task.program, passed=verdict))
         else:
-            if self.way.mode == "cold":
-                unmount_tmp(slot.tmp)
-            os.close(run.ended)
-            status = os.waitpid(run.process, 0)[1]
+            self.answers.append((task.number, verdict))
+
+    def _cleared(self, slot: Slot, run: Run) -> int:
+        """Nothing of the run is left (cold and unsafe); returns the wait status of its process."""
+        self.selector.unregister(run.handle)
+        os.close(run.handle)
+        if self.way.mode == "cold":
+            unmount_tmp(slot.tmp)
+        status = os.waitpid(run.process, 0)[1]
         self.end_strays()
         if run.folder is not None:
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -195,24 +210,26 @@ class Supervisor:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def turn(self, others: bool) -> bool:
+    def turn(self) -> bool:
         """Start what can be started, wait for the next thing to happen, deal with it.
 
-        others: whether a descriptor that was registered with data None (the input) is waited for too; True when it
-        is readable.
+        True when the descriptor that was registered with data None (the input) is readable.
         """
         for slot in self.slots:
-            if slot.run is None and self.waiting:
-                self.start(slot, *self.waiting.popleft())
+            if slot.run is None and slot.task is None and self.waiting:
+                self._give(slot, self.waiting.popleft())
+            self._begin(slot)
         readable = False
-        for key, _ in self.selector.select(self._patience(others)):
+        for key, _ in self.selector.select(self._patience()):
             if key.data is None:
                 readable = True
                 continue
             slot, what = key.data
-            if slot.run is None or key.fd not in self.selector.get_map():
+            if key.fd not in self.selector.get_map():
                 continue  # dealt with a moment ago, by what else happened in this turn
-            if what == "report":
+            if what == "server":
+                self.hear(slot)
+            elif what == "report":
                 self.read_report(slot.run)
             else:
                 self.finish(slot)
@@ -221,29 +238,53 @@ class Supervisor:
                 self._look_after(slot, slot.run)
         return readable
 
-    def _patience(self, others: bool) -> float | None:
+    def _give(self, slot: Slot, task: Task) -> None:
+        """The slot's next task; it begins as soon as there is a place."""
+        slot.task, slot.since = task, time.monotonic()
+
+    def _begin(self, slot: Slot) -> None:
+        """Start the slot's task, if it has one and there is a place. Raises SandboxError when there never is."""
+        if slot.task is None:
+            return
+        if self.way.mode == "warm":
+            if serve(self.way, slot):
+                assert slot.control is not None
+                self.selector.register(slot.control, selectors.EVENT_READ, (slot, "server"))
+            if not slot.places:
+                if time.monotonic() > slot.since + START_SECONDS:
+                    raise why_not_started(self.way, slot)
+                return
+        task, slot.task = slot.task, None
+        self.start(slot, task)
+
+    def _patience(self) -> float | None:
         """Seconds until something must be looked after."""
-        runs = [slot.run for slot in self.slots if slot.run]
-        if not runs:
-            return None if others else 0.0
-        ends = min(_deadline(run) for run in runs) - time.monotonic()
-        watching = any(run.killed is None for run in runs) and not self.slots[0].group
-        return max(0.0, min(ends, memory.WATCH_SECONDS if watching else 1.0))
+        runs = [slot.run for slot in self.slots if slot.run and not slot.run.killed]
+        ends = [_deadline(run) for run in runs] + [slot.since + START_SECONDS for slot in self.slots if slot.task]
+        if not self.slots[0].group:
+            ends += [run.looked + memory.WATCH_SECONDS for run in runs]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _look_after(self, slot: Slot, run: Run) -> None:
         """End the program that has run for too long, or holds too much."""
+        now = time.monotonic()
         if run.killed:
             return
-        if time.monotonic() > _deadline(run):
+        if now > _deadline(run):
             run.killed = "timeout"
-        elif slot.group is None:
+        elif slot.group is None and now >= run.looked + memory.WATCH_SECONDS:
+            run.looked = now
             size, processes = memory.held(run.process)
             # The kernel counts processes too, but not those of root in a namespace that has no other user.
             if size > self.way.limits.total_memory or processes > self.way.limits.processes + SERVER_PROCESSES:
                 run.killed = "memory"
         if run.killed:
-            for process in memory.descendants(run.process) if self.way.mode == "unsafe" else (run.process,):
-                send(process, signal.SIGKILL)
+            if self.way.mode == "unsafe":
+                for process in memory.descendants(run.process):
+                    send(process, signal.SIGKILL)
+            else:
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    signal.pidfd_send_signal(run.handle, signal.SIGKILL)
 
     def close(self) -> None:
         """End everything, and leave nothing."""
@@ -263,7 +304,7 @@ class Supervisor:
 
 def _deadline(run: Run) -> float:
     """A pass that took longer than the timeout is none; what runs a little longer still is ended."""
-    return run.began + START_SECONDS if run.started is None else run.started + run.program.timeout + 0.1
+    return run.began + START_SECONDS if run.started is None else run.started + run.task.program.timeout + 0.1
 
 
 def main() -> None:
@@ -290,14 +331,15 @@ def main() -> None:
     rest = b""
     try:
         while True:
-            if supervisor.turn(others=True):
+            if supervisor.turn():
                 got = os.read(source.fileno(), 1 << 20)
                 if not got:
                     return
                 *lines, rest = (rest + got).split(b"\n")
                 for line in lines:
                     message = json.loads(line)
-                    supervisor.waiting.append((message["number"], Program(message["source"], message["timeout"])))
+                    program = Program(message["source"], message["timeout"])
+                    supervisor.waiting.append(Task(message["number"], program))
             while supervisor.answers:
                 number, verdict = supervisor.answers.popleft()
                 say({"number": number, **asdict(verdict)})
