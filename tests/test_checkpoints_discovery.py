@@ -454,6 +454,7 @@ def write(folder, name, value):
         ("a/epoch=3-step=40", "a", 40),
         ("Llama-3.2-1B", "r", None),
         ("a/final", "a", None),
+        ("a/step_1000/hf", "a", 1000),
         ("", "r", None),
     ],
 )

@@ -84,10 +84,12 @@ def describe_path(root_name: str, relative: str, pattern: str | None = None) -> 
     step_1000/hf is the converted copy of what lies in step_1000, whose name says run and step.
     """
     above, _, name = relative.rpartition("/")
+    whole = relative
     if name == CONVERTED and above:
-        relative = above
-        above, _, name = relative.rpartition("/")
-    match = compile_pattern(pattern).fullmatch(relative) if pattern else None
+        whole = above
+        above, _, name = whole.rpartition("/")
+    asked = compile_pattern(pattern) if pattern else None
+    match = asked and (asked.fullmatch(relative) or asked.fullmatch(whole))
     path = match.groupdict() if match else {}
     numbers = _NUMBER.findall(name)
     from_path = int(path["step"]) if "step" in path else int(numbers[-1]) if numbers else None
