@@ -1,0 +1,175 @@
+"""The machines of the soak. Each finds what arrives, and has each arrival driven until it is published, as the platform
+does.
+
+    python -m benchmarks.soak.machine <control folder> <seed> <machine's folder>...
+
+What a driver and a worker need is imported once; every machine is then two forks of this process: one is the platform's
+nursery, which forks the machine's workers when `launch` asks it (it has no need of torch here), the other finds and
+drives. Every drive is a process of its own, as a Dagster run is. A task that has failed for good, killed three times,
+is forgiven by `eval-platform retry`'s own function, as a person would. Files in `control`: `published.jsonl` (machine,
+key), `told.jsonl` (what a driver was told of a task that came to nothing), `forgiven.jsonl`, and `errors.jsonl` (what
+went wrong here). The file `finish` holds the keys after which a machine may end.
+"""
+
+import gc
+import importlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.soak.stub import append, lines, obey
+from eval_platform import launch, nursery, once
+from eval_platform.checkpoints import Found, Watch, discover
+from eval_platform.config import Config, load_config
+from eval_platform.drive import drive
+from eval_platform.errors import EvalPlatformError
+from eval_platform.plan import Wanted, plan
+from eval_platform.quality import suites
+from eval_platform.store import Store, arrivals, open_root, open_store, process, register_root, watcher_id
+from eval_platform.tasks import read_lock
+from eval_platform.values import Arrival
+
+PUBLISHED, AGAIN = 0, 3
+_LOOK_SECONDS = 0.5
+# Of what another machine has published this one looks at every fourth too, and must find it done.
+_LOOKED_AT_AGAIN = 0.25
+
+
+_MADE_OF = "the soak: whatever is edited meanwhile, all its processes run the code that it began with"
+
+
+def main(control: Path, seed: int, homes: Sequence[Path]) -> int:
+    """0 when every machine has ended well."""
+    obey(control)
+    nursery._made_of = lambda: _MADE_OF
+    nursery._forks_may_use_gpus = lambda: True  # nothing here has heard of one
+    nursery._MODULES = ("eval_platform.worker", "eval_platform.store.s3", "boto3", "pyarrow.parquet")
+    launch._start = _refuse  # a fresh interpreter would load a model, and not be seen
+    for module in nursery._MODULES:
+        importlib.import_module(module)
+    suites._batch_definition()
+    config = load_config(homes[0] / "eval_platform.toml")
+    open_root(open_store(config.results, config.s3))  # what a client of S3 is made of is read once, too
+    gc.collect()
+    gc.freeze()
+    nurseries = [_forked(home, partial(nursery.main, home / "state")) for home in homes]
+    machines = [_forked(home, partial(watch_and_drive, home, control, seed)) for home in homes]
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in machines]
+    for pid in nurseries:
+        os.kill(pid, signal.SIGKILL)
+    return max(map(abs, ended))
+
+
+def _forked(home: Path, run: Callable[[], None]) -> int:
+    """`run()` in a process on the machine of this name: none on another can know whether it is dead."""
+    pid = os.fork()
+    if pid:
+        return pid
+    here = process._machine()
+    process._machine = lambda: f"{here}/{home.name}"
+    code = 1
+    try:
+        run()
+        code = 0
+    except BaseException:  # noqa: BLE001 -- the last word of a process: say it, end with its code
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def watch_and_drive(home: Path, control: Path, seed: int) -> None:
+    """Until all that `finish` names is published."""
+    while not (home / "state" / "nursery.sock").exists():
+        time.sleep(0.01)
+    chance = random.Random(f"{seed} {home.name}")
+    config = load_config(home / "eval_platform.toml")
+    store = open_store(config.results, config.s3)
+    for root in config.checkpoints:
+        register_root(store, root.name, root.path)
+    watch, known = Watch(), dict[str, str]()
+    todo: dict[str, Arrival] = {}
+    done: set[str] = set()
+    running: dict[int, str] = {}
+    while True:
+        for found in discover(config.checkpoints, known, watch, s3=config.s3):
+            if isinstance(found, Found):
+                arrival, _ = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))
+                known[found.key] = found.fingerprint
+                todo[found.key] = arrival
+        elsewhere = {line["key"] for line in lines(control / "published.jsonl")}
+        for key in [key for key in todo if key in elsewhere and key not in running.values()]:
+            if chance.random() > _LOOKED_AT_AGAIN:
+                done.add(key)
+                del todo[key]
+        waiting = [key for key in todo if key not in running.values()]
+        while waiting and len(running) < config.worker.slots:
+            key = waiting.pop(chance.randrange(len(waiting)))
+            running[_fork(config, store, todo[key], control)] = key
+        for pid in list(running):
+            if (code := _ended(pid)) is None:
+                continue
+            key = running.pop(pid)
+            if code == PUBLISHED:
+                append(control / "published.jsonl", {"machine": home.name, "key": key})
+                done.add(key)
+                del todo[key]
+            elif code != AGAIN:
+                append(control / "errors.jsonl", {"machine": home.name, "key": key, "error": f"ended with {code}"})
+        finish = control / "finish"
+        if finish.exists() and not running and done >= set(json.loads(finish.read_text())):
+            return
+        time.sleep(_LOOK_SECONDS if todo else 2 * _LOOK_SECONDS)
+
+
+def _ended(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _fork(config: Config, store: Store, arrival: Arrival, control: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = _drive(config, store, arrival, control)
+    except BaseException:  # noqa: BLE001 -- the last word of a process: say it, end with its code
+        append(control / "errors.jsonl", {"key": arrival.key, "error": traceback.format_exc()})
+    finally:
+        os._exit(code)
+
+
+def _drive(config: Config, store: Store, arrival: Arrival, control: Path) -> int:
+    """PUBLISHED when every task is."""
+    todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, store)
+    outcomes = list(drive(todo, config, store, actor=f"soak on {config.folder.name}"))
+    unpublished = [one for one in outcomes if one.status != "published"]
+    for one in unpublished:
+        said = {"key": arrival.key, "task": one.task, "status": one.status, "reason": " ".join(one.reasons)}
+        append(control / "told.jsonl", {"machine": config.folder.name, **said})
+    if any("failed for good" in reason for one in unpublished for reason in one.reasons):
+        why = "it was killed three times, for the sake of the soak"
+        with suppress(EvalPlatformError):  # the other machine has forgiven it already
+            once.act(config, store, "retry", arrival.key, attempt=None, actor="soak", reason=why)
+            append(control / "forgiven.jsonl", {"key": arrival.key})
+    return AGAIN if unpublished else PUBLISHED
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise RuntimeError("the process that forks workers did not answer")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), [Path(home) for home in sys.argv[3:]]))
