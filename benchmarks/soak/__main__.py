@@ -5,8 +5,8 @@
 Two machines (state folders of their own; neither can know whether a process of the other is dead) share one results
 root in a bucket of moto's server, and checkpoints go on arriving in another. Workers are the platform's own program,
 started by `launch`; an engine that answers from the weights' bytes stands in place of the model. They are killed at
-random moments and at aimed ones (see `killer`), until there were so many kills; then all that arrived must be published,
-and `audit` counts. With --dagster so many more are killed under `eval-platform up`.
+random moments and at aimed ones (see `killer`), until there were so many kills; then all that arrived must be
+published, and `audit` counts. With --dagster so many more are killed under `eval-platform up`.
 """
 
 import argparse
@@ -18,17 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.soak.audit import Count, audit
 from benchmarks.soak.killer import Killer
-from benchmarks.soak.stub import PHASES, lines
+from benchmarks.soak.report import progress, report
+from benchmarks.soak.stub import lines
 from benchmarks.soak.world import World, world
 from eval_platform import launch
 from eval_platform.config import Config
@@ -38,7 +37,7 @@ SLOTS = 2
 LEASE_SECONDS = 4.0
 AHEAD = 6  # checkpoints that wait or are worked on
 GIVE_UP_SECONDS = 300.0  # without anything new
-_LOOK_SECONDS = 0.02
+_LOOK_SECONDS = 0.05
 
 console = Console()
 
@@ -77,7 +76,7 @@ def soak(one: World, *, kills: int, seed: int, ahead: int = AHEAD, mean_wait: fl
             dead = len(killer.deaths())
             if (len(published), dead) != told:
                 news, told = time.monotonic(), (len(published), dead)
-                _show(dead, kills, len(published), len(one.dropped), began)
+                progress(console, dead, kills, len(published), len(one.dropped), began)
             if dead >= kills:
                 break
             if len(one.dropped) - len(published) < ahead:
@@ -95,8 +94,8 @@ def soak(one: World, *, kills: int, seed: int, ahead: int = AHEAD, mean_wait: fl
             now = {line["key"] for line in lines(one.control / "published.jsonl")}
             if now != published:
                 news, published = time.monotonic(), now
-                _show(dead, kills, len(published), len(one.dropped), began)
-            time.sleep(10 * _LOOK_SECONDS)
+                progress(console, dead, kills, len(published), len(one.dropped), began)
+            time.sleep(4 * _LOOK_SECONDS)
             _alive(one, running, news)
     deaths = killer.deaths()
     count = audit(one, configs, deaths)
@@ -104,36 +103,8 @@ def soak(one: World, *, kills: int, seed: int, ahead: int = AHEAD, mean_wait: fl
     count.figures["seconds of killing / until all was published / in all"] = (
         f"{killed_for:.0f} / {news - began:.0f} / {time.monotonic() - began:.0f}"
     )
-    report(f"{len(deaths)} kills -9 on S3, seed {seed}", count, deaths)
+    report(console, f"{len(deaths)} kills -9 on S3, seed {seed}", count, deaths)
     return count
-
-
-def report(title: str, count: Count, deaths: Sequence[dict]) -> None:
-    """The table, and what is wrong."""
-    table = Table("what", "count", title=title, title_justify="left")
-    where = Counter((death["phase"], death["how"]) for death in deaths)
-    for phase in PHASES:
-        told = ", ".join(f"{where[phase, how]} {how}" for how in ("aimed", "random") if where[phase, how])
-        table.add_row(f"killed {phase}", told or "0")
-    table.add_section()
-    for name, value in count.figures.items():
-        table.add_row(name, str(value))
-    console.print(table, highlight=False)
-    for problem in count.wrong[:50]:
-        console.print(f"[red]LOST OR DOUBLED[/] {problem}", highlight=False)
-    if len(count.wrong) > 50:
-        console.print(f"and {len(count.wrong) - 50} more", highlight=False)
-    console.print("[green]nothing lost, nothing doubled[/]" if not count.wrong else f"{len(count.wrong)} problems")
-
-
-def _show(dead: int, kills: int, published: int, arrived: int, began: float) -> None:
-    line = f"{dead}/{kills} kills, {published}/{arrived} published, {time.monotonic() - began:.0f} s"
-    width = 30
-    bar = ("=" * (width * dead // max(1, kills))).ljust(width)
-    if console.is_terminal:
-        console.print(f"[{bar}] {line}", end="\r", markup=False, highlight=False)
-    elif dead % 25 == 0 or dead >= kills:
-        console.print(f"[{bar}] {line}", markup=False, highlight=False)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from eval_platform.store.process import known_dead
 # Each draw of a phase and of how long after its beginning, in seconds: within an upload, or right after it.
 _AIM_DELAY = 0.015
 _AIM_PATIENCE = 8.0
+# Where workers are born slowly (a busy machine) as many as are born would die young, and nothing be finished.
+MOST_KILLED = 0.65
 
 
 @dataclass
@@ -41,14 +43,15 @@ class Killer:
         """Kill whose time has come, unless so many kills are not left any more (one may be on its way)."""
         now = time.monotonic()
         self._look()
+        left = min(left, 1 + int(MOST_KILLED * len(self.workers)) - len(self.deaths())) - len(self._claimed())
         if (self.control / "aim").exists():
             left -= 1
-            if now > self._withdraw or left < 0:
+            if now > self._withdraw:
                 (self.control / "aim").unlink(missing_ok=True)
         elif now > self._next_aim and left > 0:
             self._aim(now)
             left -= 1
-        if now > self._next_random and left > len(self._claimed()):
+        if now > self._next_random and left > 0:
             self._next_random = now + self.chance.uniform(0, 2 * self.mean_wait)
             self._kill_one()
 

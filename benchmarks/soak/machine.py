@@ -171,5 +171,5 @@ def _refuse(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), [Path(home) for home in sys.argv[3:]]))
