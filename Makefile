@@ -1,7 +1,8 @@
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-s3-real lint bench clean
 
 # make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published;
 #                     STORE=s3: checkpoints and results in buckets of an S3 server on this machine)
+# make test-s3-real   the tests of buckets on a real Ceph gateway, which it starts here and takes down again
 # make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of
 #                     docs/log.md and docs/performance.md (an hour on an idle machine)
 PYTHON ?= python3
@@ -24,6 +25,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-s3-real: install
+	$(BIN)/python tests/ceph_gateway.py
 
 lint: install
 	$(BIN)/ruff check .

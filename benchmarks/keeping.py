@@ -2,12 +2,15 @@
 
     python -m benchmarks.keeping --evaluations 20000
 
+    python -m benchmarks.keeping --evaluations 20000 --s3      the same root in moto's memory: `rebuild` from a bucket
+
 The records are those of the catalog's tests (tests/warehouse_world.py) with a small samples file each: sizes are true,
 contents are made up, and so `verify` finds what is made up, which is not what is timed. Figures go to docs/log.md.
 """
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import sys
@@ -21,10 +24,15 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from s3_server import CREDENTIALS, FILLED_WITH, s3_server  # pyright: ignore[reportMissingImports]
 from warehouse_world import World, commit_record  # pyright: ignore[reportMissingImports]
 
+from benchmarks.s3_listing import cpu_of
+from benchmarks.s3_results import counted
 from eval_platform import keeping, warehouse
-from eval_platform.store import commits, layout, log
+from eval_platform.config import S3
+from eval_platform.store import commits, layout, log, open_store
+from eval_platform.store.bundles import bundle
 from eval_platform.store.records import encode
 
 TASKS = 20
@@ -76,12 +84,40 @@ def steps(folder: Path, evaluations: int) -> Iterator[tuple[str, Callable[[], An
     yield "prune --keep-last 1: choosing", lambda: keeping.choose(store, catalog, keeping.Keep(last=1))
 
 
+def in_a_bucket(folder: Path, evaluations: int, *, bundled: bool) -> None:
+    """`rebuild` of a root in a bucket on a machine that has seen nothing: with last night's bundles, or without any."""
+    world = World(folder)
+    timed(f"writing {evaluations} evaluations", lambda: write_root(world, evaluations))
+    if bundled:
+        timed("bundling them", lambda: bundle(world.store))
+    filled = folder / "objects.jsonl"
+    with filled.open("w", encoding="utf-8") as lines:
+        for entry in world.store.list(""):
+            body = world.store.read(entry.key).decode("latin-1")
+            lines.write(json.dumps(["evals", f"team/{entry.key}", body]) + "\n")
+    with s3_server(**{FILLED_WITH: str(filled)}) as server:
+        assert server.pid is not None
+        store, before = open_store("s3://evals/team", S3(endpoint=server.endpoint)), cpu_of(server.pid)
+        with counted() as requests:
+            what = "with bundles" if bundled else "nothing bundled"
+            timed(f"rebuild from a bucket, {what}", lambda: keeping.rebuild(store, world.catalog))
+        asked = ", ".join(f"{n:,} {verb}" for verb, n in requests.most_common())
+        print(f"  {asked}; {cpu_of(server.pid) - before:.0f} s of a core were moto's", flush=True)
+        timed("a refresh after it, nothing new", lambda: warehouse.refresh(store, world.catalog))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, help="where the root is made; default: a temporary one")
+    parser.add_argument("--s3", action="store_true", help="the root in a bucket of moto's")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        if given.s3:
+            os.environ.update(CREDENTIALS)
+            in_a_bucket(Path(folder, "bundled"), given.evaluations, bundled=True)
+            in_a_bucket(Path(folder, "plain"), given.evaluations // 10, bundled=False)
+            return
         for what, do in steps(Path(folder), given.evaluations):
             found = timed(what, do)
             if isinstance(found, int) and not isinstance(found, bool):

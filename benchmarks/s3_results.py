@@ -94,7 +94,7 @@ def _copy(source: Store, target: Store) -> int:
 
 def _timed(what: str, ask: Callable[[], Any]) -> tuple[float, int]:
     """(seconds, requests), printed."""
-    with _counted() as requests:
+    with counted() as requests:
         began = time.perf_counter()
         answer = ask()
         seconds = time.perf_counter() - began
@@ -105,7 +105,7 @@ def _timed(what: str, ask: Callable[[], Any]) -> tuple[float, int]:
 
 
 @contextmanager
-def _counted() -> Iterator[Counter[str]]:
+def counted() -> Iterator[Counter[str]]:
     """How often which kind of request was made meanwhile ("read", "list", "create")."""
     counts: Counter[str] = Counter()
     run = Requests.run

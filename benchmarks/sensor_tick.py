@@ -113,7 +113,7 @@ def _measure(folder: Path, count: int) -> None:
 
     with dg.DagsterInstance.local_temp(str(folder / "dagster")) as instance:
         gc.collect()
-        before = _peak_mb()
+        before = peak_mb()
         tick(instance)
         _write_checkpoint(root / "run-new" / "step-0", count)
         new = tick(instance) == ["checkpoints/run-new/step-0"]
@@ -126,7 +126,7 @@ def _measure(folder: Path, count: int) -> None:
         ticks = 1
         while tick(instance) != [position] and ticks <= a_round + 1:
             ticks += 1
-        memory = _peak_mb() - before
+        memory = peak_mb() - before
 
     load = os.getloadavg()[0]
     print(
@@ -141,7 +141,7 @@ def _measure(folder: Path, count: int) -> None:
         sys.exit(1)
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """The most memory this process has had; not ru_maxrss, which a new program inherits from the one it replaced."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024

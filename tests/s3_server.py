@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
 # moto asks for none of its own, but the client has to sign with something.
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
@@ -26,13 +30,19 @@ CREDENTIALS = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
 }
+# Names a server that runs already, of whom CREDENTIALS may make buckets: what ceph_gateway.py starts.
+REAL_SERVER = "TEST_S3_SERVER"
+# Names a file of lines [bucket, key, body]: what moto holds from the start. So many by requests would take minutes.
+FILLED_WITH = "MOTO_FILLED_WITH"
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where the server listens: http://127.0.0.1:<port>."""
+    """Where the server listens: http://127.0.0.1:<port>. moto: it asks for no credentials, and knows all of S3."""
 
     endpoint: str
+    moto: bool = True
+    pid: int | None = None  # of moto's process
 
     @property
     def port(self) -> int:
@@ -40,7 +50,11 @@ class S3Server:
 
     def make_bucket(self, name: str) -> None:
         """By hand, so that a test that makes a bucket does not depend on the client under test."""
-        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{name}", method="PUT"), timeout=30).close()
+        request = AWSRequest("PUT", f"{self.endpoint}/{name}", headers={"x-amz-content-sha256": "UNSIGNED-PAYLOAD"})
+        who = Credentials(CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"])
+        S3SigV4Auth(who, "s3", CREDENTIALS["AWS_DEFAULT_REGION"]).add_auth(request)
+        signed = urllib.request.Request(request.url, headers=dict(request.headers), method="PUT")
+        urllib.request.urlopen(signed, timeout=30).close()
 
 
 @contextmanager
@@ -56,7 +70,7 @@ def s3_server(**environment: str) -> Iterator[S3Server]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        yield S3Server(json.loads(process.stdout.readline())["endpoint"])
+        yield S3Server(json.loads(process.stdout.readline())["endpoint"], pid=process.pid)
     finally:
         process.stdin.close()
         process.wait(30)
@@ -77,6 +91,18 @@ class _TurnsForConditions:
             return list(self.app(environ, start_response))
 
 
+def _fill(file: Path) -> None:
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    with file.open(encoding="utf-8") as lines:
+        for bucket, key, body in map(json.loads, lines):
+            if bucket not in backend.buckets:
+                backend.create_bucket(bucket, "us-east-1")
+            backend.put_object(bucket, key, body.encode("latin-1"), disable_notification=True)
+
+
 def _serve() -> None:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -87,6 +113,8 @@ def _serve() -> None:
         def log(self, type: str, message: str, *args: Any) -> None:
             pass
 
+    if filled_with := os.environ.get(FILLED_WITH):
+        _fill(Path(filled_with))
     app = DomainDispatcherApplication(create_backend_app)
     wrapped = app if os.environ.get("MOTO_AS_IT_IS") else _TurnsForConditions(app)
     server = make_server("127.0.0.1", 0, wrapped, threaded=True, request_handler=Quiet)

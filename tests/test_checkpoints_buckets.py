@@ -198,6 +198,35 @@ def test_many_new_folders_cost_one_listing(bucket, settings, wire, monkeypatch):
     assert {one.key for one in found} == {f"b/r/{step}" for step in range(8) if step != 3} | {"b/r/3/deeper"}
 
 
+def test_a_sweep_is_one_listing_also_when_something_new_lies_far_from_it(bucket, settings, wire):
+    for step in range(10, 34):
+        bucket.put(f"r/{step}/config.json", b"{}")
+    known = {f"b/r/{step}": "as it was" for step in range(10, 33)}
+    wire.requests.clear()
+    swept = [f"b/r/{step}" for step in range(12, 18)]
+    found = {one.key for one in look(bucket, settings, known, sweep=swept)}
+    assert found == {*swept, "b/r/33"}
+    listings = [request.partition(" HTTP")[0] for request in wire.requests if "list-type" in request]
+    assert len(listings) == 4, listings  # the top, r/, what is swept, what is new
+
+
+def test_runs_most_of_whose_checkpoints_are_known_are_not_listed_whole(bucket, settings, wire, monkeypatch):
+    from eval_platform.checkpoints import buckets
+    from eval_platform.store import s3
+
+    monkeypatch.setattr(s3, "PAGE_KEYS", 4)  # as if a run had as many objects as a page has
+    monkeypatch.setattr(buckets, "PAGE_KEYS", 4)
+    for run in "abcdef":
+        for step in range(4):
+            bucket.put(f"{run}/{step}/config.json", b"{}")
+    known = {f"b/{run}/{step}": "as it was" for run in "abcdef" for step in range(4)}
+    del known["b/f/3"]
+    wire.requests.clear()
+    assert [one.key for one in look(bucket, settings, known)] == ["b/f/3"]
+    listings = [request for request in wire.requests if "list-type" in request]
+    assert len(listings) <= 2 + 3 + 6 + 1, listings  # the top, the attempt, each run, the new one
+
+
 def test_an_upload_under_way_waits(model, bucket, settings):
     upload(bucket, model, "r/1", leave_out=["model.safetensors"])
     [waiting] = look(bucket, settings)

@@ -213,7 +213,7 @@ def test_a_server_that_is_not_there_is_named(s3_credentials):
 # ------------------------------------------------------------------------------------------------ credentials
 
 
-def test_expired_credentials_are_read_anew_once(store, wire, monkeypatch):
+def test_expired_credentials_are_read_anew_once(store, wire, monkeypatch, moto_only):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAFRESHFRESHFRESH1")
     wire.breaks(Answer(400, "ExpiredToken"))
     assert store.create("k", b"x")
@@ -308,7 +308,7 @@ def test_a_large_file_is_created_in_one_piece(store, wire, large, monkeypatch):
 # ------------------------------------------------------------------------------------------------ settings
 
 
-def test_encryption_and_storage_class_are_asked_for(store, wire, s3_session):
+def test_encryption_and_storage_class_are_asked_for(store, wire, s3_session, moto_only):
     settings = S3(endpoint=wire.endpoint, encryption="aws:kms", kms_key="key-1", storage_class="STANDARD_IA")
     asking = S3Store(store.uri, settings)
     asking.put("small", b"x")
@@ -366,7 +366,14 @@ def test_what_consoles_make_as_folders_is_not_listed(store, s3_session):
     assert [entry.key for entry in store.list("evaluations", delimiter="/")] == ["evaluations/"]
 
 
-def test_a_versioned_bucket_shows_what_is_there_now(s3_session, s3_credentials):
+def test_a_listing_tells_the_service_s_own_times(store, s3_session):
+    store.put("k", b"x")
+    [entry] = store.list("k")
+    told = client(s3_session).head_object(Bucket=store.bucket, Key=f"{store.prefix}k")["LastModified"]
+    assert entry.modified_ns // 10**9 == int(told.timestamp())
+
+
+def test_a_versioned_bucket_shows_what_is_there_now(s3_session, s3_credentials, moto_only):
     s3_session.make_bucket("versioned")
     client(s3_session).put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
     store = S3Store("s3://versioned", S3(endpoint=s3_session.endpoint))

@@ -7,6 +7,7 @@ checkpoint in a bucket and its copy in a folder are whole, refused and described
 
 import errno
 import tempfile
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ _READ = ("config.json", "tokenizer_config.json", "adapter_config.json", *DESCRIB
 _HEADER_GUESS_BYTES = 1 << 16  # holds the headers of most shards, so that one request a file is enough
 _READS_AT_ONCE = 8
 _LIST_WHOLE = 4  # folders of ten files each, side by side: one request for a hundred of them instead of a hundred
+_PASSED_OVER = 10  # known folders of ten files each, between two others, that are listed again to save a request
+_FOLDERS_A_PAGE = 4  # a page of a thousand objects costs ten times one of a hundred folders: it must show some of them
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,16 @@ class BucketPlace:
 
 
 class BucketTree:
-    """The folders of a bucket below a prefix, as the walk asks for them: level by level, or many from one listing.
+    """The folders of a bucket below a prefix, as the walk asks for them: each on its own, or many from one listing.
 
-    Of a level with many folders that the walk will enter, all from the first to the last of them is listed, a thousand
-    objects a request: what the sweep looks at again lies side by side.
+    Folders that the walk will enter are read ahead. Small ones that lie side by side (new checkpoints, what the sweep
+    looks at again) come a thousand objects a request; large ones (runs, most of whose checkpoints are known) level by
+    level, several at once, since a request to a service far away is mostly waiting.
     """
 
     def __init__(self, store: S3Store) -> None:
         self.store = store
-        self._listed: dict[str, list[Entry]] = {}  # prefix -> its objects and folders, of what was listed whole
+        self._listed: dict[str, list[Entry]] = {}  # prefix -> its objects and folders, of what was read ahead
 
     def level(self, prefix: str) -> list[Entry]:
         """Objects, and folders as keys that end in a slash, directly below `prefix`. Raises StoreError."""
@@ -115,23 +119,49 @@ class BucketTree:
             return self._listed.pop(prefix)
         return list(self.store.list(prefix, delimiter="/"))
 
-    def will_enter(self, prefix: str, folders: Collection[str]) -> None:
-        """The walk is about to ask for these folders (prefixes), all directly below `prefix`."""
-        if len(folders) < _LIST_WHOLE or any(folder in self._listed for folder in folders):
+    def will_enter(self, prefix: str, folders: Collection[str], beside: Collection[str]) -> None:
+        """The walk is about to ask for these folders (prefixes), all directly below `prefix`. Raises StoreError.
+
+        beside: all folders that there are, those among them.
+        """
+        if len(folders) < 2 or any(folder in self._listed for folder in folders):
             return
+        singly: list[str] = []
+        for stretch in _stretches(folders, beside):
+            found = self._whole(prefix, stretch) if len(stretch) >= _LIST_WHOLE else None
+            if found is None:
+                singly += stretch
+            else:
+                self._listed |= found
+        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+            self._listed |= zip(singly, pool.map(self.level, singly), strict=True)
+
+    def _whole(self, prefix: str, folders: list[str]) -> dict[str, list[Entry]] | None:
+        """All levels from the first of `folders` to the last; None where a request for each folder costs less."""
         tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
-        last = max(folders)
-        for n, entry in enumerate(self.store.list(prefix, after=min(folders))):
+        last = folders[-1]
+        for n, entry in enumerate(self.store.list(prefix, after=folders[0])):
             if entry.key > last and not entry.key.startswith(last):
                 break
-            if n == PAGE_KEYS * len(folders):  # they lie so far apart that one request for each costs less
-                return
+            if n % PAGE_KEYS == 0 and n // PAGE_KEYS > 1 + bisect_left(folders, entry.key) / _FOLDERS_A_PAGE:
+                return None
             parent, _, _ = entry.key.rpartition("/")
             tree.setdefault(f"{parent}/", {})[entry.key] = entry
             while len(parent) > len(prefix):
                 folder, (parent, _, _) = f"{parent}/", parent.rpartition("/")
                 tree.setdefault(f"{parent}/" if parent else "", {}).setdefault(folder, Entry(folder, 0, ""))
-        self._listed |= {folder: list(entries.values()) for folder, entries in tree.items() if folder != prefix}
+        return {folder: list(entries.values()) for folder, entries in tree.items() if folder != prefix}
+
+
+def _stretches(folders: Collection[str], beside: Collection[str]) -> list[list[str]]:
+    """`folders` in order, parted where many others lie between two of them."""
+    places = {folder: place for place, folder in enumerate(sorted(beside))}
+    stretches: list[list[str]] = []
+    for folder in sorted(folders):
+        if not stretches or places[folder] - places[stretches[-1][-1]] > _PASSED_OVER:
+            stretches.append([])
+        stretches[-1].append(folder)
+    return stretches
 
 
 def inspect_bucket(store: S3Store, listing: BucketListing) -> Inspection:

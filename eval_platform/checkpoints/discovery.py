@@ -172,8 +172,12 @@ class _Seen:
     changed_ns: int
 
 
-def _scan_folders(root: Root) -> tuple[Callable[[str], _Seen], Callable[[str, Collection[str]], None]]:
-    """(relative path -> what is there; what the walk calls before it enters folders: nothing to do here)."""
+# Relative path -> what is there; and what the walk calls before it enters folders: where, which ones, all there are.
+_Scan = Callable[[str], _Seen]
+_WillEnter = Callable[[str, Collection[str], Collection[str]], None]
+
+
+def _scan_folders(root: Root) -> tuple[_Scan, _WillEnter]:
     top = Path(root.path)
 
     def scan(relative: str) -> _Seen:
@@ -182,10 +186,10 @@ def _scan_folders(root: Root) -> tuple[Callable[[str], _Seen], Callable[[str, Co
             names, folders = _split(entries)
         return _Seen(LocalPlace(folder), names, folders, folder.stat().st_mtime_ns)
 
-    return scan, lambda relative, folders: None
+    return scan, lambda relative, folders, beside: None
 
 
-def _scan_bucket(root: Root, s3: S3 | None) -> tuple[Callable[[str], _Seen], Callable[[str, Collection[str]], None]]:
+def _scan_bucket(root: Root, s3: S3 | None) -> tuple[_Scan, _WillEnter]:
     from eval_platform.checkpoints.buckets import BucketPlace, BucketTree  # botocore, only where a root is in a bucket
     from eval_platform.store.s3 import S3Store
 
@@ -205,10 +209,11 @@ def _scan_bucket(root: Root, s3: S3 | None) -> tuple[Callable[[str], _Seen], Cal
             max((entry.modified_ns for entry in entries), default=0),
         )
 
-    def will_enter(relative: str, folders: Collection[str]) -> None:
+    def will_enter(relative: str, folders: Collection[str], beside: Collection[str]) -> None:
+        prefix = f"{relative}/" if relative else ""
         # Where this listing fails each folder is listed on its own, and says so.
         with suppress(StoreError):
-            tree.will_enter(f"{relative}/" if relative else "", [f"{folder}/" for folder in folders])
+            tree.will_enter(prefix, [f"{folder}/" for folder in folders], [f"{prefix}{name}/" for name in beside])
 
     return scan, will_enter
 
@@ -268,7 +273,7 @@ def _walk(
                 is_one(child)
             else:
                 entered.append(child)
-        will_enter(relative, entered)
+        will_enter(relative, entered, seen.folders)
         stack += [(child, inside or signs == "weights") for child in entered]
     for relative in distributed:
         parent, _, name = relative.rpartition("/")

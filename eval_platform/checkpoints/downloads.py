@@ -104,16 +104,20 @@ def _bring(store: S3Store, entry: Entry, path: Path, suffix: str, meter: Meter) 
         return
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f"{path.name}{suffix}")
-    with part.open("ab") as file:
-        done = file.tell()
-        meter.advance(done)
-        while done < entry.size:
-            chunk = store.read_listed(entry, done, min(done + CHUNK_BYTES, entry.size))
-            file.write(chunk)
-            done += len(chunk)
-            meter.advance(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("ab") as file:
+            done = file.tell()
+            meter.advance(done)
+            while done < entry.size:
+                chunk = store.read_listed(entry, done, min(done + CHUNK_BYTES, entry.size))
+                file.write(chunk)
+                done += len(chunk)
+                meter.advance(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(part)  # a full disk names no file
+        raise
     # An old file's hash may be kept (hashing.py), and its time is the object's.
     os.utime(part, ns=(entry.modified_ns, entry.modified_ns))
     os.rename(part, path)

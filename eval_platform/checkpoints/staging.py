@@ -132,7 +132,7 @@ def _stage_download(arrival: Arrival, cache: Path, progress: Progress, trust_rem
         size = total
         return Meter(lambda done, total: progress(done, 2 * total), total)  # then every byte is read once more
 
-    with _cache_errors(cache):
+    with _cache_errors(cache, arrival.uri):
         folder, descriptor = fetch(arrival, cache, s3, metered)
     try:
         as_downloaded = list_folder(folder).fingerprint
@@ -349,18 +349,22 @@ def _remove(folder: Path) -> None:
 
 
 @contextmanager
-def _cache_errors(cache: Path) -> Iterator[None]:
-    """A full disk or a missing right under the cache is told as that; a missing source stays FileNotFoundError."""
+def _cache_errors(cache: Path, what: str = "") -> Iterator[None]:
+    """A full disk or a missing right under the cache is told as that; a missing source stays FileNotFoundError.
+
+    what: the address of what is staged, where the file's name does not say it.
+    """
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _cache_error(error, cache) from error
+        raise _cache_error(error, cache, what) from error
 
 
-def _cache_error(error: OSError, cache: Path) -> StoreError:
+def _cache_error(error: OSError, cache: Path, what: str = "") -> StoreError:
+    where = error.filename or "no file named"
     return StoreError(
-        f"cannot stage under {cache}: {error.strerror or error} ({error.filename or 'no file named'})",
+        f"cannot stage {what or 'a checkpoint'} under {cache}: {error.strerror or error} ({where})",
         remedy="free space there and give this user the right to write, or set `state` to another disk",
     )

@@ -1,7 +1,8 @@
 """The store in an S3 bucket: the same face, an object for a file.
 
 What "created once" rests on is one request, PutObject with `If-None-Match: *`: the one condition that Amazon S3, Ceph
-and MinIO all keep (Ceph ignores it when a multipart upload is completed, so what is created goes up in one piece).
+and MinIO all keep (Ceph ignores it when a multipart upload is completed, so what is created goes up in one piece;
+Ceph 16 ignores it in buckets with versions too, which is found out like any server that ignores it).
 A server that knows no such condition would let two workers win one slot; it is found out by the first object created
 and refused.
 """

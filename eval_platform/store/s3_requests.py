@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import cache
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ from botocore.exceptions import (
 )
 from botocore.loaders import Loader, create_loader
 from botocore.parsers import ResponseParserError
+from botocore.utils import parse_timestamp
 
 from eval_platform.config import S3
 from eval_platform.errors import StoreError
@@ -149,6 +151,8 @@ class Requests:
             if self._client is None or self._made_by != os.getpid():
                 self._session = botocore.session.get_session()
                 self._session.register_component("data_loader", _service_models())
+                parsers = self._session.get_component("response_parser_factory")
+                parsers.set_parser_defaults(timestamp_parser=_timestamp)
                 style = self._addressing()
                 self._client = self._session.create_client(
                     "s3",
@@ -235,6 +239,14 @@ class Requests:
 def _service_models() -> Loader:
     """The description of S3's service, read once: a client made with it costs 30 ms, each of its own reading 160."""
     return create_loader()
+
+
+def _timestamp(value: Any) -> datetime:
+    """As botocore reads a time, but ISO 8601 at once: in a page of a listing that was four fifths of the work."""
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):  # the time of a header (RFC 9110), or seconds since the epoch
+        return parse_timestamp(value)
 
 
 def _may_pass(error: Exception) -> bool:
