@@ -519,7 +519,10 @@ def _ask(
     """All answers, and the seconds spent inside the engine. Journals as it goes."""
     book = journal.Journal(model.store, ids.answers_id, ids.attempt, a_try.try_id)
     wanted = {(request.request_id, request.repeat) for request in requests}
-    answers = {key: response for key, response in book.finished().items() if key in wanted}
+    # A rerun truly asks again, also when another evaluation that asks the same has been rerun before it.
+    subject = tries.evaluation_subject(ids.evaluation_id, ids.attempt)
+    whose = tries.ids(model.store, subject) if ids.attempt > 1 else None
+    answers = {key: response for key, response in book.finished(whose).items() if key in wanted}
     missing = [request for request in requests if (request.request_id, request.repeat) not in answers]
     if not missing:
         return answers, 0.0

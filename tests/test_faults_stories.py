@@ -177,6 +177,28 @@ def test_templates_edited_then_only_the_scorer(place):
     assert [row["metric"] for row in place.sql("select metric from leaderboard")] == ["acc_norm"]
 
 
+def test_each_of_two_evaluations_that_ask_the_same_is_asked_again_when_it_is_rerun(place):
+    """Their attempts share a journal: the second rerun is not given the answers of the first."""
+    arrival = place.arrive()
+    scorings = ({}, {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]})
+    evaluations = []
+    for keys in scorings:
+        place.write_task("sums", 4, **keys)
+        place.sync()
+        (outcome,) = place.drive(arrival)
+        evaluations.append(outcome.record["evaluation_id"])
+    assert len(set(evaluations)) == 2
+    assert len(place.asked()) == 8
+
+    for evaluation_id, keys in zip(evaluations, scorings, strict=True):
+        before = place.asked()
+        assert quality.rerun(place.store, evaluation_id, "ann", "to see") == 2
+        place.write_task("sums", 4, **keys)
+        place.sync()
+        assert statuses(place, arrival) == ["published"]
+        assert sorted(place.asked()[len(before) :]) == sorted(before[:8])
+
+
 def test_a_tasks_chat_edited_asks_no_base_model_again(place):
     arrival = place.arrive()
     for chat, stale in ((None, []), ({"system_prompt": "Be brief."}, [True]), ({"shots_as_turns": False}, [True] * 2)):

@@ -1,6 +1,8 @@
 """What is answered already? Finished requests in immutable segments, so that a kill loses only the batch in hand.
 
-Later tries of the same attempt read them; another attempt never does, so that a `rerun` truly asks again. A segment is
+Later tries of the same attempt read them; another attempt never does, so that a `rerun` truly asks again. Evaluations
+that ask the same have one journal: the first attempts share what it holds, and of a later attempt each reads what its
+own tries wrote (worker.py), for else the second of two reruns would be given the answers of the first. A segment is
 JSON lines: a header that says whose it is, how many lines follow and their SHA-256, then one response a line.
 Log-likelihoods keep their exact bits: a finite one is the shortest decimal that reads back as itself, any other
 (NaN, the infinities) the hexadecimal of its eight bytes.
@@ -10,7 +12,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from eval_platform.errors import SchemaError, StoreError
@@ -49,14 +51,16 @@ class Journal:
             raise StoreError(f"{key} exists already: two writers use one try id", remedy="start a try of its own")
         self._segments = n
 
-    def finished(self) -> dict[tuple[str, int], Response]:
-        """Everything that any try of this attempt has answered, by (request_id, repeat).
+    def finished(self, tries: Collection[str] | None = None) -> dict[tuple[str, int], Response]:
+        """Everything that these tries of this attempt have answered, or all of its tries, by (request_id, repeat).
 
         A request that two tries answered has one of the two answers. Raises SchemaError, naming the segment, when one
         is torn, altered or another attempt's.
         """
         found: dict[tuple[str, int], Response] = {}
         for entry in self.store.list(layout.journal_folder(self.answers_id, self.attempt)):
+            if tries is not None and layout.journal_try(entry.key) not in tries:
+                continue
             try:
                 responses = self._read(entry.key)
             except KeyError:  # pruned since it was listed: its requests are asked again
