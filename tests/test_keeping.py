@@ -14,6 +14,7 @@ from eval_platform import keeping, warehouse
 from eval_platform.errors import ConfigError, SamplesPruned, SchemaError
 from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, journal, layout, log
 from eval_platform.store.announcements import announcement
+from eval_platform.store.s3 import S3Store
 from eval_platform.values import Checkpoint, Response
 
 pytest_plugins = ["store_roots"]
@@ -360,6 +361,49 @@ def test_killed_at_any_write_it_goes_on(world, tmp_path):
         assert all(layout_whole(target, key) for key in before)
         assert keeping.transfer(world.store, target).ok
         assert files(target) == files(whole)
+
+
+def test_export_and_import_killed_half_way_into_a_bucket_go_on(place, new_s3_store, tmp_path, monkeypatch):
+    """Each killed with other uploads in flight: what a commit there names is there, and once more brings the rest."""
+    whole = LocalStore(tmp_path / "whole")
+    keeping.transfer(place.store, whole)
+    expected, bucket = files(whole), new_s3_store()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", bucket.settings.endpoint)  # of the export's configuration
+
+    def export():
+        return command(place, "export", bucket.uri)
+
+    def import_():
+        return command(place, "import", str(place.results), store=bucket)
+
+    there = 0
+    for run in (export, import_):
+
+        def until_killed(run=run):
+            die_at_create(len(expected) // 2)
+            run()
+
+        kill_after(until_killed)
+        assert there < len(files(bucket)) < len(expected)
+        there = len(files(bucket))
+        assert all(layout_whole(bucket, entry.key) for entry in bucket.list("evaluations/"))
+    answer = export()
+    assert answer.code == 0, answer
+    assert files(bucket) == expected
+    told = [entry["evaluation_id"] for entry in log.read(bucket, log.dates(bucket)) if entry["kind"] == "evaluation"]
+    assert set(told) == set(slots(place).values())
+
+
+def die_at_create(n):
+    """kill -9 of this process when it would create its n-th object, whatever its other threads are at."""
+    real, count = S3Store.create, iter(range(n - 1))
+
+    def create(self, key, body):
+        if next(count, None) is None:
+            os.kill(os.getpid(), 9)
+        return real(self, key, body)
+
+    S3Store.create = create
 
 
 def layout_whole(store, key):

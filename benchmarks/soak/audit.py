@@ -6,10 +6,11 @@ kill can lose is at most one segment's worth of requests, the one in hand among 
 asked again, unless a lease passed on from a worker that lived (a beat that came too late), which is counted apart.
 """
 
-import subprocess
+import io
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -162,12 +163,20 @@ def _sql(
 
 def _verify(config: Config, count: Count) -> None:
     """The command itself, as a person runs it."""
-    program = [sys.executable, "-c", "from eval_platform.cli import main; main()"]
-    done = subprocess.run(
-        [*program, "--config", str(config.file), "verify"], capture_output=True, text=True, cwd=config.folder
-    )
-    count.must(done.returncode == 0, f"`eval-platform verify` ended with {done.returncode}: {done.stdout}{done.stderr}")
-    words = done.stdout.strip().splitlines()
+    from eval_platform import cli
+
+    said, argv = io.StringIO(), sys.argv
+    sys.argv = ["eval-platform", "--config", str(config.file), "verify"]
+    code: Any = None
+    try:
+        with redirect_stdout(said):
+            cli.main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    count.must(code == 0, f"`eval-platform verify` ended with {code}: {said.getvalue()}")
+    words = said.getvalue().strip().splitlines()
     count.figures["verify"] = words[-1] if words else "said nothing"
 
 

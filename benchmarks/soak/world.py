@@ -1,4 +1,4 @@
-"""The soak's buckets, its machines' configurations, and the checkpoints that go on arriving."""
+"""The soak's bucket, its machines' configurations, and the checkpoints that go on arriving."""
 
 import json
 import os
@@ -50,7 +50,7 @@ endpoint = "{endpoint}"
 
 @dataclass
 class World:
-    """One results root and one place where checkpoints arrive, both in a bucket; machines are folders here."""
+    """One results root and one place where checkpoints arrive, apart in a bucket; machines are folders here."""
 
     folder: Path
     endpoint: str
@@ -103,14 +103,13 @@ def world(folder: Path, server: S3Server | None = None) -> Iterator[World]:
     """An empty world in `folder`, on `server` or one of its own; the process's environment has its credentials."""
     if server is None:
         with s3_server() as own:
-            for bucket in ("results", "arriving"):
-                own.make_bucket(bucket)
+            own.make_bucket("results")
             with world(folder, own) as made:
                 yield made
         return
     os.environ.update(CREDENTIALS)
     here = uuid.uuid4().hex[:8]
-    one = World(folder, server.endpoint, f"s3://results/soak-{here}", f"s3://results/arriving-{here}/runs")
+    one = World(folder, server.endpoint, f"s3://results/soak-{here}", f"s3://results/arriving-{here}")
     for made_folder in (one.control, folder / "tasks"):
         made_folder.mkdir(parents=True)
     for name, rows, body in truth.task_files():
