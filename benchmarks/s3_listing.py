@@ -3,8 +3,9 @@
 Run from the repository's root: `python -m benchmarks.s3_listing [--checkpoints 10000] [--runs 100]`. The checkpoints,
 of ten objects each, are in moto's memory from the start; all but two are known. Listed is everything; then come ticks,
 as the sensor makes them: a look with a sweep of fifty known ones. moto is one Python process on the same cores, and
-looks at every key of a bucket for each page that it lists: its processor time is read apart from ours. Exits 1 when a
-listing is wrong, a tick takes over 2 s of what is ours, adds over 50 MB, or does not find what is new.
+looks at every key of a bucket for each page that it lists (with `--indexed` it has an index, as real servers have):
+its processor time is read apart from ours. Exits 1 when a listing is wrong, a tick takes over 2 s of what is ours, adds
+over 50 MB, or does not find what is new.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from eval_platform.checkpoints.buckets import bucket_listing
 from eval_platform.config import S3, Root
 from eval_platform.store import Entry
 from eval_platform.store.s3 import S3Store
-from tests.s3_server import CREDENTIALS, FILLED_WITH, s3_server
+from tests.s3_server import CREDENTIALS, FILLED_WITH, INDEXED, s3_server
 
 TICK_SECONDS, TICK_MB, SWEEP, TICKS = 2.0, 50.0, 50, 4
 _HEAD = json.dumps({"w": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}})
@@ -66,13 +67,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--checkpoints", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--indexed", action="store_true", help="moto finds a page as real servers do, by an index")
     arguments = parser.parse_args()
     os.environ.update(CREDENTIALS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "objects.jsonl")
         keys = _write(file, arguments.checkpoints, arguments.runs)
         began = time.perf_counter()
-        with s3_server(**{FILLED_WITH: str(file)}) as server:
+        environment = {FILLED_WITH: str(file)} | ({INDEXED: "1"} if arguments.indexed else {})
+        with s3_server(**environment) as server:
             print(f"moto holds {len(keys):,} objects after {time.perf_counter() - began:.0f} s", flush=True)
             assert server.pid is not None
             return _measure(S3(endpoint=server.endpoint), server.pid, keys, arguments.runs)

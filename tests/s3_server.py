@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ CREDENTIALS = {
 REAL_SERVER = "TEST_S3_SERVER"
 # Names a file of lines [bucket, key, body]: what moto holds from the start. So many by requests would take minutes.
 FILLED_WITH = "MOTO_FILLED_WITH"
+# moto looks at every key of a bucket for each page that it lists; with this it has an index, as real servers have. For
+# buckets to which nothing is added.
+INDEXED = "MOTO_INDEXED"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,43 @@ def _fill(file: Path) -> None:
             backend.put_object(bucket, key, body.encode("latin-1"), disable_notification=True)
 
 
+def _pages_by_index() -> None:
+    from moto.s3.models import S3Backend
+
+    indices: dict[str, list[str]] = {}
+
+    def list_objects_v2(
+        self: Any,
+        bucket: Any,
+        prefix: str | None,
+        delimiter: str | None,
+        continuation_token: str | None,
+        start_after: str | None,
+        max_keys: int,
+    ) -> tuple[list[Any], bool, str | None]:
+        if bucket.name not in indices:
+            indices[bucket.name] = sorted(bucket.keys)
+        names = indices[bucket.name]
+        prefix = prefix or ""
+        after = bytes.fromhex(continuation_token).decode() if continuation_token else start_after or ""
+        at = max(bisect_left(names, prefix), bisect_right(names, after))
+        page: list[str] = []
+        while at < len(names) and names[at].startswith(prefix) and len(page) <= max_keys:
+            head, slash, _ = names[at][len(prefix) :].partition(delimiter) if delimiter else (names[at], "", "")
+            if slash:
+                folder = f"{prefix}{head}{slash}"
+                at = bisect_left(names, f"{prefix}{head}{chr(ord(slash) + 1)}", at)
+                if folder > after:
+                    page.append(folder)
+            else:
+                page.append(names[at])
+                at += 1
+        more, page = len(page) > max_keys, page[:max_keys]
+        return [bucket.keys.get(name, name) for name in page], more, page[-1].encode().hex() if more else None
+
+    S3Backend.list_objects_v2 = list_objects_v2
+
+
 def _serve() -> None:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -115,6 +156,8 @@ def _serve() -> None:
 
     if filled_with := os.environ.get(FILLED_WITH):
         _fill(Path(filled_with))
+    if os.environ.get(INDEXED):
+        _pages_by_index()
     app = DomainDispatcherApplication(create_backend_app)
     wrapped = app if os.environ.get("MOTO_AS_IT_IS") else _TurnsForConditions(app)
     server = make_server("127.0.0.1", 0, wrapped, threaded=True, request_handler=Quiet)

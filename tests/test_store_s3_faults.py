@@ -29,7 +29,7 @@ from eval_platform import checkpoints, keeping, warehouse, worker
 from eval_platform.config import S3, Root
 from eval_platform.errors import SamplesPruned, StoreError, classify
 from eval_platform.plan import Wanted, plan
-from eval_platform.store import arrivals, commits, layout, open_store, s3_requests, tries, watcher_id
+from eval_platform.store import arrivals, commits, layout, open_store, s3_requests, watcher_id
 from eval_platform.store.nearby import local_files
 from eval_platform.store.s3 import S3Store
 from eval_platform.tasks import read_lock, sync_tasks
@@ -203,58 +203,48 @@ def test_parquet_under_any_name_is_read_as_it_was_written(bucket, tmp_path):
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
-BEFORE = [r"^log/.*\+kind=evaluation\+", r"^evaluations/", r"^tries/evaluations/.*\.end\.json"]
+BEFORE = (r"^log/.*\+kind=evaluation\+", r"^evaluations/", r"^tries/evaluations/.*\.end\.json")
 
 
-def test_killed_before_each_write_around_a_commit_another_worker_completes_it(bucket, settings, tmp_path):
-    """Between samples, log entry, commit and the try's end: asked once, and one result stands."""
+def test_killed_before_each_write_around_a_commit_others_complete_it(bucket, settings, tmp_path):
+    """One dies between samples and log entry, the next before the commit, the next after it: asked once, one result."""
     place = Place(tmp_path)
     place.write_task("sums", 6)
-    make_checkpoint(tmp_path / "m")
-    for file in (tmp_path / "m").iterdir():
+    for file in make_checkpoint(tmp_path / "m").iterdir():
         bucket.put(f"arriving/a/step_1/{file.name}", file)
-    root = Root(name="runs", path=f"{bucket.uri}/arriving", quiet_seconds=0)
-    config = place.config().model_copy(update={"s3": settings, "checkpoints": (root,)})
+    store = open_store(f"{bucket.uri}/results", settings)
+    roots = (Root(name="runs", path=f"{bucket.uri}/arriving", quiet_seconds=0),)
+    config = place.config().model_copy(update={"s3": settings, "checkpoints": roots, "results": store.uri})
     [found] = checkpoints.discover(config.checkpoints, {}, checkpoints.Watch(), s3=settings)
-    results = set()
-    for n, where in enumerate(BEFORE):
-        store = open_store(f"{bucket.uri}/results/{n}", settings)
-        assert not sync_tasks(config.tasks, store, config.lock_path).errors
-        arrival = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))[0]
-        todo = plan(
-            arrival,
-            Wanted(read_lock(config.lock_path)),
-            config.model_copy(update={"results": store.uri}),
-            store,
-        )
+    assert not sync_tasks(config.tasks, store, config.lock_path).errors
+    arrival = arrivals.register(store, watcher=watcher_id(config.state_dir), **asdict(found))[0]
+    todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, store)
 
-        def die(where=where, store=store, todo=todo):
-            create = S3Store.create
+    def die_before(where, asks):
+        create = S3Store.create
 
-            def or_die(self, key, body):
-                if re.search(where, key):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return create(self, key, body)
+        def or_die(self, key, body):
+            if re.search(where, key):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return create(self, key, body)
 
-            S3Store.create = or_die
-            worker.work(todo, store, lambda message: None, load=load)
-            os._exit(1)  # it never came there
+        S3Store.create = or_die
+        worker.work(todo, store, lambda message: None, load=asks)
 
-        kill_after(die)
+    committed = []
+    for where, asks in zip(BEFORE, (load, never_asked, never_asked), strict=True):
+        kill_after(lambda where=where, asks=asks: die_before(where, asks))
+        committed.append([entry.key for entry in store.list("evaluations/")])
         answered = {entry.key for entry in store.list("journal/")}
-        assert answered
-        said = []
-        assert worker.work(todo, store, said.append, load=never_asked) == 0, said
-        [commit] = [entry.key for entry in store.list("evaluations/")]
-        identity = commit.split("/")[1]
-        record = commits.read(store, identity, 1) or {}
-        assert commits.read_samples(store, record).num_rows == 6
-        assert {entry.key for entry in store.list("journal/")} == answered
-        assert any(f"+kind=evaluation+evaluation_id={identity}" in entry.key for entry in store.list(layout.LOG))
-        ended = [one.outcome for one in tries.history(store, tries.evaluation_subject(identity, 1))]
-        assert ended.count("committed") == ("end" not in where), ended
-        results.add((identity, record["answers_digest"], record["samples"]["sha256"]))
-    assert len(results) == 1
+        assert len(answered) == 1
+    assert [len(keys) for keys in committed] == [0, 0, 1]
+    said = []
+    assert worker.work(todo, store, said.append, load=never_asked) == 0, said
+    assert [entry.key for entry in store.list("evaluations/")] == committed[-1]
+    identity = committed[-1][0].split("/")[1]
+    record = commits.read(store, identity, 1) or {}
+    assert commits.read_samples(store, record).num_rows == 6
+    assert sum(f"+kind=evaluation+evaluation_id={identity}" in entry.key for entry in store.list(layout.LOG)) == 2
 
 
 def never_asked(path, run_settings):
