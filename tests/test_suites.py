@@ -226,3 +226,10 @@ def test_a_worker_drops_shots_that_do_not_fit_the_window(tmp_path: Path) -> None
     assert len(samples) == 2
     assert all(0 < sample["shots_used"] < 40 and sample["truncated_left_tokens"] == 0 for sample in samples)
     assert record["n_parameters"] > 1000
+
+
+def test_two_configurations_in_one_folder_have_a_lock_each(tmp_path):
+    for name in ("eval_platform.toml", "nightly.toml", "x.y.toml"):
+        (tmp_path / name).write_text("")
+    locks = [load_config(tmp_path / name).lock_path.name for name in ("eval_platform.toml", "nightly.toml", "x.y.toml")]
+    assert locks == ["eval_platform.lock.json", "nightly.lock.json", "x.y.lock.json"]
