@@ -140,16 +140,17 @@ class BucketTree:
         """All levels from the first of `folders` to the last; None where a request for each folder costs less."""
         tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
         last = folders[-1]
-        for n, entry in enumerate(self.store.list(prefix, after=folders[0])):
+        for n, entry in enumerate(self.store.list(prefix, after=folders[0]), 1):
             if entry.key > last and not entry.key.startswith(last):
                 break
-            if n % PAGE_KEYS == 0 and n // PAGE_KEYS > 1 + bisect_left(folders, entry.key) / _FOLDERS_A_PAGE:
-                return None
             parent, _, _ = entry.key.rpartition("/")
             tree.setdefault(f"{parent}/", {})[entry.key] = entry
             while len(parent) > len(prefix):
                 folder, (parent, _, _) = f"{parent}/", parent.rpartition("/")
                 tree.setdefault(f"{parent}/" if parent else "", {}).setdefault(folder, Entry(folder, 0, ""))
+            pages, left = divmod(n, PAGE_KEYS)
+            if not left and pages > 1 + bisect_left(folders, entry.key) / _FOLDERS_A_PAGE:
+                return None
         return {folder: list(entries.values()) for folder, entries in tree.items() if folder != prefix}
 
 
