@@ -33,9 +33,9 @@ from eval_platform import launch
 from eval_platform.config import Config
 
 MACHINES = ("north", "south")
-SLOTS = 2
+SLOTS = 3
 LEASE_SECONDS = 4.0
-AHEAD = 6  # checkpoints that wait or are worked on
+AHEAD = 8  # checkpoints that wait or are worked on
 GIVE_UP_SECONDS = 300.0  # without anything new
 _LOOK_SECONDS = 0.05
 
@@ -62,7 +62,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def soak(one: World, *, kills: int, seed: int, ahead: int = AHEAD, mean_wait: float = 1.2) -> Count:
+def soak(one: World, *, kills: int, seed: int, ahead: int = AHEAD, mean_wait: float = 0.6) -> Count:
     """Until there were `kills`, then until all is published; what was counted, and printed."""
     began = time.monotonic()
     configs = [one.machine(name, slots=SLOTS, lease_seconds=LEASE_SECONDS) for name in MACHINES]

@@ -22,7 +22,7 @@ from eval_platform.store.process import known_dead
 _AIM_DELAY = 0.015
 _AIM_PATIENCE = 8.0
 # Where workers are born slowly (a busy machine) as many as are born would die young, and nothing be finished.
-MOST_KILLED = 0.65
+MOST_KILLED = 0.8
 
 
 @dataclass

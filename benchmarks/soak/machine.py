@@ -5,10 +5,10 @@ does.
 
 What a driver and a worker need is imported once; every machine is then two forks of this process: one is the platform's
 nursery, which forks the machine's workers when `launch` asks it (it has no need of torch here), the other finds and
-drives. Every drive is a process of its own, as a Dagster run is. A task that has failed for good, killed three times,
-is forgiven by `eval-platform retry`'s own function, as a person would. Files in `control`: `published.jsonl` (machine,
-key), `told.jsonl` (what a driver was told of a task that came to nothing), `forgiven.jsonl`, and `errors.jsonl` (what
-went wrong here). The file `finish` holds the keys after which a machine may end.
+drives, in threads: nothing there is killed. A task that has failed for good, killed three times, is forgiven by
+`eval-platform retry`'s own function, as a person would. Files in `control`: `published.jsonl` (machine, key),
+`told.jsonl` (what a driver was told of a task that came to nothing), `forgiven.jsonl`, and `errors.jsonl` (what went
+wrong here). The file `finish` holds the keys after which a machine may end.
 """
 
 import gc
@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -40,7 +41,6 @@ from eval_platform.store import Store, arrivals, open_root, open_store, process,
 from eval_platform.tasks import read_lock
 from eval_platform.values import Arrival
 
-PUBLISHED, AGAIN = 0, 3
 _LOOK_SECONDS = 0.5
 # Of what another machine has published this one looks at every fourth too, and must find it done.
 _LOOKED_AT_AGAIN = 0.25
@@ -100,7 +100,8 @@ def watch_and_drive(home: Path, control: Path, seed: int) -> None:
     watch, known = Watch(), dict[str, str]()
     todo: dict[str, Arrival] = {}
     done: set[str] = set()
-    running: dict[int, str] = {}
+    running: dict[str, Future[bool]] = {}
+    pool = ThreadPoolExecutor(config.worker.slots)
     while True:
         for found in discover(config.checkpoints, known, watch, s3=config.s3):
             if isinstance(found, Found):
@@ -108,50 +109,35 @@ def watch_and_drive(home: Path, control: Path, seed: int) -> None:
                 known[found.key] = found.fingerprint
                 todo[found.key] = arrival
         elsewhere = {line["key"] for line in lines(control / "published.jsonl")}
-        for key in [key for key in todo if key in elsewhere and key not in running.values()]:
+        for key in elsewhere & todo.keys() - running.keys():
             if chance.random() > _LOOKED_AT_AGAIN:
                 done.add(key)
                 del todo[key]
-        waiting = [key for key in todo if key not in running.values()]
+        waiting = sorted(todo.keys() - running.keys())
         while waiting and len(running) < config.worker.slots:
             key = waiting.pop(chance.randrange(len(waiting)))
-            running[_fork(config, store, todo[key], control)] = key
-        for pid in list(running):
-            if (code := _ended(pid)) is None:
-                continue
-            key = running.pop(pid)
-            if code == PUBLISHED:
+            running[key] = pool.submit(_drive, config, store, todo[key], control)
+        for key in [key for key, driven in running.items() if driven.done()]:
+            if running.pop(key).result():
                 append(control / "published.jsonl", {"machine": home.name, "key": key})
                 done.add(key)
                 del todo[key]
-            elif code != AGAIN:
-                append(control / "errors.jsonl", {"machine": home.name, "key": key, "error": f"ended with {code}"})
         finish = control / "finish"
         if finish.exists() and not running and done >= set(json.loads(finish.read_text())):
             return
         time.sleep(_LOOK_SECONDS if todo else 2 * _LOOK_SECONDS)
 
 
-def _ended(pid: int) -> int | None:
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if ended else None
-
-
-def _fork(config: Config, store: Store, arrival: Arrival, control: Path) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
+def _drive(config: Config, store: Store, arrival: Arrival, control: Path) -> bool:
+    """Whether every task is published."""
     try:
-        code = _drive(config, store, arrival, control)
-    except BaseException:  # noqa: BLE001 -- the last word of a process: say it, end with its code
+        return _driven(config, store, arrival, control)
+    except Exception:  # noqa: BLE001 -- counted at the end, whatever it was; the others go on
         append(control / "errors.jsonl", {"key": arrival.key, "error": traceback.format_exc()})
-    finally:
-        os._exit(code)
+        return False
 
 
-def _drive(config: Config, store: Store, arrival: Arrival, control: Path) -> int:
-    """PUBLISHED when every task is."""
+def _driven(config: Config, store: Store, arrival: Arrival, control: Path) -> bool:
     todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, store)
     outcomes = list(drive(todo, config, store, actor=f"soak on {config.folder.name}"))
     unpublished = [one for one in outcomes if one.status != "published"]
@@ -163,7 +149,7 @@ def _drive(config: Config, store: Store, arrival: Arrival, control: Path) -> int
         with suppress(EvalPlatformError):  # the other machine has forgiven it already
             once.act(config, store, "retry", arrival.key, attempt=None, actor="soak", reason=why)
             append(control / "forgiven.jsonl", {"key": arrival.key})
-    return AGAIN if unpublished else PUBLISHED
+    return not unpublished
 
 
 def _refuse(*_: object) -> NoReturn:

@@ -1,0 +1,52 @@
+"""The soak with few kills: its program works, nothing is lost, and its count sees what is lost or doubled."""
+
+import json
+import random
+
+import pytest
+
+from benchmarks.soak.__main__ import soak
+from benchmarks.soak.audit import audit
+from benchmarks.soak.stub import append, lines
+from benchmarks.soak.world import world
+
+pytestmark = pytest.mark.slow
+pytest_plugins = ["store_roots"]
+
+KILLS = 10
+
+
+def test_a_small_soak_loses_nothing_and_its_count_would_see_it(tmp_path, s3_session, s3_credentials):
+    with world(tmp_path / "soak", s3_session) as one:
+        count = soak(one, kills=KILLS, seed=random.randrange(1000), ahead=3)
+        deaths = lines(one.control / "deaths.jsonl")
+        assert count.wrong == []
+        assert len({line["worker"] for line in deaths}) == KILLS
+        assert len(one.dropped) >= 3
+
+        config = one.config("north")
+        store = one.store(config)
+        lost, altered, *_ = [entry.key for entry in store.list("evaluations/")]
+        store.delete(lost)
+        record = json.loads(store.read(altered))
+        record["primary"]["value"] += 0.1
+        store.put(altered, json.dumps(record).encode())
+        for entry in list(store.list("log/")):
+            if "kind=decision" in entry.key and record["evaluation_id"] in entry.key:
+                store.delete(entry.key)
+        living = next(
+            line for line in lines(one.control / "asked.jsonl") if line["worker"] not in {d["worker"] for d in deaths}
+        )
+        append(one.control / "asked.jsonl", living)
+
+        wrong = "\n".join(audit(one, [config], deaths).wrong)
+
+    for seen in (
+        "was never committed",
+        "its score",
+        f"the log has no entry of the decision of {record['evaluation_id']}",
+        f"worker {living['worker']} asked 1 requests that it did not journal",
+        "`eval-platform verify` ended with 1",
+        "its catalog says of evaluations what the files do not",
+    ):
+        assert seen in wrong, seen
