@@ -34,10 +34,10 @@ from eval_platform.store import Store
 from eval_platform.store.process import known_dead
 from resources.run_launcher import PROCESS_TAG
 
-AHEAD = 4
-SLOTS = 2
+AHEAD = 6
+SLOTS = 3
 LEASE_SECONDS = 10.0
-MEAN_WAIT = 8.0
+MEAN_WAIT = 4.0
 WORKERS_A_RUN = 5  # after so many kills of workers a run's process is killed too
 GIVE_UP_SECONDS = 420.0
 _LOOK_SECONDS = 2.0
@@ -117,11 +117,14 @@ def _up(one: World, config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
+        tree = []
+        if process.poll() is None:
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(tree, timeout=60)
         for left in alive:
             left.kill()
+        process.wait()
 
 
 @contextmanager

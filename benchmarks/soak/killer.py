@@ -1,6 +1,7 @@
 """Who dies, and when? Workers at random moments, and aimed at the moments that are short.
 
-At a random moment: after a random wait one of the workers that live is killed from outside. Aimed: the first worker
+At a random moment: one of the workers that live is killed from outside, after a wait that is uniform over about a life
+(so that not the young alone die, where there are more killers' turns than births). Aimed: the first worker
 that comes to a given phase of its life (`stub.PHASES`) dies within some milliseconds of it.
 """
 
@@ -21,6 +22,7 @@ from eval_platform.store.process import known_dead
 # Each draw of a phase and of how long after its beginning, in seconds: within an upload, or right after it.
 _AIM_DELAY = 0.015
 _AIM_PATIENCE = 8.0
+_LIFE_SECONDS = 5.0
 # Where workers are born slowly (a busy machine) as many as are born would die young, and nothing be finished.
 MOST_KILLED = 0.8
 
@@ -35,6 +37,7 @@ class Killer:
     workers: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> birth
     _gone: set[str] = field(default_factory=set)
     _read: int = 0
+    _doomed: dict[str, float] = field(default_factory=dict)  # name -> when
     _next_random: float = 0.0
     _next_aim: float = 0.0
     _withdraw: float = 0.0
@@ -44,6 +47,11 @@ class Killer:
         now = time.monotonic()
         self._look()
         left = min(left, 1 + int(MOST_KILLED * len(self.workers)) - len(self.deaths())) - len(self._claimed())
+        for name, when in list(self._doomed.items()):
+            if now > when:
+                del self._doomed[name]
+                self._kill(name)
+        left -= len(self._doomed)
         if (self.control / "aim").exists():
             left -= 1
             if now > self._withdraw:
@@ -53,11 +61,14 @@ class Killer:
             left -= 1
         if now > self._next_random and left > 0:
             self._next_random = now + self.chance.uniform(0, 2 * self.mean_wait)
-            self._kill_one()
+            living = sorted(set(self._living()) - set(self._claimed()) - self._doomed.keys())
+            if living:
+                self._doomed[self.chance.choice(living)] = now + self.chance.uniform(0, _LIFE_SECONDS)
 
     def withdraw(self) -> None:
         """Aim at nobody any more, and wait for those that were hit."""
         (self.control / "aim").unlink(missing_ok=True)
+        self._doomed.clear()
         while self._claimed():
             time.sleep(0.05)
             self._look()
@@ -110,11 +121,8 @@ class Killer:
         self._withdraw = now + _AIM_PATIENCE
         self._next_aim = now + self.chance.uniform(0, 2 * self.mean_wait)
 
-    def _kill_one(self) -> None:
-        living = sorted(set(self._living()) - set(self._claimed()))
-        if not living:
-            return
-        name = self.chance.choice(living)
+    def _kill(self, name: str) -> None:
+        """Unless it has ended, or been killed, by now."""
         birth = self.workers[name]
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(birth["process"]["pid"])
