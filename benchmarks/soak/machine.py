@@ -41,7 +41,7 @@ from eval_platform.store import Store, arrivals, open_root, open_store, process,
 from eval_platform.tasks import read_lock
 from eval_platform.values import Arrival
 
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 # Of what another machine has published this one looks at every fourth too, and must find it done.
 _LOOKED_AT_AGAIN = 0.25
 
@@ -125,7 +125,7 @@ def watch_and_drive(home: Path, control: Path, seed: int) -> None:
         finish = control / "finish"
         if finish.exists() and not running and done >= set(json.loads(finish.read_text())):
             return
-        time.sleep(_LOOK_SECONDS if todo else 2 * _LOOK_SECONDS)
+        time.sleep(_LOOK_SECONDS)
 
 
 def _drive(config: Config, store: Store, arrival: Arrival, control: Path) -> bool:
