@@ -24,7 +24,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from s3_server import CREDENTIALS, FILLED_WITH, s3_server  # pyright: ignore[reportMissingImports]
+from s3_server import CREDENTIALS, FILLED_WITH, INDEXED, s3_server  # pyright: ignore[reportMissingImports]
 from warehouse_world import World, commit_record  # pyright: ignore[reportMissingImports]
 
 from benchmarks.s3_listing import cpu_of
@@ -95,7 +95,7 @@ def in_a_bucket(folder: Path, evaluations: int, *, bundled: bool) -> None:
         for entry in world.store.list(""):
             body = world.store.read(entry.key).decode("latin-1")
             lines.write(json.dumps(["evals", f"team/{entry.key}", body]) + "\n")
-    with s3_server(**{FILLED_WITH: str(filled)}) as server:
+    with s3_server(**{FILLED_WITH: str(filled), INDEXED: "1"}) as server:  # a rebuild of a whole root writes nothing
         assert server.pid is not None
         store, before = open_store("s3://evals/team", S3(endpoint=server.endpoint)), cpu_of(server.pid)
         with counted() as requests:

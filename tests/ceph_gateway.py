@@ -140,8 +140,16 @@ def _started(folder: Path, running: list[subprocess.Popen[bytes]]) -> str:
     start("ceph-mgr", "-i", "x", "-f")
     number = do("ceph", "--connect-timeout", str(PATIENCE_S), "osd", "new", osd).strip()
     do("ceph-osd", "-i", number, "--mkfs", "--osd-uuid", osd)
-    start("ceph-osd", "-i", number, "-f")
-    _until(lambda: "1 up" in do("ceph", "osd", "stat"), "the object store", running, folder)
+    for tries_left in (4, 3, 2, 1, 0):
+        start("ceph-osd", "-i", number, "-f")
+        try:
+            _until(lambda: "1 up" in do("ceph", "osd", "stat"), "the object store", running, folder)
+            break
+        except GatewayError:
+            # On a busy machine it may ask the monitor before it knows the cluster's id, and is refused ("wrong fsid").
+            if running[-1].poll() is None or not tries_left:
+                raise
+            running.pop()
     start("radosgw", "-f", "-n", "client.rgw")
     _until(lambda: _listens(port), "the gateway", running, folder)
     key, secret = CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
