@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--dagster", type=int, default=20, help="kills under Dagster, after those (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the killer's choices (default 0)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a `timeout` ends all that was started
     wrong: list[str] = []
     if arguments.kills:
         with tempfile.TemporaryDirectory(prefix="soak-") as folder, world(Path(folder) / "soak") as one:
