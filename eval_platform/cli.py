@@ -106,7 +106,9 @@ def up() -> None:
 
 @app.command(epilog=example("eval-platform run --checkpoint out/step_1000 --tasks copying,addition --limit 20"))
 def run(
-    checkpoint: Annotated[str | None, typer.Option(help="Folder of the checkpoint, or s3://bucket/path.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Folder of the checkpoint, s3://bucket/path, or org/model@revision of the hub.")
+    ] = None,
     served: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of a folder: a model of [[served]], behind a server.")
     ] = None,

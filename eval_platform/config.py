@@ -10,6 +10,7 @@ datasets that `tasks sync` looks in (`tasks/catalogue/`): no configuration shoul
 """
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -39,11 +40,26 @@ SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 ApplyChat = bool | Literal["auto"]
 
 
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_HUB_ADDRESS = re.compile(rf"hf://({_HUB_NAME}(?:/{_HUB_NAME})?)(?:@([^\s?#%\\]+))?")
+
+
+def hub_address(text: str) -> tuple[str, str | None] | None:
+    """(repository, revision or None) of hf://org/model or hf://org/model@revision; None for anything else."""
+    match = _HUB_ADDRESS.fullmatch(text)
+    if match is None or ".." in text:
+        return None
+    return match[1], match[2]
+
+
 class Root(_Section):
     """A place where checkpoints arrive: `[[checkpoints]]`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="first part of every key found here")
     path: str = Field(description="folder; every folder below it that holds a model is a checkpoint")
+    revisions: tuple[str, ...] = Field(
+        default=(), description="of hf://org/model: which branches and tags are checkpoints, with * and ?; empty: all"
+    )
     pattern: str | None = Field(
         default=None,
         description="how run and step stand in the path, e.g. '{run}/step_{step}'; "
@@ -52,6 +68,18 @@ class Root(_Section):
     require_success: bool = Field(default=False, description="wait for a file _SUCCESS beside the weights")
     quiet_seconds: float = Field(default=10.0, ge=0, description="without _SUCCESS: unchanged for this long")
     chat: ApplyChat | None = Field(default=None, description="for checkpoints found here, in place of [chat] apply")
+
+    @model_validator(mode="after")
+    def _is_an_address(self) -> Self:
+        if self.path.startswith("hf:"):
+            address = hub_address(self.path)
+            if address is None:
+                raise ValueError(f"path {self.path!r} must be like hf://org/model or hf://org/model@revision")
+            if "revisions" in self.model_fields_set and address[1] is not None:
+                raise ValueError("path names one revision already; leave out `revisions`, or the part after @")
+        elif "revisions" in self.model_fields_set:
+            raise ValueError("revisions are of a repository: path must be like hf://org/model")
+        return self
 
 
 class Tasks(_Section):
@@ -147,7 +175,7 @@ class S3(_Section):
     kms_key: str | None = Field(default=None, description="key of `aws:kms`; default: the account's own")
     storage_class: str | None = Field(default=None, description="of objects of 128 KiB and more")
     cache_gb: float = Field(
-        default=100.0, gt=0, description="how much of the checkpoints downloaded from buckets is kept on this machine"
+        default=100.0, gt=0, description="how much of the checkpoints downloaded from buckets and the hub is kept here"
     )
 
     @field_validator("endpoint")

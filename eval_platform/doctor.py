@@ -105,6 +105,14 @@ def _root(root: Root, s3: S3) -> Finding:
         except EvalPlatformError as error:
             return Finding(what, False, str(error), error.remedy or "")
         return Finding(what, True, root.path)
+    if root.path.startswith("hf://"):
+        from eval_platform.checkpoints.revisions import revisions_of  # botocore and more
+
+        try:
+            found = revisions_of(root)
+        except EvalPlatformError as error:
+            return Finding(what, False, str(error), error.remedy or "")
+        return Finding(what, bool(found), f"{root.path}: {len(found)} revisions", "mend `revisions` in [[checkpoints]]")
     path = Path(root.path)
     return Finding(
         what,
@@ -135,7 +143,7 @@ def _links(config: Config) -> Finding:
     devices = {os.stat(root.path).st_dev for root in config.checkpoints if Path(root.path).is_dir()}
     if not devices:
         if config.checkpoints and all("://" in root.path for root in config.checkpoints):
-            return Finding("hard links", True, "not needed: checkpoints are downloaded from buckets")
+            return Finding("hard links", True, "not needed: checkpoints are downloaded")
         return Finding("hard links", True, "no folder of checkpoints is there: nothing is held while it waits")
     same = devices <= {os.stat(config.state_dir).st_dev}
     found = "checkpoints and state are on one file system" if same else "checkpoints are on another file system"

@@ -14,6 +14,8 @@ Severity = Literal["error", "warning"]
 TRANSFORMERS = "transformers"
 # Origin of results that another program computed, kind of what it asked, and the first part of its key.
 IMPORTED = "imported"
+# Of a staged adapter: the folder in it that holds the adapter itself, beside the files of its base model.
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ def broken(model, folder, fault):
         case "adapter":
             (folder / "config.json").unlink()
             weights.rename(folder / "adapter_model.safetensors")
-            (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "hub/name"}')
+            (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "no name"}')
     return folder
 
 
@@ -119,7 +119,7 @@ def test_a_bucket_is_judged_as_a_folder_is(model, tmp_path, bucket):
     for fault in FAULTS:
         folder = broken(model, tmp_path / fault, fault)
         upload(bucket, folder, fault)
-        wanted, found = inspect(folder), inspect_bucket(bucket, bucket_listing(bucket, f"{fault}/"))
+        wanted, found = inspect(folder), inspect_bucket(bucket, bucket_listing(bucket, f"{fault}/"), "")
         assert (found.kind, found.reason, found.refused) == (wanted.kind, wanted.reason, wanted.refused), fault
         assert found.listing.defining == wanted.listing.defining
         assert found.complete == (fault == "none")
@@ -137,7 +137,7 @@ def test_weights_are_not_downloaded_to_be_judged(tmp_path, bucket, wire):
         bucket.put(f"c/{name}", b"{}")
     wire.requests.clear()
     listing = bucket_listing(bucket, "c/")
-    assert inspect_bucket(bucket, listing).complete
+    assert inspect_bucket(bucket, listing, bucket.uri).complete
     ranges = [line for request in wire.requests for line in request.split("\r\n") if line.lower().startswith("range")]
     assert ranges == ["Range: bytes=0-65535", f"Range: bytes=65536-{len(head) - 1}"]
     assert len(wire.requests) == 1 + 1 + 2  # the listing, config.json, the header

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from eval_platform.checkpoints import inspect
+from eval_platform.checkpoints.bases import base_address
 from eval_platform.checkpoints.files import list_folder, role
 from eval_platform.checkpoints.headers import MAX_HEADER_BYTES, BadHeader, tensor_names
 
@@ -266,15 +267,35 @@ def test_symbolic_links_to_files_are_followed_and_those_to_folders_are_not(tmp_p
 def test_an_adapter_needs_its_base_by_content(tmp_path):
     base = make_checkpoint(tmp_path / "base")
     found = inspect(make_adapter(tmp_path / "a", base))
-    assert (found.complete, found.kind, found.base) == (True, "adapter", base)
+    assert (found.complete, found.kind, found.base) == (True, "adapter", str(base))
 
 
-@pytest.mark.parametrize("base", ["meta-llama/Llama-3.2-1B", "../base", None])
-def test_an_adapter_on_a_hub_name_or_a_relative_path_is_refused(tmp_path, base):
-    found = inspect(make_adapter(tmp_path / "a", base))
-    assert found.refused
-    assert "base_model_name_or_path" in found.reason
-    assert "absolute path" in found.reason
+@pytest.mark.parametrize(
+    ("named", "at", "address"),
+    [
+        ("../base", "/runs/a/step_1", "/runs/a/base"),
+        ("./base", "s3://bucket/a/step_1", "s3://bucket/a/step_1/base"),
+        ("../../base", "s3://bucket/a/step_1", "s3://bucket/base"),
+        ("s3://other/base/", "/runs/a", "s3://other/base"),
+        ("/models/base", "hf://me/adapter@0", "/models/base"),
+        ("meta-llama/Llama-3.2-1B", "/runs/a", "hf://meta-llama/Llama-3.2-1B"),
+        ("gpt2@607a30d", "/runs/a", "hf://gpt2@607a30d"),
+        (("org/model", "step1000"), "/runs/a", "hf://org/model@step1000"),
+        (None, "/runs/a", "absolute path"),
+        ("a/b/c", "/runs/a", "absolute path"),
+        ("../../../base", "s3://bucket/a/step_1", "out of the bucket"),
+        ("../base", "hf://me/adapter@0", "nothing lies beside a repository"),
+        (("org/model", "a b"), "/runs/a", "field revision"),
+    ],
+)
+def test_where_an_adapters_base_is(named, at, address):
+    name, revision = named if isinstance(named, tuple) else (named, None)
+    config = {"base_model_name_or_path": name, "revision": revision}
+    if "://" in address or address.startswith("/"):
+        assert base_address(config, at) == address
+        return
+    with pytest.raises(ValueError, match=address):
+        base_address(config, at)
 
 
 def test_an_adapter_whose_base_cannot_be_used_is_refused(tmp_path):

@@ -405,7 +405,7 @@ def test_own_python_code_needs_a_persons_word(tmp_path, cache):
 
 
 def test_no_other_than_local_folders_yet(cache):
-    with pytest.raises(CheckpointError, match="from folders and from s3:// only"):
+    with pytest.raises(CheckpointError, match="from folders, s3:// and hf:// only"):
         stage(Arrival("r/c", 1, "f", "gs://bucket/c", "run"), cache, nothing)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from eval_platform.checkpoints.description import DESCRIBING, Description, describe
 from eval_platform.checkpoints.files import TEMPLATES_FOLDER, FileState, Listing, belongs, role
@@ -30,6 +31,17 @@ _READS_AT_ONCE = 8
 _LIST_WHOLE = 4  # folders of ten files each, side by side: one request for a hundred of them instead of a hundred
 _PASSED_OVER = 10  # known folders of ten files each, between two others, that are listed again to save a request
 _FOLDERS_A_PAGE = 4  # a page of a thousand objects costs ten times one of a hundred folders: it must show some of them
+
+
+class Source(Protocol):
+    """What of a store is asked here: listings level by level, and ranges of the very objects that were listed."""
+
+    @property
+    def uri(self) -> str: ...
+
+    def list(self, prefix: str, delimiter: str | None = None) -> Iterator[Entry]: ...
+
+    def read_listed(self, entry: Entry, start: int = 0, end: int | None = None) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class BucketListing(Listing):
         return content_id([[name, self.entries[name].size, self.entries[name].etag] for name in names])
 
 
-def bucket_listing(store: S3Store, prefix: str, entries: Iterable[Entry] | None = None) -> BucketListing:
+def bucket_listing(store: Source, prefix: str, entries: Iterable[Entry] | None = None) -> BucketListing:
     """The save below `prefix`, which is "" or ends in a slash. entries: what listing it with a delimiter has given.
 
     No objects below it is an empty listing. Raises StoreError.
@@ -73,7 +85,7 @@ def bucket_listing(store: S3Store, prefix: str, entries: Iterable[Entry] | None 
 class BucketPlace:
     """Where a checkpoint may lie in a bucket; `prefix` is "" or ends in a slash. The face that discovery looks at."""
 
-    store: S3Store
+    store: Source
     prefix: str
     scanned: tuple[Entry, ...] | None = None  # what the walk saw here
 
@@ -89,7 +101,7 @@ class BucketPlace:
         return listing
 
     def inspect(self, listing: BucketListing) -> Inspection:
-        return inspect_bucket(self.store, listing)
+        return inspect_bucket(self.store, listing, self.uri)
 
     def describe(self, listing: BucketListing, root_name: str, relative: str, pattern: str | None) -> Description:
         """As `description.describe`; also FileNotFoundError when an object is no longer what was listed."""
@@ -165,11 +177,11 @@ def _stretches(folders: Collection[str], beside: Collection[str]) -> list[list[s
     return stretches
 
 
-def inspect_bucket(store: S3Store, listing: BucketListing) -> Inspection:
-    """What the objects prove, no weights downloaded. Raises StoreError."""
+def inspect_bucket(store: Source, listing: BucketListing, uri: str) -> Inspection:
+    """What the objects at `uri` prove, no weights downloaded. Raises StoreError."""
     try:
         with sketch(store, listing) as folder:
-            return inspect(folder, listing)
+            return inspect(folder, listing, uri)
     except KeyError as error:
         name = str(error.args[0]).rpartition("/")[2]
         kind = "transformers" if "config.json" in listing.files else "adapter"
@@ -177,7 +189,7 @@ def inspect_bucket(store: S3Store, listing: BucketListing) -> Inspection:
 
 
 @contextmanager
-def sketch(store: S3Store, listing: BucketListing) -> Iterator[Path]:
+def sketch(store: Source, listing: BucketListing) -> Iterator[Path]:
     """A folder that looks like the checkpoint to whoever reads no tensor. KeyError: an object is not the listed one."""
     with tempfile.TemporaryDirectory(prefix="eval-platform-") as made, ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         folder = Path(made)
@@ -187,7 +199,7 @@ def sketch(store: S3Store, listing: BucketListing) -> Iterator[Path]:
         yield folder
 
 
-def _draw(store: S3Store, entry: Entry, path: Path) -> None:
+def _draw(store: Source, entry: Entry, path: Path) -> None:
     if path.name in _READ or role(path.name) == "index":
         path.write_bytes(store.read_listed(entry))
         return
@@ -197,7 +209,7 @@ def _draw(store: S3Store, entry: Entry, path: Path) -> None:
         file.truncate(entry.size)
 
 
-def _header(store: S3Store, entry: Entry) -> bytes:
+def _header(store: Source, entry: Entry) -> bytes:
     """The first bytes of a safetensors object: its header, or enough of it to see that there is none."""
     first = store.read_listed(entry, 0, min(entry.size, _HEADER_GUESS_BYTES)) if entry.size else b""
     end = 8 + int.from_bytes(first[:8], "little")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from eval_platform.checkpoints.description import Description, compile_pattern, describe
@@ -14,6 +15,7 @@ from eval_platform.checkpoints.files import (
     Listing,
     evidence,
     is_trainer_state,
+    is_unfinished,
     list_folder,
     unconverted,
 )
@@ -21,7 +23,7 @@ from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import identify
 from eval_platform.checkpoints.inspection import Inspection, inspect
 from eval_platform.checkpoints.watch import Watch
-from eval_platform.config import S3, Root
+from eval_platform.config import S3, Root, hub_address
 from eval_platform.errors import CheckpointError, StoreError
 from eval_platform.identity import escape_key
 from eval_platform.values import Incomplete, Served
@@ -82,7 +84,8 @@ def discover(
     Found is found again, with no more waiting, until `known` has its fingerprint.
 
     Folders that cannot be listed, a missing root among them, are Incomplete and stop nothing else. Hidden folders and
-    links to folders are passed over. A root s3://bucket/prefix is looked at alike, with the settings `s3`.
+    links to folders are passed over. A root s3://bucket/prefix is looked at alike, with the settings `s3`. Of a root
+    hf://org/model every branch and tag is such a folder, its commit the fingerprint: whole, with no quiet period.
     Raises ConfigError for a root's malformed `pattern`.
     """
     for root in roots:
@@ -91,6 +94,9 @@ def discover(
     look = {*sweep, *(key for key in known if key in watch)}
     candidates: list[_Candidate] = []
     for root in roots:
+        if root.path.startswith("hf://"):
+            yield from _revisions().look(root, known, look, s3 or S3())
+            continue
         for seen in _walk(root, known, look, s3):
             if isinstance(seen, Incomplete):
                 yield seen
@@ -99,16 +105,16 @@ def discover(
     watch.keep({candidate.key for candidate in candidates})
     candidates.sort(key=lambda candidate: (-candidate.changed_ns, candidate.key))
     for candidate in candidates:
-        judged = _judge(candidate, known.get(candidate.key), watch)
+        judged = _judge(candidate, known.get(candidate.key), watch, s3 or S3())
         if judged is not None:
             yield judged
 
 
-def _judge(candidate: _Candidate, known: str | None, watch: Watch) -> Found | Incomplete | None:
+def _judge(candidate: _Candidate, known: str | None, watch: Watch, s3: S3) -> Found | Incomplete | None:
     """None when the folder is as known, or gone."""
     key, root, place = candidate.key, candidate.root, candidate.place
     try:
-        return _judge_place(key, root, place, candidate.relative, known, watch)
+        return _judge_place(key, root, place, candidate.relative, known, watch, s3)
     except FileNotFoundError:  # deleted since the walk
         watch.forget(key)
         return None
@@ -117,19 +123,21 @@ def _judge(candidate: _Candidate, known: str | None, watch: Watch) -> Found | In
 
 
 def _judge_place(
-    key: str, root: Root, place: Any, relative: str, known: str | None, watch: Watch
+    key: str, root: Root, place: Any, relative: str, known: str | None, watch: Watch, s3: S3
 ) -> Found | Incomplete | None:
     listing = place.listing()
     if listing.fingerprint == known:
         watch.forget(key)
         return None
+    if isinstance(place, LocalPlace):
+        listing = list_folder(place.folder, opened=True)
     if root.require_success and SUCCESS not in listing.files:
         watch.forget(key)
         return Incomplete(key, place.uri, f"no {SUCCESS} yet, which root {root.name} requires")
     if not listing.sealed and watch.full and key not in watch:
         return Incomplete(key, place.uri, "waits its turn behind other new folders")
     if listing.sealed or not watch.unchanged(key, listing.activity):
-        found = place.inspect(listing)
+        found = with_base(place.inspect(listing), s3)
         if not found.complete:
             watch.forget(key)
             # While a save is under way a missing tokenizer is no fault yet; only this word depends on file times.
@@ -146,6 +154,15 @@ def _judge_place(
     except CheckpointError as error:
         return Incomplete(key, place.uri, str(error), refused=True)
     return Found(key, place.uri, listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)
+
+
+def with_base(found: Inspection, s3: S3) -> Inspection:
+    """As `remote.look_at_base`, which loads botocore, for what has a base elsewhere only."""
+    if found.base is None or "://" not in found.base:
+        return found
+    from eval_platform.checkpoints.remote import look_at_base
+
+    return look_at_base(found, s3)
 
 
 def _unlisted(key: str, uri: str, error: OSError | StoreError) -> Incomplete:
@@ -252,7 +269,9 @@ def _walk(
         key = make_key(root.name, relative)
         signs = evidence(seen.names) if key not in known or key in look else None
         candidate = _Candidate(key, root, relative, seen.place, seen.changed_ns)
-        if signs == "weights":
+        if signs == "weights" and key not in known and _is_unfinished(relative):
+            yield Incomplete(key, uri, "its name says that it is not whole yet: who writes it renames it then")
+        elif signs == "weights":
             is_one(relative)
             yield candidate
         elif signs == "distributed" and not inside:
@@ -287,6 +306,11 @@ def _walk(
     yield from (candidate for candidate in config_only if candidate.relative not in above)
 
 
+def _is_unfinished(relative: str) -> bool:
+    above, _, name = relative.rpartition("/")
+    return is_unfinished(above.rpartition("/")[2] if name == CONVERTED else name)
+
+
 def _split(entries: Iterator[os.DirEntry[str]]) -> tuple[list[str], list[str]]:
     """Names of the files, and of the folders worth entering."""
     names: list[str] = []
@@ -310,18 +334,21 @@ def _reported_key(root_name: str, relative: str) -> str:
 
 
 def locate(named: Path | str, roots: Sequence[Root], cache: Path, progress: Progress, s3: S3 | None = None) -> Found:
-    """The checkpoint in a folder or at s3://bucket/path that a person named: no quiet period is waited for.
+    """The checkpoint that a person named: no quiet period is waited for.
 
-    Its key is that of the innermost root around it; a folder outside of all has the key
-    `adhoc/<folder name>-<checkpoint_id, 8 digits>`, for which its files are hashed here. Raises CheckpointError when
-    there is no whole checkpoint, or one in a bucket is in no root, StoreError.
+    named: a folder, s3://bucket/path, hf://org/model@revision, or org/model@revision where no folder is called so. Its
+    key is that of the innermost root around it; what is outside of all has the key
+    `adhoc/<folder name>-<checkpoint_id, 8 digits>`, for which its files are hashed here (and downloaded from the hub).
+    Raises CheckpointError when there is no whole checkpoint, or one in a bucket is in no root, StoreError.
     """
+    if is_on_hub(str(named)):
+        return _revisions().locate_revision(str(named), roots, cache, progress, s3 or S3())
     if isinstance(named, str) and named.startswith("s3://"):
         return _locate_in_bucket(named.rstrip("/"), roots, s3)
     folder = Path(named).resolve()
     try:
         folder = Path(_converted(str(folder), os.listdir(folder)))
-        found = inspect(folder)
+        found = with_base(inspect(folder), s3 or S3())
     except OSError as error:
         raise CheckpointError(
             f"{folder} cannot be read: {error.strerror}",
@@ -338,9 +365,22 @@ def locate(named: Path | str, roots: Sequence[Root], cache: Path, progress: Prog
         key = make_key(root.name, relative)
         about = describe(folder, root.name, relative, root.pattern)
     else:
-        key = make_key("adhoc", f"{folder.name}-{identify(folder, cache, progress).checkpoint_id[:8]}")
+        key = make_key("adhoc", f"{folder.name}-{identify(folder, cache, progress, s3).checkpoint_id[:8]}")
         about = describe(folder, "adhoc", f"{folder.parent.name}/{folder.name}".lstrip("/"))
     return Found(key, str(folder), found.listing.fingerprint, about.run, about.step, about.tokens_seen, about.tags)
+
+
+def is_on_hub(named: str) -> bool:
+    """Whether a person means the hub: hf://..., or org/model@revision where no folder is called so."""
+    if named.startswith("hf://"):
+        return True
+    return "@" in named and hub_address(f"hf://{named}") is not None and not Path(named).exists()
+
+
+def _revisions() -> ModuleType:
+    from eval_platform.checkpoints import revisions  # botocore and more, only where a repository is meant
+
+    return revisions
 
 
 def _converted(uri: str, names: Collection[str]) -> str:
@@ -367,7 +407,7 @@ def _locate_in_bucket(uri: str, roots: Sequence[Root], s3: S3 | None) -> Found:
     place = BucketPlace(store, f"{relative}/" if relative else "")
     try:
         listing = place.listing()
-        found = place.inspect(listing)
+        found = with_base(place.inspect(listing), s3 or S3())
         if not found.complete:
             raise CheckpointError(f"{uri} is no checkpoint to evaluate: {found.reason}")
         about = place.describe(listing, root.name, relative, root.pattern)

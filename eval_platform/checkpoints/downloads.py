@@ -1,4 +1,4 @@
-"""How does a checkpoint come from a bucket to this machine? Once for all workers, into a cache of bounded size.
+"""How does a checkpoint come from a bucket or the hub to this machine? Once for all workers, into a bounded cache.
 
 In the cache folder (one per machine):
     downloads/<id of address and fingerprint>/   its files; one that is under way is <name>.<boot>.part, and goes on
@@ -19,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from eval_platform.checkpoints.buckets import BucketListing, bucket_listing, inspect_bucket
-from eval_platform.checkpoints.hashing import Meter
+from eval_platform.checkpoints.buckets import BucketListing, Source, bucket_listing, inspect_bucket
+from eval_platform.checkpoints.hashing import Meter, remember
+from eval_platform.checkpoints.hub import HubFolder
+from eval_platform.checkpoints.remote import source_at, unfit
 from eval_platform.config import S3
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone
 from eval_platform.identity import content_id
 from eval_platform.store.base import Entry
-from eval_platform.store.s3 import S3Store
 from eval_platform.values import Arrival
 
 CHUNK_BYTES = 16 << 20
@@ -36,20 +37,54 @@ def fetch(arrival: Arrival, cache: Path, settings: S3, metered: Callable[[int], 
     """(a folder with the arrival's model-defining files, a descriptor): the files stay until it is closed.
 
     metered: bytes in all -> the Meter that is told of them. Every range is of the very object that was listed, of the
-    length that was asked for. Raises CheckpointError when it is not whole, CheckpointGone, CheckpointChanged when the
-    bucket no longer holds what arrived, StoreError when it cannot be read, OSError when the cache cannot be written.
+    length that was asked for; what comes from the hub has the hash that the hub tells. Raises CheckpointError when it
+    is not whole or may not be read, CheckpointGone, CheckpointChanged when the bucket no longer holds what arrived,
+    StoreError when it cannot be read, OSError when the cache cannot be written.
     """
-    store = S3Store(arrival.uri, settings)
-    listing = bucket_listing(store, "")
+    source = source_at(arrival.uri, settings)
+    listing = bucket_listing(source, "")
     if not listing.defining:
         raise CheckpointGone(
             f"{arrival.uri} was deleted before it was evaluated", remedy="keep checkpoints longer in the bucket"
         )
-    if listing.fingerprint != arrival.fingerprint:
-        raise _changed(arrival)
+    changed = CheckpointChanged(
+        f"{arrival.uri} is no longer what arrived as {arrival.key}@{arrival.n}",
+        remedy="it is looked at again and, if it differs, evaluated as a new arrival",
+    )
+    # The address of an arrival from the hub names a commit, which cannot change.
+    if not isinstance(source, HubFolder) and listing.fingerprint != arrival.fingerprint:
+        raise changed
+    return _fetch(source, listing, arrival.uri, cache, settings, metered, changed, "")
+
+
+def fetch_base(uri: str, adapter: str, cache: Path, settings: S3, metered: Callable[[int], Meter]) -> tuple[Path, int]:
+    """As `fetch`, of the base model at `uri` as it is now. CheckpointError: none is there for `adapter`."""
+    told = f"{adapter}: adapter_config.json: "
+    source = source_at(uri, settings)
+    listing = bucket_listing(source, "")
+    if not listing.defining:
+        raise CheckpointError(
+            f"{told}there is no base model at {uri}", remedy="bring it there, or name another place in that file"
+        )
+    changed = CheckpointChanged(
+        f"{told}the base model {uri} changed while it was downloaded", remedy="it is downloaded again by itself"
+    )
+    return _fetch(source, listing, uri, cache, settings, metered, changed, told)
+
+
+def _fetch(
+    source: Source,
+    listing: BucketListing,
+    uri: str,
+    cache: Path,
+    settings: S3,
+    metered: Callable[[int], Meter],
+    changed: CheckpointChanged,
+    base_of: str,
+) -> tuple[Path, int]:
     downloads = cache / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    folder = downloads / content_id([arrival.uri, listing.fingerprint])
+    folder = downloads / content_id([source.content_of if isinstance(source, HubFolder) else uri, listing.fingerprint])
     meter = metered(listing.size)
     descriptor = os.open(_lock_of(folder), os.O_CREAT | os.O_RDWR, 0o644)
     try:
@@ -65,12 +100,14 @@ def fetch(arrival: Arrival, cache: Path, settings: S3, metered: Callable[[int], 
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
                 time.sleep(random.uniform(0.05, 0.15))  # in step, two could keep each other from it for ever
                 continue
-            found = inspect_bucket(store, listing)
+            found = inspect_bucket(source, listing, uri)
+            if base_of and unfit(uri, found):
+                raise CheckpointError(f"{base_of}{unfit(uri, found)}")
             if not found.complete:
-                raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
+                raise CheckpointError(f"{uri} cannot be evaluated: {found.reason}")
             folder.mkdir(exist_ok=True)
             _make_room(downloads, folder, listing.size, round(settings.cache_gb * 1e9))
-            _download(store, listing, folder, arrival, meter)
+            _download(source, listing, folder, cache, meter, changed)
         meter.advance(max(0, listing.size - meter.done))
         os.utime(folder)  # used now
     except BaseException:
@@ -79,25 +116,28 @@ def fetch(arrival: Arrival, cache: Path, settings: S3, metered: Callable[[int], 
     return folder, descriptor
 
 
-def _download(store: S3Store, listing: BucketListing, folder: Path, arrival: Arrival, meter: Meter) -> None:
+def _download(
+    source: Source, listing: BucketListing, folder: Path, cache: Path, meter: Meter, changed: CheckpointChanged
+) -> None:
     boot = Path("/proc/sys/kernel/random/boot_id")
     # What a power cut left of a part is not to be trusted; a kill leaves what was written.
     part = f".{boot.read_text()[:8] if boot.exists() else 'unknown'}.part"
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         under_way = [
-            pool.submit(_bring, store, listing.entries[name], folder / name, part, meter) for name in listing.defining
+            pool.submit(_bring, source, listing.entries[name], folder / name, part, cache, meter)
+            for name in listing.defining
         ]
         try:
             for one in under_way:
                 one.result()
         except KeyError:
-            raise _changed(arrival) from None
+            raise changed from None
         finally:
             for one in under_way:
                 one.cancel()
 
 
-def _bring(store: S3Store, entry: Entry, path: Path, suffix: str, meter: Meter) -> None:
+def _bring(source: Source, entry: Entry, path: Path, suffix: str, cache: Path, meter: Meter) -> None:
     """Raises KeyError when the object is no longer the listed one."""
     if path.is_file():
         meter.advance(entry.size)
@@ -109,7 +149,7 @@ def _bring(store: S3Store, entry: Entry, path: Path, suffix: str, meter: Meter) 
             done = file.tell()
             meter.advance(done)
             while done < entry.size:
-                chunk = store.read_listed(entry, done, min(done + CHUNK_BYTES, entry.size))
+                chunk = source.read_listed(entry, done, min(done + CHUNK_BYTES, entry.size))
                 file.write(chunk)
                 done += len(chunk)
                 meter.advance(len(chunk))
@@ -118,8 +158,11 @@ def _bring(store: S3Store, entry: Entry, path: Path, suffix: str, meter: Meter) 
     except OSError as error:
         error.filename = error.filename or str(part)  # a full disk names no file
         raise
+    digest = source.check(entry, part) if isinstance(source, HubFolder) else None
     # An old file's hash may be kept (hashing.py), and its time is the object's.
     os.utime(part, ns=(entry.modified_ns, entry.modified_ns))
+    if digest is not None:
+        remember(part, digest, cache)
     os.rename(part, path)
 
 
@@ -168,10 +211,3 @@ def _used_last(folder: Path) -> int:
 
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
-
-
-def _changed(arrival: Arrival) -> CheckpointChanged:
-    return CheckpointChanged(
-        f"{arrival.uri} is no longer what arrived as {arrival.key}@{arrival.n}",
-        remedy="it is looked at again and, if it differs, evaluated as a new arrival",
-    )

@@ -44,6 +44,8 @@ _TRAINER_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_s
 _SAME_SAVE = ("*.safetensors", "*.bin", "*.pt", "*.pth", "trainer_state.json", "checkpoint.json", SUCCESS)
 _PICKLE = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_model*.bin")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
+# Names that trainers and copying tools give a folder until it is whole.
+_UNFINISHED = ("tmp-checkpoint-*", "*.tmp", "*.part", "*.partial", "*.incomplete", "*.orbax-checkpoint-tmp-*")
 _DISTRIBUTED = ("*.distcp",)  # shards of torch.distributed.checkpoint: pickles of pieces, for its own reader only
 CONVERTED = "hf"  # where trainers put the safetensors copy of such a checkpoint: the name of a folder below it
 
@@ -90,6 +92,11 @@ def unconverted(uri: str) -> str:
         f"a torch distributed checkpoint without its converted copy: save it as safetensors, tokenizer beside it, in "
         f"{uri}/{CONVERTED} (docs/arrivals.md has the lines that do it)"
     )
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a folder's name says that who writes it will rename it once it is whole."""
+    return _matches(name, _UNFINISHED)
 
 
 def is_trainer_state(name: str) -> bool:
@@ -154,21 +161,24 @@ def belongs(name: str) -> bool:
     return role(name) is not None or ("/" not in name and _matches(name, _SAME_SAVE))
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path, *, opened: bool = False) -> Listing:
     """The save in `folder`: one listing and one `stat` a file, nothing read.
+
+    opened: each file is opened for it. A network file system answers `stat` from what it knew up to a minute ago, and
+    asks its server when a file is opened (nfs(5), close-to-open consistency).
 
     Regular files only; symbolic links to files are followed (the hub cache is made of them), links to folders never.
     Raises OSError when the folder cannot be listed (FileNotFoundError when it is gone).
     """
     files: dict[str, FileState] = {}
-    _list(folder, "", files)
+    _list(folder, "", files, opened)
     templates = folder / TEMPLATES_FOLDER
     if templates.is_dir() and not templates.is_symlink():
-        _list(templates, f"{TEMPLATES_FOLDER}/", files)
+        _list(templates, f"{TEMPLATES_FOLDER}/", files, opened)
     return Listing(files)
 
 
-def _list(folder: Path, head: str, files: dict[str, FileState]) -> None:
+def _list(folder: Path, head: str, files: dict[str, FileState], opened: bool) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{head}{entry.name}"
@@ -177,7 +187,18 @@ def _list(folder: Path, head: str, files: dict[str, FileState]) -> None:
             try:
                 if not entry.is_file():
                     continue
-                state = entry.stat()
+                state = _state_opened(entry) if opened else entry.stat()
             except FileNotFoundError:  # renamed or deleted since it was listed
                 continue
             files[name] = FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+def _state_opened(entry: os.DirEntry[str]) -> os.stat_result:
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:  # inspection tells which right is missing
+        return entry.stat()
+    try:
+        return os.fstat(descriptor)
+    finally:
+        os.close(descriptor)

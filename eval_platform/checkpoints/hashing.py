@@ -56,6 +56,13 @@ def hash_file(path: Path, cache: Path, meter: Meter) -> str:
     return digest
 
 
+def remember(path: Path, digest: str, cache: Path) -> None:
+    """Keep the SHA-256 of `path`, which was just computed, for `hash_file`. Raises OSError."""
+    state = path.stat()
+    if state.st_size >= _WORTH_CACHING and time.time_ns() - state.st_mtime_ns > _RACY_NS:
+        _keep(_entry(cache, state), digest)
+
+
 def read_through(path: Path, meter: Meter, sink: BinaryIO | None = None) -> tuple[str, os.stat_result]:
     """Read `path` once: its SHA-256 and its state, which was the same before and after; copies it to `sink` if given.
 

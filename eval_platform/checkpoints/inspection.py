@@ -1,10 +1,12 @@
 """Is this folder a whole checkpoint, as far as its files can prove, and if not, why?"""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval_platform.checkpoints.bases import base_address
 from eval_platform.checkpoints.files import Listing, is_pickle, list_folder, role
 from eval_platform.checkpoints.headers import BadHeader, tensor_names
 
@@ -19,15 +21,15 @@ _NO_VOCABULARY = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
 class Inspection:
     """What the files prove. `reason` is "" when complete; `refused`: waiting alone will not complete it.
 
-    kind: "transformers" or "adapter"; `base` is the folder of a complete adapter's base model. `listing.defining` names
-    the model-defining files, `listing.files` their sizes.
+    kind: "transformers" or "adapter"; `base` is the address of a complete adapter's base model (`bases.base_address`).
+    `listing.defining` names the model-defining files, `listing.files` their sizes.
     """
 
     listing: Listing
     kind: str
     reason: str = ""
     refused: bool = False
-    base: Path | None = None
+    base: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -40,8 +42,11 @@ class _Problem(Exception):
         self.refused = refused
 
 
-def inspect(folder: Path, listing: Listing | None = None) -> Inspection:
+def inspect(folder: Path, listing: Listing | None = None, at: str | None = None) -> Inspection:
     """Look at `folder` without reading weights: the safetensors headers, the index, the configuration.
+
+    at: the checkpoint's own address, where `folder` is a copy or a sketch of it: what its base is named relative to. A
+    base in a folder is looked at too, one in a bucket or on the hub is not (`remote.look_at_base`).
 
     Whether the folder is still being written cannot be seen at one glance (shards allocated ahead have their final
     size): that is the quiet period's part. Never raises for what the folder holds; raises FileNotFoundError when there
@@ -50,7 +55,7 @@ def inspect(folder: Path, listing: Listing | None = None) -> Inspection:
     listing = list_folder(folder) if listing is None else listing
     kind = "adapter" if _is_adapter(listing) else "transformers"
     try:
-        base = _prove(folder, listing, kind)
+        base = _prove(folder, listing, kind, at or str(folder))
     except _Problem as problem:
         return Inspection(listing, kind, str(problem), problem.refused)
     except FileNotFoundError as error:
@@ -72,12 +77,12 @@ def _is_adapter(listing: Listing) -> bool:
     )
 
 
-def _prove(folder: Path, listing: Listing, kind: str) -> Path | None:
-    """The base model's folder for an adapter, else None. Raises _Problem with the first thing that is missing."""
+def _prove(folder: Path, listing: Listing, kind: str, at: str) -> str | None:
+    """The base model's address for an adapter, else None. Raises _Problem with the first thing that is missing."""
     _weights_are_there(listing, ADAPTER if kind == "adapter" else SINGLE)
     _weights_are_whole(folder, listing)
     if kind == "adapter":
-        return _adapter_base(folder)
+        return _adapter_base(folder, at)
     _config_is_read(folder, listing)
     _tokenizer_is_there(folder, listing)
     return None
@@ -139,12 +144,9 @@ def _config_is_read(folder: Path, listing: Listing) -> None:
 
 
 def _tokenizer_is_there(folder: Path, listing: Listing) -> None:
-    names = set(listing.files)
-    if names & {"tokenizer.json", "tekken.json", "vocab.txt"} or {"vocab.json", "merges.txt"} <= names:
+    if has_vocabulary(listing.files):
         return
-    if any(name.endswith((".model", ".spm", ".tiktoken")) for name in names):
-        return
-    if "tokenizer_config.json" in names:
+    if "tokenizer_config.json" in listing.files:
         config = _read_object(folder / "tokenizer_config.json")
         if config.get("tokenizer_class") in _NO_VOCABULARY or "auto_map" in config:
             return
@@ -155,27 +157,36 @@ def _tokenizer_is_there(folder: Path, listing: Listing) -> None:
     )
 
 
-def _adapter_base(folder: Path) -> Path:
+def has_vocabulary(files: Iterable[str]) -> bool:
+    """Whether one of the files, or a pair of them, is a tokenizer's vocabulary."""
+    names = set(files)
+    if names & {"tokenizer.json", "tekken.json", "vocab.txt"} or {"vocab.json", "merges.txt"} <= names:
+        return True
+    return any(name.endswith((".model", ".spm", ".tiktoken")) for name in names)
+
+
+def _adapter_base(folder: Path, at: str) -> str:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise _Problem("no adapter_config.json yet", refused=False)
-    named = _read_object(file).get("base_model_name_or_path")
-    # A hub name has no content that could be hashed here; a relative path means another folder in every process.
-    if not isinstance(named, str) or not Path(named).is_absolute():
+    try:
+        address = base_address(_read_object(file), at)
+    except ValueError as error:
+        raise _Problem(f"adapter_config.json: {error}", refused=True) from error
+    if "://" in address:
+        return address
+    base = Path(address)
+    if not base.is_dir():
         raise _Problem(
-            f"adapter_config.json: field base_model_name_or_path is {named!r}; download the base model and give the "
-            "absolute path of its folder, so that its content is part of this checkpoint's identity",
+            f"adapter_config.json: the base model's folder {base} is not there; bring it there, or name another place",
             refused=True,
         )
-    base = Path(named)
-    if not base.is_dir():
-        raise _Problem(f"adapter_config.json: the base model's folder {base} is not there", refused=True)
     if not (base / "config.json").is_file():
         raise _Problem(f"adapter_config.json: the base {base} is no full model (no config.json)", refused=True)
     below = inspect(base)
     if not below.complete:
         raise _Problem(f"adapter_config.json: the base model {base} cannot be used: {below.reason}", refused=True)
-    return base
+    return address
 
 
 def _read_object(path: Path) -> dict[str, Any]:

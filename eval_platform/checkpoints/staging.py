@@ -4,7 +4,9 @@ In the cache folder (one per machine):
     downloads/                    see downloads.py
     held/<id of key and n>/       hard links made when the arrival was registered, while it waits
     staged/<random>/<checkpoint_id>/   the model as the worker loads it; beside it manifest.json and a lock, which
-                                       lives as long as the process: what a killed worker left is removed by the next
+                                       lives as long as the process: what a killed worker left is removed by the next.
+                                       Of an adapter: its base model's files with the adapter's own tokenizer over
+                                       them, and the adapter itself in adapter/
     hashes/                       see hashing.py
 """
 
@@ -18,25 +20,26 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eval_platform.checkpoints.files import Listing, list_folder
+from eval_platform.checkpoints.files import Listing, list_folder, role
 from eval_platform.checkpoints.hashing import Meter, Progress, hash_file, read_through
-from eval_platform.checkpoints.identification import identify_files, identity_of
-from eval_platform.checkpoints.inspection import inspect
+from eval_platform.checkpoints.identification import identity_of
+from eval_platform.checkpoints.inspection import has_vocabulary, inspect
 from eval_platform.checkpoints.served import as_checkpoint
 from eval_platform.config import S3
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone, StoreError
 from eval_platform.identity import content_id
-from eval_platform.values import Arrival, Checkpoint
+from eval_platform.values import ADAPTER_FOLDER, Arrival, Checkpoint
 
 # The file system will not link: another device, another owner (protected_hardlinks), too many links, not supported.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _MANIFEST = "manifest.json"
+_BASE_FOLDER = "base"  # of a staged adapter, beside ADAPTER_FOLDER
 _AGAIN = "the folder is looked at again and, if it differs, evaluated as a new arrival"
 
 # Open lock files of this process: staged/<random> -> descriptor. The kernel lets go of them when the process ends.
 _locks: dict[Path, int] = {}
 # What was downloaded stays in its cache as long as its staged files are used: staged/<random> -> descriptor.
-_downloads: dict[Path, int] = {}
+_downloads: dict[Path, list[int]] = {}
 
 
 def hold(arrival: Arrival, cache: Path) -> bool:
@@ -106,8 +109,8 @@ def stage(
     """The arrival's model on local disk, with its content ids: from the hold if there is one, else from its folder.
 
     Hard links where the file system allows, else copies. Every byte is hashed unless this machine has read the file
-    before. `progress` is told bytes done and in all. Give it back with `release`. From a bucket, which `s3` says how to
-    reach, it is downloaded first, unless it is in the cache.
+    before. `progress` is told bytes done and in all. Give it back with `release`. From the hub, or a bucket which `s3`
+    says how to reach, it is downloaded first, unless it is in the cache; an adapter's base model too.
 
     Raises CheckpointGone when the folder was deleted; CheckpointChanged when it no longer is what arrived, or changes
     while it is read; CheckpointError when it cannot be evaluated (pickle only, no tokenizer, its own Python code
@@ -115,15 +118,16 @@ def stage(
     """
     if arrival.served is not None:
         return as_checkpoint(arrival.served)
-    if arrival.uri.startswith("s3://"):
-        return _stage_download(arrival, cache, progress, trust_remote_code, s3 or S3())
+    s3 = s3 or S3()
+    if arrival.uri.startswith(("s3://", "hf://")):
+        return _stage_download(arrival, cache, progress, trust_remote_code, s3)
     held = _held(arrival, cache)
     source = held if held.is_dir() else _source(arrival)
-    return _stage_folder(arrival, source, arrival.fingerprint, cache, progress, trust_remote_code)
+    return _stage_folder(arrival, source, arrival.fingerprint, cache, progress, trust_remote_code, s3)
 
 
 def _stage_download(arrival: Arrival, cache: Path, progress: Progress, trust_remote_code: bool, s3: S3) -> Checkpoint:
-    from eval_platform.checkpoints.downloads import fetch  # botocore, only for what lies in a bucket
+    from eval_platform.checkpoints.downloads import fetch  # botocore, only for what lies elsewhere
 
     size = 0
 
@@ -143,52 +147,68 @@ def _stage_download(arrival: Arrival, cache: Path, progress: Progress, trust_rem
             cache,
             lambda done, total: progress(size + done, size + total),
             trust_remote_code,
+            s3,
         )
     except BaseException:
         os.close(descriptor)
         raise
     assert checkpoint.path is not None
-    _downloads[checkpoint.path.parent] = descriptor
+    _downloads.setdefault(checkpoint.path.parent, []).append(descriptor)
     return checkpoint
 
 
 def _stage_folder(
-    arrival: Arrival, source: Path, fingerprint: str, cache: Path, progress: Progress, trust_remote_code: bool
+    arrival: Arrival, source: Path, fingerprint: str, cache: Path, progress: Progress, trust_remote_code: bool, s3: S3
 ) -> Checkpoint:
     """As `stage`, of the files in `source`, which must have this fingerprint from beginning to end."""
     try:
         listing = list_folder(source)
         _must_be(arrival, fingerprint, listing, source)
-        found = inspect(source, listing)
+        found = inspect(source, listing, arrival.uri)
         if not found.complete:
             raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
-        _must_run_without_its_own_code(source, arrival, trust_remote_code)
+        _must_run_without_its_own_code(source, arrival.uri, trust_remote_code)
     except FileNotFoundError as error:
         raise _gone(arrival, error) from error
 
     with _cache_errors(cache):
         place = _reserve(cache / "staged")
     try:
-        base_files = inspect(found.base).listing if found.base else Listing({})
-        meter = Meter(progress, listing.size + base_files.size)
+        downloaded = 0
+        base_folder = Path(found.base) if found.base and "://" not in found.base else None
+        if found.base and base_folder is None:
+            base_folder, downloaded = _bring_base(found.base, arrival, place, cache, listing.size, progress, s3)
+        if base_folder is not None:
+            _must_run_without_its_own_code(base_folder, found.base or "", trust_remote_code)
+        base_files = list_folder(base_folder) if base_folder else Listing({})
+        meter = Meter(
+            lambda done, total: progress(downloaded + done, downloaded + total), listing.size + base_files.size
+        )
         incoming = place / "incoming"
+        own, below = (incoming / ADAPTER_FOLDER, incoming / _BASE_FOLDER) if base_folder else (incoming, None)
         with _cache_errors(cache):
-            incoming.mkdir()
+            own.mkdir(parents=True)
         # All links first: hashing takes long, and the trainer may delete the folder meanwhile. The states are taken
         # before the files are hashed, so that a change at any moment after shows in `verify_unchanged`.
-        copied = {name: _bring(source / name, incoming / name, cache, meter) for name in listing.defining}
-        states = _states(incoming, listing)
-        base_states = _states(found.base, base_files) if found.base else {}
-        base = identify_files(found.base, cache, meter) if found.base else None
-        digests = {name: digest or hash_file(incoming / name, cache, meter) for name, digest in copied.items()}
-        _must_be(arrival, fingerprint, list_folder(incoming), source)
+        copied = {name: _bring(source / name, own / name, cache, meter) for name in listing.defining}
+        states = _states(incoming, own, listing)
+        base = None
+        if base_folder is not None and below is not None:
+            with _cache_errors(cache):
+                below.mkdir()
+                for name in base_files.defining:
+                    _point(base_folder / name, below / name)
+            states |= _states(incoming, below, base_files)
+            base = identity_of({name: hash_file(below / name, cache, meter) for name in base_files.defining})
+        digests = {name: digest or hash_file(own / name, cache, meter) for name, digest in copied.items()}
+        _must_be(arrival, fingerprint, list_folder(own), source)
         identity = identity_of(digests, base)
         path = place / identity.checkpoint_id
         with _cache_errors(cache):
+            if below is not None:
+                _lay_over(incoming, below, base_files, own, listing)
             os.rename(incoming, path)
-            manifest = {str(path / name): state for name, state in states.items()}
-            manifest |= {str(found.base / name): state for name, state in base_states.items()} if found.base else {}
-            (place / _MANIFEST).write_text(json.dumps(manifest))
+            (place / _MANIFEST).write_text(json.dumps({str(path / name): state for name, state in states.items()}))
     except FileNotFoundError as error:
         _discard(place)
         raise _gone(arrival, error) from error
@@ -196,6 +216,40 @@ def _stage_folder(
         _discard(place)
         raise
     return Checkpoint(identity.checkpoint_id, identity.weights_id, path, found.kind)
+
+
+def _bring_base(
+    uri: str, arrival: Arrival, place: Path, cache: Path, own_size: int, progress: Progress, s3: S3
+) -> tuple[Path, int]:
+    """(the folder with the base model at `uri`, bytes downloaded), which stays until `place` is discarded."""
+    from eval_platform.checkpoints.downloads import fetch_base
+
+    size = 0
+
+    def metered(total: int) -> Meter:
+        nonlocal size
+        size = total
+        return Meter(lambda done, total: progress(done, 2 * total + own_size), total)  # all is hashed afterwards
+
+    with _cache_errors(cache):
+        folder, descriptor = fetch_base(uri, arrival.uri, cache, s3, metered)
+    _downloads.setdefault(place, []).append(descriptor)
+    return folder, size
+
+
+def _lay_over(incoming: Path, below: Path, base: Listing, own: Path, adapter: Listing) -> None:
+    """Make `incoming` the model that the adapter changes: the base's files, and what the adapter says anew.
+
+    Where the adapter brings a tokenizer the base's is left out whole: two may have files of different names.
+    """
+    said_anew = [name for name in adapter.defining if role(name) not in ("weights", "index")]
+    said_anew.remove("adapter_config.json")
+    has_tokenizer = has_vocabulary(said_anew)
+    for name in base.defining:
+        if name not in said_anew and not (has_tokenizer and role(name) == "tokenizer"):
+            _point(below / name, incoming / name)
+    for name in said_anew:
+        _point(own / name, incoming / name)
 
 
 def verify_unchanged(checkpoint: Checkpoint) -> None:
@@ -230,7 +284,7 @@ def _hold_name(key: str, n: int) -> str:
 
 def _source(arrival: Arrival) -> Path:
     if "://" in arrival.uri:
-        raise CheckpointError(f"{arrival.uri}: checkpoints are staged from folders and from s3:// only")
+        raise CheckpointError(f"{arrival.uri}: checkpoints are staged from folders, s3:// and hf:// only")
     return Path(arrival.uri)
 
 
@@ -253,7 +307,7 @@ def _gone(arrival: Arrival, error: FileNotFoundError) -> CheckpointGone | Checkp
     return CheckpointChanged(f"{error.filename} disappeared while {arrival.uri} was staged", remedy=_AGAIN)
 
 
-def _must_run_without_its_own_code(source: Path, arrival: Arrival, trust_remote_code: bool) -> None:
+def _must_run_without_its_own_code(source: Path, uri: str, trust_remote_code: bool) -> None:
     """A model type that transformers does not know, defined by Python files of its own, needs a person's word."""
     if trust_remote_code or not (source / "config.json").is_file():
         return
@@ -265,7 +319,7 @@ def _must_run_without_its_own_code(source: Path, arrival: Arrival, trust_remote_
 
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise CheckpointError(
-            f"{arrival.uri}: config.json field auto_map: the model runs Python code of its own",
+            f"{uri}: config.json field auto_map: the model runs Python code of its own",
             remedy="read that code; then set trust_remote_code = true under [engine], or give --trust-remote-code",
         )
 
@@ -293,13 +347,20 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
+def _point(source: Path, target: Path) -> None:
+    """Link a file, in the one way or the other: a base model is shared by many adapters, and none is worth a copy."""
+    if not _link(source, target):
+        target.symlink_to(os.path.realpath(source))
+
+
 def _state(file: Path) -> list[int]:
     state = file.stat()
     return [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns]
 
 
-def _states(folder: Path, listing: Listing) -> dict[str, list[int]]:
-    return {name: _state(folder / name) for name in listing.defining}
+def _states(top: Path, folder: Path, listing: Listing) -> dict[str, list[int]]:
+    """Path below `top` -> state, of the files of `listing` in `folder`."""
+    return {(folder / name).relative_to(top).as_posix(): _state(folder / name) for name in listing.defining}
 
 
 def _reserve(staged: Path) -> Path:
@@ -335,10 +396,8 @@ def _is_locked(place: Path) -> bool:
 
 def _discard(place: Path) -> None:
     _remove(place)
-    for open_files in (_locks, _downloads):
-        descriptor = open_files.pop(place, None)
-        if descriptor is not None:
-            os.close(descriptor)
+    for descriptor in (*_downloads.pop(place, ()), *([_locks.pop(place)] if place in _locks else ())):
+        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -166,6 +166,12 @@ def record_identity(store: Store, arrival: Arrival, checkpoint: Checkpoint) -> N
         if create_record(store, layout.arrival_identity(arrival.key, arrival.n), record):
             return
         known = identity(store, arrival.key, arrival.n)
+    if known != found and checkpoint.kind == "adapter":
+        raise CheckpointChanged(
+            f"arrival {arrival.n} of {arrival.key} was identified as {known}, and now as {found}: "
+            "the base model that its adapter_config.json names is another one than before",
+            remedy="bring the base back, or touch one of the adapter's files, so that it arrives again",
+        )
     if known != found:
         raise CheckpointChanged(
             f"arrival {arrival.n} of {arrival.key} was identified as {known}, and now as {found}: "
