@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_platform.engine import placement
+from eval_platform.engine.adapters import merge
 from eval_platform.engine.chat import ChatTemplate
 from eval_platform.engine.encoding import encode_prompts, encode_prompts_apart
 from eval_platform.engine.face import Engine, EngineInfo
@@ -15,7 +16,7 @@ from eval_platform.engine.lengths import PromptLengths
 from eval_platform.engine.settings import read_json_object, resolve_settings
 from eval_platform.errors import CheckpointError, ConfigError
 from eval_platform.importing import collector_paused
-from eval_platform.values import RunSettings
+from eval_platform.values import ADAPTER_FOLDER, RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -224,6 +225,8 @@ def _load_model(path: Path, settings: RunSettings, config: "PreTrainedConfig", p
         ) from error
     model, report = loaded
     _refuse_partial(path, report)
+    if (path / ADAPTER_FOLDER).is_dir():
+        merge(model, path / ADAPTER_FOLDER)
     return model
 
 
