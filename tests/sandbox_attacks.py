@@ -358,3 +358,58 @@ _attack(
     """,
     "forged",
 )
+
+# -- places that wait beside the one in which a program runs (warm) --------------------------------------------------
+
+_attack(
+    "signals to one's process group, in which those who started it may be",
+    """
+    import signal
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+        os.kill(0, number)
+        os.killpg(0, number)
+    """,
+)
+_attack(
+    "see, signal or slow down other programs of its user",
+    """
+    import resource, signal
+    assert set(filter(str.isdigit, os.listdir("/proc"))) == {"1", str(os.getpid())}
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert fails(lambda: os.kill(-1, signal.SIGTERM))  # there is nobody but itself and the first process
+    for process in range(3, 300):
+        if process != os.getpid():
+            assert fails(lambda: os.kill(process, 0))
+            assert fails(lambda: resource.prlimit(process, resource.RLIMIT_CPU, (1, 1)))
+            assert fails(lambda: os.sched_setaffinity(process, {0}))
+    """,
+)
+_attack(
+    "a socket of whoever started it, through /proc",
+    """
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            held = [os.readlink(f"/proc/{process}/fd/{name}") for name in os.listdir(f"/proc/{process}/fd")]
+        except PermissionError:
+            continue
+        assert not [what for what in held if what.startswith("socket:")], held
+    """,
+)
+_attack(
+    "the memory of the first process",
+    """
+    import time
+    with open("/proc/1/maps") as file:
+        places = [line.split()[0].split("-") for line in file if " rw-p " in line]
+    with open("/proc/1/mem", "wb", buffering=0) as file:
+        for first, last in places:
+            file.seek(int(first, 16))
+            file.write(bytes(int(last, 16) - int(first, 16)))
+    """,
+    "passed",
+    "exception",
+    "exit",
+    "crash",
+    "timeout",
+)

@@ -1,16 +1,19 @@
 """What hostile programs can do in the sandbox: nothing, cold or warm; and it leaves nothing behind."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval_platform.sandbox import Program, run_programs
+from eval_platform.sandbox import Program, memory, run_programs
 from tests.machine import needs_sandbox
 from tests.sandbox_attacks import ATTACKS, programs
 
@@ -57,3 +60,68 @@ def test_every_attack_is_stopped(mode, host):
         name: verdict for name, verdict in zip(named, verdicts, strict=True) if verdict.reason not in ATTACKS[name][1]
     }
     assert not wrong
+
+
+LEAVES = """
+import fcntl, os, signal, sys, time
+sys.left = os.left = open("/tmp/left", "w")
+__builtins__.left = 1
+os.nice(19)
+os.umask(0o777)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+held = os.open(os.__file__, os.O_RDONLY)
+fcntl.flock(held, fcntl.LOCK_EX)
+for _ in range(4):
+    if os.fork() == 0:
+        os.setsid()
+        os.close(4), os.close(5)
+        held_too = bytearray(100 << 20)
+        while True:
+            time.sleep(600)
+"""
+FINDS = """
+import fcntl, os, signal, sys
+assert os.listdir("/tmp") == [] and os.getcwd() == "/tmp"
+assert not hasattr(sys, "left") and not hasattr(os, "left") and not hasattr(__builtins__, "left")
+assert os.nice(0) == 0 and os.umask(0) == 0o22 and signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+assert sorted(filter(str.isdigit, os.listdir("/proc"))) == ["1", "2"] and os.getpid() == 2
+fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+{n}
+"""
+
+
+def test_no_program_finds_what_another_one_left():
+    """One slot, so that each of them runs in a place that was made while an untidy one ran, or beside it."""
+    programs = [Program((FINDS if n % 3 else LEAVES).replace("{n}", str(n)), 10.0) for n in range(12)]
+    assert [verdict.reason for verdict in run_programs(programs, "warm", slots=1)] == ["passed"] * 12
+
+
+def test_a_place_that_is_killed_as_it_waits_costs_no_verdict():
+    """As the kernel does when memory runs out. Who waits for a program has a socket, and who runs one has none."""
+    killed: set[int] = set()
+    over = threading.Event()
+    before = set(memory.descendants(os.getpid()))
+
+    def sockets(process: int) -> int:
+        with suppress(OSError):
+            held = [os.readlink(f"/proc/{process}/fd/{name}") for name in os.listdir(f"/proc/{process}/fd")]
+            return sum(what.startswith("socket:") for what in held)
+        return 0
+
+    def kill_one() -> None:
+        while not over.wait(0.02) and not killed:
+            for process in set(memory.descendants(os.getpid())) - before:
+                with suppress(OSError):
+                    named = "/sandbox/server.py" in Path(f"/proc/{process}/cmdline").read_text()
+                    if named and not memory.children(process) and sockets(process):
+                        os.kill(process, signal.SIGKILL)
+                        killed.add(process)
+                        return
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    verdicts = run_programs([Program(f"import time\ntime.sleep(0.1)\n{n}") for n in range(6)], "warm", slots=1)
+    over.set()
+    killer.join()
+    assert killed
+    assert [verdict.reason for verdict in verdicts] == ["passed"] * 6

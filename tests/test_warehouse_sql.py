@@ -15,6 +15,7 @@ from warehouse_world import World, rows
 from eval_platform import warehouse
 from eval_platform.errors import QueryError
 from eval_platform.scoring import SAMPLE_SCHEMA
+from eval_platform.store import commits
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def world(tmp_path_factory):
         write_samples(world, f"samples/{evaluation}/t1.parquet", settings_id)
     prompts = pa.table({"sample_id": ["i0", "i1"], "prompt": ["2+2=", "3+3="]})
     world.store.create("prompts/prompts-add.parquet", parquet(prompts))
-    world.publish("A", "add", "add-1", settings_id="pruned")
+    pruned = world.publish("A", "add", "add-1", settings_id="pruned")
+    commits.prune_samples(world.store, commits.read(world.store, pruned, 1) or {}, actor="me", rule="a test's")
     # Beside what evaluations name lies what a dead try left: never to be counted.
     write_samples(world, "samples/" + "0" * 32 + "/dead.parquet", "dead")
     warehouse.refresh(world.store, world.catalog)
@@ -240,6 +242,35 @@ def test_samples_are_those_that_evaluations_name_with_who_was_asked_what(world):
         world,
         "select distinct response from SAMPLES s join evaluations e using (evaluation_id) where e.status = 'published'",
     ) == [("s",)]
+
+
+def test_samples_that_are_lost_are_missed_in_no_silence(tmp_path):
+    """A query that would count them fails and says whose they are; a query about others answers."""
+    world = World(tmp_path)
+    world.task("add", "add-1")
+    world.arrive("r/run/1", "A", step=1)
+    there = world.publish("A", "add", "add-1", settings_id="there")
+    write_samples(world, f"samples/{there}/t1.parquet", "there")
+    lost = world.publish("A", "add", "add-1", settings_id="lost")
+    for sql in (
+        "select count(*) from samples",
+        "select * from samples limit 1",
+        "select count(*) from samples where response = 'there'",
+        "select avg(position) from samples where prompt is null and position < 1",
+        f"select count(*) from samples where evaluation_id = '{lost}'",
+    ):
+        with pytest.raises(QueryError, match=rf"(?s)samples/{lost}/t1.parquet.*not in.*eval-platform rerun"):
+            ask(world, sql)
+    assert ask(world, f"select count(*), min(response) from samples where evaluation_id <> '{lost}'") == [(2, "there")]
+    assert ask(world, "select response from samples where settings_id = 'there' and position = 1") == [("there",)]
+    assert ask(world, "select count(*) from evaluations") == [(2,)]
+    columns = [name for (name,) in ask(world, "select column_name from (describe samples)")]
+
+    # Pruned while the catalog does not know it yet.
+    commits.prune_samples(world.store, commits.read(world.store, lost, 1) or {}, actor="me", rule="a test's")
+    with warehouse.connect(world.catalog, world.store) as con:
+        assert con.execute("select count(*) from samples").fetchall() == [(2,)]
+        assert [row[0] for row in con.execute("describe samples").fetchall()] == columns
 
 
 def test_a_store_without_samples_has_the_view_with_its_columns(tmp_path):

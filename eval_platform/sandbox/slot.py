@@ -30,11 +30,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a slot has to run: a program, or its control once it has `passed`."""
+    """What a slot has to run: a program, or its control once it has `passed`.
+
+    again: the place that it was given first was killed before the program began.
+    """
 
     number: int
     program: Program
     passed: Verdict | None = None
+    again: bool = False
 
 
 @dataclass

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from eval_platform.errors import SandboxError
@@ -177,7 +177,10 @@ class Supervisor:
         elif run.place is not None:
             run.place.close()
         if run.started is None:
-            raise why_not_started(self.way, slot)
+            if run.place is None or run.killed or run.task.again:
+                raise why_not_started(self.way, slot)
+            self._give(slot, replace(run.task, again=True))
+            return
         verdict = judge(run, status, kernel_killed=slot.group is not None and slot.group.kills() > run.kills_before)
         task = run.task
         if task.passed is not None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_platform.store import Store, layout
+from eval_platform.store import Store, commits, layout
 from eval_platform.store.nearby import local_files
 from eval_platform.warehouse.connection import literal
 
@@ -17,7 +17,8 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store, cache: Path) 
 
     One row per sample of every committed attempt, whatever its status: with `scoring.SAMPLE_SCHEMA` come who was
     asked what (key, run, step and task of the arrival that it was first asked for; a linked copy has the same
-    checkpoint_id), `status`, and the prompt. What `prune` has removed is left out. Of a store that is not on
+    checkpoint_id), `status`, and the prompt. What `prune` has removed is left out. Samples that are not there and that
+    nobody has pruned are lost: a query that would count them fails, and says whose they are. Of a store that is not on
     this machine copies are read, which are kept in `cache`. Raises StoreError when they cannot be had.
     """
     rows = con.execute(
@@ -31,6 +32,12 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store, cache: Path) 
     prompt_keys = {row[-1]: layout.prompts(row[-1]) for row in rows}
     near = local_files(store, dict.fromkeys([*(row[-2] for row in rows), *prompt_keys.values()]), cache)
     files = [(*known, str(near[key]), prompts_id) for *known, key, prompts_id in rows if key in near]
+    lost = [
+        (*known, _why(store, known[0], key), None)
+        for *known, key, _ in rows
+        # Somebody may have pruned them since the catalog was brought up to date.
+        if key not in near and commits.tombstone(store, known[0], known[1]) is None
+    ]
     asked = {file[-1] for file in files}
     prompt_files = {
         prompts_id: str(near[key]) for prompts_id, key in prompt_keys.items() if prompts_id in asked and key in near
@@ -39,8 +46,36 @@ def define_samples(con: "duckdb.DuckDBPyConnection", store: Store, cache: Path) 
     con.register("_described", _described(files, prompt_files))
     con.execute("create table memory.bookkeeping.sample_files as from _described")
     con.unregister("_described")
-    con.execute(f"create view memory.main.samples as {_view(con, files, list(prompt_files.values()))}")
+    view = _view(con, files, list(prompt_files.values()))
+    con.execute(f"create view memory.main.samples as {_failing(con, lost)}{view}")
     return [*(file[-2] for file in files), *prompt_files.values()]
+
+
+LOST = "the samples are lost: "  # how the error of a query that needs them begins
+
+
+def _why(store: Store, evaluation_id: str, key: str) -> str:
+    return f"{LOST}{key}, of evaluation {evaluation_id}, is not in {store.uri}, and nobody has pruned it"
+
+
+def _failing(con: "duckdb.DuckDBPyConnection", lost: list[tuple[Any, ...]]) -> str:
+    """A branch of the view with a row for each evaluation whose samples are lost; to read one is an error.
+
+    A condition on key, task or evaluation that rules them out is applied before, so that all other queries work. The
+    columns that would come of the samples are errors too: as NULL, a condition on them would drop the row in silence.
+    """
+    if not lost:
+        return ""
+    from eval_platform.scoring import SAMPLE_SCHEMA
+
+    con.register("_described", _described(lost, {}))
+    con.execute("create table memory.bookkeeping.lost_samples as from _described")
+    con.unregister("_described")
+    columns = ", ".join(f'error(l._file) as "{name}"' for name in (*SAMPLE_SCHEMA.names, "prompt"))
+    return f"""
+        select l.* exclude (_file, _prompts), {columns} from memory.bookkeeping.lost_samples l
+        where error(l._file)::boolean union all by name
+    """
 
 
 def _described(files: list[tuple[Any, ...]], prompt_files: dict[str, str]) -> "pa.Table":

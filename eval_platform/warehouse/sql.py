@@ -13,7 +13,7 @@ from eval_platform.errors import QueryError
 from eval_platform.store import Store
 from eval_platform.warehouse.catalog import refresh
 from eval_platform.warehouse.connection import lock_down, open_catalog
-from eval_platform.warehouse.samples import define_samples
+from eval_platform.warehouse.samples import LOST, define_samples
 from eval_platform.warehouse.schema import TABLES, VIEWS
 
 if TYPE_CHECKING:
@@ -128,6 +128,12 @@ def _explained(con: "duckdb.DuckDBPyConnection", sql: str, error: "duckdb.Error"
             close = difflib.get_close_matches(missing[1].lower(), [*views, *tables], n=3)
             perhaps = f"perhaps {' or '.join(close)} is meant. " if close else ""
             return QueryError(said.split("\nDid you mean")[0], remedy=f"{perhaps}There are {there}")
+        case duckdb.InvalidInputException() if LOST in said:
+            return QueryError(
+                said[said.index(LOST) :],
+                remedy="restore that file from a copy, or `eval-platform rerun` the evaluation, or leave it out (where "
+                "evaluation_id <> ...); `eval-platform verify` lists all that is lost",
+            )
         case duckdb.BinderException():
             return QueryError(said, remedy=_columns(con, sql) or f"there are {there}")
         case _:
