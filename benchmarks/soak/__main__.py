@@ -35,6 +35,7 @@ from eval_platform.config import Config
 MACHINES = ("north", "south")
 SLOTS = 3
 LEASE_SECONDS = 4.0
+MEAN_WAIT = 0.6  # seconds between two kills of each kind
 AHEAD = 8  # checkpoints that wait or are worked on
 GIVE_UP_SECONDS = 300.0  # without anything new
 _LOOK_SECONDS = 0.05
@@ -63,10 +64,18 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def soak(one: World, *, kills: int, seed: int, ahead: int = AHEAD, mean_wait: float = 0.6) -> Count:
+def soak(
+    one: World,
+    *,
+    kills: int,
+    seed: int,
+    machines: Sequence[str] = MACHINES,
+    ahead: int = AHEAD,
+    mean_wait: float = MEAN_WAIT,
+) -> Count:
     """Until there were `kills`, then until all is published; what was counted, and printed."""
     began = time.monotonic()
-    configs = [one.machine(name, slots=SLOTS, lease_seconds=LEASE_SECONDS) for name in MACHINES]
+    configs = [one.machine(name, slots=SLOTS, lease_seconds=LEASE_SECONDS) for name in machines]
     killer = Killer(one.control, random.Random(seed), mean_wait)
     with ExitStack() as at_the_end:
         running = at_the_end.enter_context(_machines(one, configs, seed))
