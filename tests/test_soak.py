@@ -19,11 +19,11 @@ KILLS = 4
 def test_a_small_soak_loses_nothing_and_its_count_would_see_it(tmp_path, s3_session, s3_credentials):
     with world(tmp_path / "soak", s3_session) as one:
         # On one machine: a second imports and validates all once more. `make soak` has two.
-        count = soak(one, kills=KILLS, seed=random.randrange(1000), machines=["north"], ahead=2)
+        count = soak(one, kills=KILLS, seed=random.randrange(1000), machines=["north"], ahead=1)
         deaths = lines(one.control / "deaths.jsonl")
         assert count.wrong == []
         assert len({line["worker"] for line in deaths}) == KILLS
-        assert len(one.dropped) >= 2
+        assert one.dropped
 
         config = one.config("north")
         store = one.store(config)

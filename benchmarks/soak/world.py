@@ -90,7 +90,7 @@ class World:
         """The next checkpoint arrives, now and then under two names; its keys."""
         n = len(self.dropped)
         folder = make_checkpoint(self.folder / "made" / f"{n}", seed=n, shards=2, values=2_000)
-        names = [f"a/step_{n}"] + [f"b/step_{n}"] * (n % COPY_EVERY == 0)
+        names = [f"a/step_{n}"] + [f"b/step_{n}"] * (n % COPY_EVERY == 1)
         for name in names:
             announce(folder, run=name[0], step=n)
             upload(folder, f"{self.arriving}/{name}", config.s3)
