@@ -12,7 +12,7 @@ from store_processes import kill_after
 
 from eval_platform import keeping, warehouse
 from eval_platform.errors import ConfigError, SamplesPruned, SchemaError
-from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, journal, layout, log
+from eval_platform.store import LocalStore, arrivals, bundles, commits, decisions, journal, layout, log, read_record
 from eval_platform.store.announcements import announcement
 from eval_platform.store.s3 import S3Store
 from eval_platform.values import Checkpoint, Response
@@ -451,6 +451,33 @@ def test_what_the_target_has_stands_and_what_is_lost_is_refused_by_name(place, w
     assert "damaged" in told[layout.evaluation(slot["words", 3], 1)][1]
     assert commits.read(target, slot["words", 3], 1) is None
     assert command(place, "export", str(tmp_path / "target")).code == 1
+
+
+def test_a_name_goes_on_standing_for_the_targets_task(place, tmp_path):
+    """A laptop's newer definition comes over with its results, and does not become what is asked there."""
+    target = LocalStore(tmp_path / "target")
+    keeping.transfer(place.store, target)
+    names = {store: [e.key for e in store.list(layout.task_names("words"))] for store in (place.store, target)}
+    standing = read_record(target, names[target][-1])["task_id"]
+    place.write_task("words", 3)
+    place.sync()
+    newer = read_record(place.store, layout.newest_numbered(place.store, layout.task_names("words"))[1])["task_id"]
+    assert newer != standing
+
+    moved = keeping.transfer(place.store, target)
+
+    assert [entry.key for entry in target.list(layout.task_names("words"))] == names[target]
+    assert read_record(target, layout.task(newer))["task_id"] == newer  # what was asked is known there
+    assert [(one.kind, one.key) for one in moved.said] == [("kept", layout.task_names("words"))]
+    assert "count as stale" in moved.said[0].reason
+    # Where the name is new it comes with its history; what a kill left out of that is filled in.
+    fresh = LocalStore(tmp_path / "fresh")
+    keeping.transfer(place.store, fresh)
+    assert [entry.key for entry in fresh.list(layout.task_names("words"))] == [
+        layout.task_name("words", n) for n in (1, 2)
+    ]
+    fresh.delete(layout.task_name("words", 1))
+    assert keeping.transfer(place.store, fresh).files == 1
 
 
 def test_nothing_damaged_is_carried_on(place, tmp_path):

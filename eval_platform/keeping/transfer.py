@@ -209,8 +209,8 @@ def _task(roots: _Roots, key: str) -> Moved:
 
 
 def _names(roots: _Roots, moved: Moved) -> None:
-    """What task each name stands for. A name whose history goes on from the target's goes on there too, else the
-    target's stands."""
+    """What task each name stands for. A name that the target has goes on standing there for what it does: what is
+    asked there is for its own `tasks sync` to say, and no import's."""
     names: dict[str, list[int]] = defaultdict(list)
     newest: dict[str, int] = {}
     for keys, told in ((roots.there, True), (roots.kept, False)):
@@ -234,12 +234,14 @@ def _name(roots: _Roots, name: str, numbers: list[int], newest: int, moved: Move
     keys = [layout.task_name(name, n) for n in numbers]
     ours = {key: read_record(roots.source, key) for key in keys}
     if all(ours[key] == roots.theirs(key) for key in keys if key in roots.kept):
-        for key in keys:
+        # The newest first: from then on the name stands for it, and what a kill leaves out is filled in another time.
+        for key in (layout.task_name(name, n) for n in reversed(numbers) if not newest or n < newest):
             task = layout.task(ours[key]["task_id"])
             if task not in roots.there and task not in roots.kept:
                 moved.said.append(Said("refused", key, f"{task}, which it names, is missing or damaged"))
                 return
             moved.files += roots.copy(key)
+    if not newest:
         return
     theirs = roots.theirs(layout.task_name(name, newest))
     if theirs is None or ours[keys[-1]]["task_id"] != theirs["task_id"]:
