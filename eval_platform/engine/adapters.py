@@ -107,9 +107,10 @@ def _add(
 
 
 def _replace(model: "PreTrainedModel", name: str, value: "Tensor", folder: Path) -> None:
-    """What was trained whole beside the factors: biases, and modules_to_save."""
+    """What was trained whole beside the factors: biases, modules_to_save, a copy of embeddings that have factors."""
     path, _, last = name.removeprefix(_PREFIX).rpartition(".")
-    weight = getattr(_module(model, path, folder), last, None)
+    # What peft calls the layer that factors are added to.
+    weight = getattr(_module(model, path.removesuffix(".base_layer"), folder), last, None)
     if weight is None or weight.shape != value.shape:
         other = "the base has nothing there" if weight is None else f"the base's is {tuple(weight.shape)}"
         raise _misfit(folder, name, f"{tuple(value.shape)}, and {other}")
