@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,13 @@ def _llama(*, layers: int = 2, hidden: int = 512, tied: bool = False) -> transfo
 def _swap_all(model: transformers.PreTrainedModel, kind: str) -> int:
     """Swap every layer that may be swapped, whatever would win here; how many."""
     places = kernels._swappable(model)[0]
-    for parent, name in places:
-        kernels._swap(parent, name, kind, kernels.Pages())
+    for place in places:
+        kernels._swap([place], kind, kernels.Pages())
     return len(places)
+
+
+def _forward(model: transformers.PreTrainedModel) -> Callable[[], object]:
+    return lambda: model(torch.arange(24)[None])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,16 +115,52 @@ def test_logits_stay_with_every_layer_swapped(architecture: str, kind: str) -> N
     assert (before - after).abs().max() < 1e-5 * max(1, float(before.abs().max()))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_that_share_their_input_share_a_product(architecture: str) -> None:
+    model = make_model(architecture, make_tokenizer())  # pyright: ignore[reportArgumentType]
+    places = kernels._swappable(model)[0]
+    with torch.inference_mode():
+        units = kernels.siblings(places, _forward(model))
+        assert sorted(name for unit in units for _, name in unit) == sorted(name for _, name in places)
+        shared = [tuple(name for _, name in unit) for unit in units if len(unit) > 1]
+        # GPT-2 and GPT-NeoX have queries, keys and values in one layer already.
+        expected = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] * 2
+        assert shared == (expected if architecture in ("llama", "qwen3") else [])
+        batches = [torch.randint(0, 512, (1, n), generator=torch.Generator().manual_seed(n)) for n in (70, 1, 70)]
+        before = [model(tokens).logits.log_softmax(-1) for tokens in batches]
+        weights = [getattr(*place).weight.clone() for unit in units for place in unit]
+        for unit in units:
+            kernels._swap(unit, "onednn-packed", kernels.Pages())
+        for tokens, logits in zip(batches, before, strict=True):
+            after = model(tokens).logits.log_softmax(-1)
+            assert (logits - after).abs().max() < 1e-5 * max(1, float(logits.abs().max()))
+        for place, weight in zip((place for unit in units for place in unit), weights, strict=True):
+            assert torch.equal(getattr(*place).weight, weight)
+
+
+def test_a_layer_takes_its_part_of_the_tensor_it_is_given() -> None:
+    """Also when its siblings are not called, are called in another order, or are given something else."""
+    first, second = nn.Linear(24, 40), nn.Linear(24, 16, bias=False)
+    block = nn.ModuleDict({"a": first, "b": second})
+    with torch.inference_mode():
+        kernels._swap([(block, "a"), (block, "b")], "onednn-packed", kernels.Pages())
+        for order in ("ab", "ba", "a", "aab", "bb", "ab"):
+            x, other = _random(9, 24), _random(9, 24) + 1
+            for name in order:
+                for given in (x, other) if order == "aab" else (x,):
+                    torch.testing.assert_close(block[name](given), {"a": first, "b": second}[name](given))
+
+
 def test_install_measures_in_time_and_changes_no_logit() -> None:
     model = _llama()
     tokens = torch.arange(300)[None]
     with torch.inference_mode():
         before = model(tokens).logits
         start = time.perf_counter()
-        chosen = install(model, deterministic=False, seconds=0.3)
+        chosen = install(model, _forward(model), deterministic=False, seconds=0.3)
         took = time.perf_counter() - start
         torch.testing.assert_close(model(tokens).logits, before, atol=1e-5, rtol=1e-5)
-    assert set(chosen.linear) == {"512x512", "512x256", "512x1408", "1408x512"}
+    assert set(chosen.linear) == {"512x512+256+256", "512x512", "512x1408+1408", "1408x512"}
     assert set(chosen.linear.values()) <= set(KINDS)
     assert chosen.threads == torch.get_num_threads()
     assert took < 5  # one round too many, on a machine that does other things
@@ -129,7 +170,7 @@ def test_install_measures_in_time_and_changes_no_logit() -> None:
 def test_deterministic_leaves_torch_and_repeats_to_the_last_digit(dtype: torch.dtype) -> None:
     model = _llama().to(dtype)
     threads = torch.get_num_threads()
-    chosen = install(model, deterministic=True)
+    chosen = install(model, _forward(model), deterministic=True)
     assert set(chosen.linear.values()) == {"torch"}
     assert chosen.threads == threads == torch.get_num_threads()
     assert not any(isinstance(module, kernels.Linear) for module in model.modules())
@@ -139,13 +180,14 @@ def test_deterministic_leaves_torch_and_repeats_to_the_last_digit(dtype: torch.d
 
 
 def test_float16_stays_with_torch() -> None:
-    assert set(install(_llama().half(), deterministic=False).linear.values()) == {"torch"}
+    model = _llama().half()
+    assert set(install(model, _forward(model), deterministic=False).linear.values()) == {"torch"}
 
 
 def test_small_models_cost_nothing() -> None:
     model = make_model("llama", make_tokenizer())
     start = time.perf_counter()
-    chosen = install(model, deterministic=False)
+    chosen = install(model, _forward(model), deterministic=False)
     assert time.perf_counter() - start < 0.05
     assert set(chosen.linear.values()) == {"torch"}
 
@@ -192,7 +234,7 @@ def test_a_packed_layer_whose_weight_is_read_becomes_what_it_was(dtype: torch.dt
 
 def test_half_the_threads_are_taken_only_when_faster() -> None:
     usual = torch.get_num_threads()
-    sample = kernels._Sample(nn.Linear(512, 512))
+    sample = kernels._Sample([nn.Linear(512, 512)])
     with torch.inference_mode():
         assert kernels._best_threads(sample, 0.05) in {usual, max(1, usual // 2)}
     assert torch.get_num_threads() == usual
@@ -228,12 +270,13 @@ tokens = torch.arange(64)[None]
 with torch.inference_mode():
     before = model(tokens).logits  # reads every weight once: what is mapped is resident
     weights = sum(p.nbytes for p in model.parameters())
-    largest = max(getattr(*place).weight.nbytes for place in kernels._swappable(model)[0])
+    units = kernels.siblings(kernels._swappable(model)[0], lambda: model(tokens))
+    largest = max(sum(getattr(*place).weight.nbytes for place in unit) for unit in units)
     gc.collect()
     rss = psutil.Process().memory_info().rss
     pages = kernels.Pages()
-    for parent, name in kernels._swappable(model)[0]:
-        kernels._swap(parent, name, "onednn-packed", pages)
+    for unit in units:
+        kernels._swap(unit, "onednn-packed", pages)
     grown = psutil.Process().memory_info().rss - rss
     close = torch.allclose(model(tokens).logits, before, atol=1e-4)
 json.dump({"weights": weights, "largest": largest, "grown": grown, "close": close}, sys.stdout)
@@ -247,7 +290,7 @@ def test_packing_doubles_no_memory(tmp_path: Path, stored: torch.dtype) -> None:
     seen = json.loads(run_warm(_MEMORY, str(tmp_path))[0])
     assert seen["weights"] > 100e6
     assert seen["close"]
-    # One layer, and 4 MiB of oneDNN's own (kernels, fragments of the heap).
+    # The largest unit of layers, and 4 MiB of oneDNN's own (kernels, fragments of the heap).
     assert seen["grown"] < seen["largest"] + 4 * 2**20
 
 

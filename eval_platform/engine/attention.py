@@ -9,6 +9,7 @@ The model's own code stays as it is: the function is registered with `AttentionI
 
 import abc
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ class Pass(abc.ABC):
     found: list[Reach] = field(default_factory=list)
     # Rows, ascending, whose last hidden state is asked for; None: all. Nobody looks at the last layer of the others.
     wanted: NDArray[np.int64] | None = None
+    narrowed: tuple[Tensor, Tensor] | None = None  # what a linear layer was given last, and its wanted rows
     all_layers: int = 0  # how many attend; 0: not known yet
     layers: int = 0
     masks: int = 0
@@ -161,7 +163,7 @@ class Pass(abc.ABC):
 
         A sum is finite only if every term is, and cheaper than a look at each.
         """
-        if all(bool(state.sum(dtype=torch.float32).isfinite()) for state in states):
+        if all(math.isfinite(state.sum(dtype=torch.float32).item()) for state in states):
             return
         rows = torch.zeros_like(self.positions, dtype=torch.bool)
         for state in states:
@@ -244,19 +246,73 @@ class DecodingPass(Pass):
     lengths: Tensor  # [rows], of what the slots hold before this forward
     longest: int
     groups: Sequence[Group]
+    # Look at each layer for what is not finite; else only add up, and the forward is to be run again when `is_sound`
+    # says no: what it wrote is then written again.
+    careful: bool = False
+    sums: list[Tensor] = field(default_factory=list)
+    unseen: dict[int | None, Tensor] = field(default_factory=dict)  # by window: see _unseen
+    places: Tensor | None = None  # [rows * key-value heads]: where a row's new keys go in the slots laid flat
+
+    def look_at_layer(self, *states: Tensor) -> None:
+        if self.careful:
+            Pass.look_at_layer(self, *states)
+        else:
+            self.sums += [state.sum(dtype=torch.float32) for state in states]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all that the layers added up is finite."""
+        return not self.sums or math.isfinite(torch.stack(self.sums).sum().item())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> Tensor:
         rows = query.shape[1]
         keys, values = self.slots.keys[self.layers], self.slots.values[self.layers]
-        index = torch.arange(rows, device=query.device)
-        keys[index, :, self.lengths] = key.transpose(0, 1)
-        values[index, :, self.lengths] = value.transpose(0, 1)
+        for states, new in ((keys, key), (values, value)):
+            states.view(-1, states.shape[-1]).index_copy_(0, self._places(states), new.transpose(0, 1).flatten(0, 1))
         grouped = query.unflatten(0, (key.shape[0], -1))
-        output, lse = _own(grouped, keys[:rows, :, : self.longest + 1], values[:rows, :, : self.longest + 1], self, how)
+        output, lse = self._own(grouped, keys[:rows, :, : self.longest + 1], values[:rows, :, : self.longest + 1], how)
         for group in self.groups:
             blocks = [(*block.layers[self.layers], block.start) for block in group.blocks]
             self.look_at(output, lse, grouped, group.rows, blocks, how)
         return _finish(output, lse, how)
+
+    def _places(self, states: Tensor) -> Tensor:
+        if self.places is None:
+            _, heads, capacity, _ = states.shape
+            first = torch.arange(len(self.lengths) * heads).view(-1, heads) * capacity
+            self.places = (first + self.lengths[:, None]).flatten()
+        return self.places
+
+    def _own(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> tuple[Tensor, Tensor]:
+        """Each row on the filled part of its own slot, itself included. key: [rows, kv heads, longest + 1, d]."""
+        each = query.permute(2, 0, 1, 3)  # [rows, kv heads, group, d]
+        unseen = self._unseen(how.window, query.dtype)
+        if _flash_takes(query, value, how):
+            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                each,
+                key,
+                value,
+                0.0,
+                False,
+                attn_mask=unseen.expand(-1, 1, query.shape[1], -1),
+                scale=how.scale,
+            )
+        else:
+            scores = _scores(each, key, how).add_(unseen)
+            lse = scores.logsumexp(-1)
+            output = torch.matmul(scores.sub_(lse[..., None]).exp_().to(value.dtype), value)
+        return output.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
+
+    def _unseen(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[rows, 1, 1, longest + 1]: -inf where a row does not see its slot, else 0."""
+        if window not in self.unseen:
+            there = torch.arange(self.longest + 1)
+            hidden = there > self.lengths[:, None]
+            if window is not None:
+                hidden |= there <= self.lengths[:, None] - window
+            zeros = torch.zeros(hidden.shape, dtype=dtype)
+            self.unseen[window] = zeros.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self.unseen[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,30 +511,6 @@ def _dense(
     if _flash_takes(query, value, how):
         return _flash(query, key, value, how.scale, causal=False)
     return _blocked(query, key, value, None, None, how)
-
-
-def _own(query: Tensor, key: Tensor, value: Tensor, a_pass: DecodingPass, how: How) -> tuple[Tensor, Tensor]:
-    """Each row on the filled part of its own slot, itself included. key: [rows, kv heads, longest + 1, d]."""
-    rows, longest = key.shape[0], key.shape[2]
-    there = torch.arange(longest, device=query.device)
-    seen = there <= a_pass.lengths[:, None]
-    if how.window is not None:
-        seen &= there > a_pass.lengths[:, None] - how.window
-    each = query.permute(2, 0, 1, 3)  # [rows, kv heads, group, d]
-    if _flash_takes(query, value, how):
-        bias = torch.zeros(rows, 1, 1, longest, dtype=query.dtype).masked_fill_(~seen[:, None, None], -torch.inf)
-        bias = bias.expand(rows, 1, query.shape[1], longest)
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            each, key, value, 0.0, False, attn_mask=bias, scale=how.scale
-        )
-    else:
-        scores = _scores(each, key, how).masked_fill_(~seen[:, None, None], -torch.inf)
-        lse = scores.logsumexp(-1)
-        output = torch.matmul(scores.sub_(lse[..., None]).exp_().to(value.dtype), value)
-    room, room_lse = _empty(query, value)
-    room.copy_(output.permute(1, 2, 0, 3))
-    room_lse.copy_(lse.permute(1, 2, 0))
-    return room, room_lse
 
 
 def _flash_takes(query: Tensor, value: Tensor, how: How) -> bool:

@@ -89,7 +89,8 @@ class Head:
         high, index = None, None
         broken = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for first, logits in self._blocks(hidden):
-            block_high, block_index = logits.max(-1)
+            block_index = _argmax(logits)
+            block_high = logits.gather(-1, block_index[:, None])[:, 0]
             # The maximum is NaN if any logit is, +inf if one is.
             broken |= block_high.isnan() | (block_high == torch.inf)
             if high is None or index is None:
@@ -133,3 +134,10 @@ class Head:
             if self._cap is not None:
                 logits = torch.tanh(logits / self._cap) * self._cap
             yield first, logits
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """Where each row's maximum is, or its first NaN. On a CPU numpy finds it several times as fast as torch."""
+    if logits.device.type != "cpu":
+        return logits.max(-1).indices
+    return torch.from_numpy(logits.numpy().argmax(-1))

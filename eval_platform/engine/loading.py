@@ -108,7 +108,8 @@ def _tree_engine(
     expected = support.reference(model)
     packed = support.packed_model(model, expected)
     budget = settings.batch_tokens or token_budget(model)
-    chosen = kernels.install(model, deterministic=settings.deterministic)
+    tokens = expected.sequences[0][0]
+    chosen = kernels.install(model, lambda: packed.find_reaches(tokens), deterministic=settings.deterministic)
     head = Head(model, chosen.head)
     kernels.settle_allocator()
     try:
@@ -116,7 +117,7 @@ def _tree_engine(
             support.check(packed, head, expected)
     except Unsupported as error:
         raise support.WrongProducts(f"with {chosen.describe()}, {error}") from error
-    narrow(model, packed, expected.sequences[0][0], expected.hidden)
+    narrow(model, packed, tokens, expected.hidden)
     return TreeEngine(model, tokenizer, settings, info, packed=packed, head=head, budget=budget, kernels=chosen)
 
 

@@ -76,8 +76,13 @@ def _is_of_rows(given: tuple[Any, ...], rows: int) -> bool:
 
 
 def _before(_layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    rows = _rows()
-    return None if rows is None else (given[0][:, rows],)
+    a_pass = current()
+    if a_pass is None or a_pass.wanted is None:
+        return None
+    # The same tensor gives the same rows: layers that share a product know it by that.
+    if a_pass.narrowed is None or a_pass.narrowed[0] is not given[0]:
+        a_pass.narrowed = given[0], given[0][:, torch.from_numpy(a_pass.wanted)]
+    return (a_pass.narrowed[1],)
 
 
 def _after(_layer: nn.Module, _given: tuple[Any, ...], made: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,14 +123,18 @@ class PackedModel:
         if self.on_gpu:
             return self._decode_slots(tokens, positions, slots, lengths)
         a_pass = DecodingPass(
-            positions=torch.tensor(positions, device=self.device),
+            positions=torch.tensor(positions),
             reaches=self.reaches,
             slots=slots,
-            lengths=torch.tensor(lengths, device=self.device),
+            lengths=torch.tensor(lengths),
             longest=max(lengths),
             groups=groups,
         )
-        return self._through(torch.tensor(tokens), a_pass)
+        given = torch.tensor(tokens)
+        made = self._through(given, a_pass)
+        if a_pass.is_sound:
+            return made
+        return self._through(given, replace(a_pass, careful=True, layers=0, masks=0, token_bytes=0))
 
     @torch.inference_mode()
     def _decode_slots(

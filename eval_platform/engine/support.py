@@ -203,7 +203,9 @@ def _compare_decoding(
     slots = Slots()
     for keys, values in kept.blocks[path[0]][0].layers:
         for states, stored in ((keys, slots.keys), (values, slots.values)):
-            stored.append(varlen.room(states, 1, len(tokens)))
+            heads, _, depth = states.shape
+            on_cpu = states.new_zeros(1, heads, len(tokens), depth)
+            stored.append(varlen.room(states, 1, len(tokens)) if packed.on_gpu else on_cpu)
     groups = [Group(slice(0, 1), kept.blocks[node]) for node in path]
     shared = len(beginning)
     if packed.on_gpu:
