@@ -3,7 +3,7 @@
 # make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published;
 #                     STORE=s3: checkpoints and results in buckets of an S3 server on this machine)
 # make test-s3-real   the tests of buckets on a real Ceph gateway, which it starts here and takes down again
-# make soak           500 kills -9 of workers on S3 and 20 under Dagster: is anything lost or doubled? (20 minutes)
+# make soak           500 kills -9 of workers on S3 and 20 under Dagster: is anything lost or doubled? (half an hour, alone)
 # make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of
 #                     docs/log.md and docs/performance.md (an hour on an idle machine)
 PYTHON ?= python3

@@ -13,7 +13,7 @@ from benchmarks.soak.world import world
 pytestmark = pytest.mark.slow
 pytest_plugins = ["store_roots"]
 
-KILLS = 4
+KILLS = 3
 
 
 def test_a_small_soak_loses_nothing_and_its_count_would_see_it(tmp_path, s3_session, s3_credentials):
