@@ -28,7 +28,10 @@ from eval_platform.errors import EvalPlatformError
 from eval_platform.store.process import known_dead, process_record, same_machine
 
 START_SECONDS = 120.0
-STOP_SECONDS = 15.0
+STOP_SECONDS = 9.0
+# A code server waits for its runs to end, which may take hours. A run that takes longer than this is ended with it: its
+# worker then leaves by itself with what it has journalled, and the next `up` goes on from there.
+RUNS_SECONDS = 5.0
 
 
 @dataclass
@@ -71,12 +74,16 @@ class Platform:
             process = self.processes.get(name)
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGINT if name == "daemon" else signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        for process in self.processes.values():
+        now = time.monotonic()
+        patience = dict.fromkeys(self.processes, STOP_SECONDS)
+        if "code_server" in patience:
+            patience["code_server"] = min(RUNS_SECONDS, STOP_SECONDS)
+        for name in sorted(patience, key=lambda name: patience[name]):
+            process = self.processes[name]
             try:
-                process.wait(max(0.1, deadline - time.monotonic()))
+                process.wait(max(0.1, now + patience[name] - time.monotonic()))
             except subprocess.TimeoutExpired:
-                # With all that hangs on it: a code server waits for its runs to end, which may take hours.
+                # With all that hangs on it.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 _until_gone(process.pid)  # a run that is still on its way out has no orphan yet

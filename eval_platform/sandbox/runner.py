@@ -18,6 +18,7 @@ import time
 JOB, MARK, REPORT = 3, 4, 5
 STARTED = b"started\n"
 LONGEST_DETAIL = 300
+FAILED = 77  # the exit status of a place that could not be made (server.py)
 
 
 def main():

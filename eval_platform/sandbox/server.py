@@ -47,7 +47,6 @@ CLONE = {"x86_64": 56, "aarch64": 220}
 NO_SUID_NO_DEVICES = 2 | 4
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 24, 38, 22, 2
 USER, GROUP = os.getuid(), os.getgid()  # asked here, for in a new user namespace they have no names yet
-FAILED = 77  # the exit status of a process that could not make its namespaces
 
 libc = ctypes.CDLL(None, use_errno=True)
 python = ctypes.PyDLL(None, use_errno=True)  # its calls keep the interpreter's lock
@@ -160,7 +159,7 @@ def wait_for_program(door):
 def complain(error):
     """Say on the standard error, which the supervisor reads, why no program was started."""
     os.write(2, f"{type(error).__name__}: {error}\n".encode())
-    os._exit(FAILED)
+    os._exit(runner.FAILED)
 
 
 def done(result):

@@ -34,7 +34,7 @@ from eval_platform.sandbox import memory
 from eval_platform.sandbox.judge import judge
 from eval_platform.sandbox.processes import adopt_orphans, end, send
 from eval_platform.sandbox.root import SCRIPTS, Python, unmount_tmp
-from eval_platform.sandbox.runner import STARTED
+from eval_platform.sandbox.runner import FAILED, STARTED
 from eval_platform.sandbox.slot import Run, Slot, Task
 from eval_platform.sandbox.start import (
     START_SECONDS,
@@ -147,7 +147,7 @@ class Supervisor:
             elif idle := next((place for place in slot.places if place.number == number), None):
                 slot.places.remove(idle)  # killed as it waited; there will be another one
                 idle.close()
-            else:
+            elif os.waitstatus_to_exitcode(status) == FAILED:  # not so who is killed as it is made, for want of memory
                 raise why_not_started(self.way, slot)
         if not alive:
             self.selector.unregister(control)

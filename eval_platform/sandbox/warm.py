@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from eval_platform.sandbox.processes import end
 from eval_platform.sandbox.root import SCRIPTS, unmount_tmp
+from eval_platform.sandbox.runner import FAILED
 from eval_platform.sandbox.slot import Place, Slot
 from eval_platform.sandbox.start import START_SECONDS, Way, command, mount, spawn, why_not_started
 
@@ -32,7 +33,10 @@ def serve(way: Way, slot: Slot) -> bool:
     ours.settimeout(START_SECONDS)
     try:
         ours.send(marshal.dumps(asdict(way.limits)))
-        _hear(slot)
+        while not slot.places:
+            ended = _hear(slot)
+            if ended is not None and os.waitstatus_to_exitcode(ended[1]) == FAILED:
+                break
     except (TimeoutError, ConnectionError):
         pass  # then no place is ready
     ours.settimeout(0)
