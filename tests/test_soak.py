@@ -35,10 +35,9 @@ def test_a_small_soak_loses_nothing_and_its_count_would_see_it(tmp_path, s3_sess
         for entry in list(store.list("log/")):
             if "kind=decision" in entry.key and record["evaluation_id"] in entry.key:
                 store.delete(entry.key)
-        living = next(
-            line for line in lines(one.control / "asked.jsonl") if line["worker"] not in {d["worker"] for d in deaths}
-        )
-        append(one.control / "asked.jsonl", living)
+        killed = {line["worker"] for line in deaths}
+        living = next(birth["worker"] for birth in lines(one.control / "births.jsonl") if birth["worker"] not in killed)
+        append(one.control / "asked.jsonl", {**lines(one.control / "asked.jsonl")[0], "worker": living})
 
         wrong = "\n".join(audit(one, [config], deaths).wrong)
 
@@ -46,7 +45,7 @@ def test_a_small_soak_loses_nothing_and_its_count_would_see_it(tmp_path, s3_sess
         "was never committed",
         "its score",
         f"the log has no entry of the decision of {record['evaluation_id']}",
-        f"worker {living['worker']} asked 1 requests that it did not journal",
+        f"worker {living} asked 1 requests that it did not journal",
         "`eval-platform verify` ended with 1",
         "the leaderboard is not what it must be",
     ):
