@@ -29,9 +29,10 @@ from engine_oracle import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import make_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from eval_platform.engine import decoding, load
+from eval_platform.engine.attention import IMPLEMENTATION, DecodingPass, Reach, Slots, running
 from eval_platform.engine.head import Head
 from eval_platform.engine.packed import PackedModel
 from eval_platform.errors import TaskError
@@ -441,6 +442,78 @@ def test_a_completion_stops_where_its_prompt_overflows_and_its_neighbours_go_on(
             assert math.isnan(log_likelihood(response))
         elif response.finish_reason != "non_finite" and tiny.engine.info.dtype == "float32":
             check_completed(tiny, request, response)
+
+
+def test_what_overflowed_in_a_slot_reaches_nobody_who_has_it_next(overflowing: tuple[Subject, int]) -> None:
+    """It lies behind what a shorter prompt fills there, and is masked as long as another row is longer."""
+    tiny, bad = overflowing
+
+    def completing(prompt: str) -> Request:
+        return make_request("generate", prompt, settings=Generation(6))
+
+    def first_token(prompt: str) -> int:
+        return prompt_of(tiny, completing(prompt))[0]
+
+    # Prompts are taken in the order of their tokens: a long one, beside it one that overflows, then a short one.
+    words = [word for word in WORDS if bad not in prompt_of(tiny, completing(word))]
+    begins = sorted({first_token(word): word for word in words}.items())
+    long = " ".join([begins[0][1], *(word for word in SHOTS[:30] if word != "42")])
+    shorts = [completing(word) for _, word in begins[2:]]
+    alone = {request.request_id: ask(tiny.engine, [request])[request.request_id, 0] for request in shorts}
+    tested = 0
+    for short in shorts:
+        if alone[short.request_id].finish_reason == "non_finite":
+            continue
+        asked = [completing(long), completing(f"{begins[1][1]} river is a mountain river 42"), short]
+        with decoding_with(tiny, slots=2) as engine:
+            answered = ask(engine, asked)
+        assert answered[asked[1].request_id, 0].finish_reason == "non_finite"
+        assert answered[short.request_id, 0].text == alone[short.request_id].text
+        tested += answered[asked[0].request_id, 0].n_tokens > 1  # so long it was masked
+    assert tested
+
+
+def test_a_decoding_step_says_in_which_layer_a_number_was_none(overflowing: tuple[Subject, int]) -> None:
+    tiny, bad = overflowing
+    config, packed = tiny.model.config, tiny.engine._packed  # type: ignore[attr-defined]
+    shape = (1, config.num_key_value_heads, 1, config.hidden_size // config.num_attention_heads)
+    slots = Slots(*([torch.zeros(shape, dtype=tiny.model.dtype) for _ in range(2)] for _ in "kv"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "first_broken", "")
+        _, broken = packed.decode([bad], [0], slots, [0], [])
+        assert broken is not None
+        assert broken.rows.tolist() == [True]
+        assert packed.first_broken == "layer 1"
+
+
+def test_layers_may_have_different_numbers_of_key_value_heads() -> None:
+    """In a decoding step, against plain attention over what the slots hold."""
+    draw = torch.Generator().manual_seed(0)
+    lengths, capacity, depth = [2, 0, 3], 6, 8
+    heads_of_layers = (1, 4, 2)
+    slots = Slots()
+    for heads in heads_of_layers:
+        for stored in (slots.keys, slots.values):
+            stored.append(torch.randn(len(lengths), heads, capacity, depth, generator=draw))
+    before = [(keys.clone(), values.clone()) for keys, values in zip(slots.keys, slots.values, strict=True)]
+    a_pass = DecodingPass(
+        positions=torch.tensor(lengths),
+        reaches=[Reach(None)],
+        slots=slots,
+        lengths=torch.tensor(lengths),
+        longest=max(lengths),
+        groups=[],
+    )
+    with torch.inference_mode(), running(a_pass):
+        for heads, (keys, values) in zip(heads_of_layers, before, strict=True):
+            query, key, value = (torch.randn(1, n, len(lengths), depth, generator=draw) for n in (4, heads, heads))
+            made, _ = AttentionInterface()[IMPLEMENTATION](torch.nn.Module(), query, key, value, Reach(None))
+            for row, length in enumerate(lengths):
+                held = ((keys, key), (values, value))
+                seen = [torch.cat([old[row, :, :length], new[0, :, row, None]], 1) for old, new in held]
+                each = [states.repeat_interleave(4 // heads, 0) for states in seen]
+                expected = torch.nn.functional.scaled_dot_product_attention(query[0, :, row, None], *each)
+                torch.testing.assert_close(made[0, row], expected[:, 0])
 
 
 def test_an_infinite_logit_is_no_prediction() -> None:

@@ -250,8 +250,9 @@ class DecodingPass(Pass):
     # says no: what it wrote is then written again.
     careful: bool = False
     sums: list[Tensor] = field(default_factory=list)
-    unseen: dict[int | None, Tensor] = field(default_factory=dict)  # by window: see _unseen
-    places: Tensor | None = None  # [rows * key-value heads]: where a row's new keys go in the slots laid flat
+    unseen: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)  # by window: see _unseen
+    # By key-value heads, of which layers may have different numbers: where a row's new keys go in the slots laid flat.
+    places: dict[int, Tensor] = field(default_factory=dict)
 
     def look_at_layer(self, *states: Tensor) -> None:
         if self.careful:
@@ -277,11 +278,12 @@ class DecodingPass(Pass):
         return _finish(output, lse, how)
 
     def _places(self, states: Tensor) -> Tensor:
-        if self.places is None:
-            _, heads, capacity, _ = states.shape
+        """[rows * key-value heads]"""
+        _, heads, capacity, _ = states.shape
+        if heads not in self.places:
             first = torch.arange(len(self.lengths) * heads).view(-1, heads) * capacity
-            self.places = (first + self.lengths[:, None]).flatten()
-        return self.places
+            self.places[heads] = (first + self.lengths[:, None]).flatten()
+        return self.places[heads]
 
     def _own(self, query: Tensor, key: Tensor, value: Tensor, how: "How") -> tuple[Tensor, Tensor]:
         """Each row on the filled part of its own slot, itself included. key: [rows, kv heads, longest + 1, d]."""
@@ -305,14 +307,14 @@ class DecodingPass(Pass):
 
     def _unseen(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[rows, 1, 1, longest + 1]: -inf where a row does not see its slot, else 0."""
-        if window not in self.unseen:
+        if (window, dtype) not in self.unseen:
             there = torch.arange(self.longest + 1)
             hidden = there > self.lengths[:, None]
             if window is not None:
                 hidden |= there <= self.lengths[:, None] - window
             zeros = torch.zeros(hidden.shape, dtype=dtype)
-            self.unseen[window] = zeros.masked_fill_(hidden, -torch.inf)[:, None, None]
-        return self.unseen[window]
+            self.unseen[window, dtype] = zeros.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self.unseen[window, dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,6 +328,10 @@ class _Run:
             row, last = self._active.index(one), len(self._active) - 1
             if self._remembered is not None:
                 self._remember(self._remembered, row, one)
+            if one.completion.finish_reason == "non_finite":
+                # Masked or not, what is no number would reach whoever has the slot next: NaN - infinity is NaN.
+                for states in (*self._slots.keys, *self._slots.values):
+                    states[row] = 0.0
             if row != last:
                 moved = self._active[row] = self._active[last]
                 length = moved.own + len(moved.completion.tokens)

@@ -93,7 +93,8 @@ def install(
     Call it when the model is on its device, in its dtype and has all its hooks; a packed weight is no parameter any
     more, so `num_parameters`, `state_dict` and `to` must not be asked afterwards. Layers swapped: those whose class
     is exactly `nn.Linear` or GPT-2's `Conv1D`, in the model's dtype, without hooks, whose weight belongs to nothing
-    else; the head is measured only. Resident memory stays that of the weights and, while packing, one layer more.
+    else; the head is measured only. Resident memory stays that of the weights and, while packing, twice the largest
+    unit of layers more.
 
     `seconds`: about what the measurement may take. torch's own products stay everywhere when `deterministic` (which
     product wins is a matter of noise where two are level), in float16, on other devices than a CPU, and for models

@@ -130,10 +130,11 @@ class PackedModel:
             longest=max(lengths),
             groups=groups,
         )
-        given = torch.tensor(tokens)
+        given, first_broken = torch.tensor(tokens), self.first_broken
         made = self._through(given, a_pass)
         if a_pass.is_sound:
             return made
+        self.first_broken = first_broken  # the second time says in which layer it began
         return self._through(given, replace(a_pass, careful=True, layers=0, masks=0, token_bytes=0))
 
     @torch.inference_mode()
