@@ -24,8 +24,11 @@ _SHOWN = f"""
         s.finish_reason, s.evaluation_id, s.attempt,
         if(split_part(e.primary_metric, ',', 1) in ({", ".join(map(literal, _TELLS_RIGHT))}),
             s.metrics[e.primary_metric], null) as score,
-        s.attempt = max(s.attempt) over (partition by s.evaluation_id) as newest
-    from samples s join evaluations e using (evaluation_id, attempt)
+        s.attempt = last.attempt as newest
+    from samples s join evaluations e using (evaluation_id, attempt) join (
+        select evaluation_id, max(attempt) as attempt from evaluations
+        where samples_key is not null and samples_pruned_at is null group by evaluation_id
+    ) last on last.evaluation_id = s.evaluation_id
 """
 
 

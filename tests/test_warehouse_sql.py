@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from warehouse_world import World, rows
 
-from eval_platform import warehouse
+from eval_platform import answers, warehouse
 from eval_platform.errors import QueryError
 from eval_platform.scoring import SAMPLE_SCHEMA
 from eval_platform.store import commits
@@ -265,11 +265,16 @@ def test_samples_that_are_lost_are_missed_in_no_silence(tmp_path):
     assert ask(world, "select response from samples where settings_id = 'there' and position = 1") == [("there",)]
     assert ask(world, "select count(*) from evaluations") == [(2,)]
     columns = [name for (name,) in ask(world, "select column_name from (describe samples)")]
+    # What people are shown of another task (`eval-platform samples --task copy`).
+    world.task("copy", "copy-1")
+    write_samples(world, f"samples/{world.publish('A', 'copy', 'copy-1')}/t1.parquet", "copied")
+    shown = f"with shown as ({answers._SHOWN}) select response from shown where newest and not stale and task = 'copy'"
+    assert ask(world, shown) == [("copied",), ("copied",)]
 
     # Pruned while the catalog does not know it yet.
     commits.prune_samples(world.store, commits.read(world.store, lost, 1) or {}, actor="me", rule="a test's")
     with warehouse.connect(world.catalog, world.store) as con:
-        assert con.execute("select count(*) from samples").fetchall() == [(2,)]
+        assert con.execute("select count(*) from samples").fetchall() == [(4,)]
         assert [row[0] for row in con.execute("describe samples").fetchall()] == columns
 
 

@@ -131,8 +131,9 @@ def _explained(con: "duckdb.DuckDBPyConnection", sql: str, error: "duckdb.Error"
         case duckdb.InvalidInputException() if LOST in said:
             return QueryError(
                 said[said.index(LOST) :],
-                remedy="restore that file from a copy, or `eval-platform rerun` the evaluation, or leave it out (where "
-                "evaluation_id <> ...); `eval-platform verify` lists all that is lost",
+                remedy="restore that file from a copy, or leave the evaluation's attempt out by its id, key, task or "
+                "number (after `eval-platform rerun` its next attempt has samples again); `eval-platform verify` lists "
+                "all that is lost",
             )
         case duckdb.BinderException():
             return QueryError(said, remedy=_columns(con, sql) or f"there are {there}")
