@@ -114,7 +114,8 @@ def test_a_place_that_is_killed_as_it_waits_costs_no_verdict():
 
     def kill_one() -> None:
         while not over.wait(0.02) and not killed:
-            for first in set(memory.descendants(os.getpid())) - before:
+            # The newest first: the others run before it, so that it is not given a program at this very moment.
+            for first in sorted(set(memory.descendants(os.getpid())) - before, reverse=True):
                 with suppress(OSError):
                     waiting = [one for one in memory.children(first) if serves(one) and sockets(one)]
                     if serves(first) and not sockets(first) and len(waiting) == 1:
@@ -124,8 +125,41 @@ def test_a_place_that_is_killed_as_it_waits_costs_no_verdict():
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    verdicts = run_programs([Program(f"import time\ntime.sleep(0.1)\n{n}") for n in range(6)], "warm", slots=1)
-    over.set()
-    killer.join()
+    try:
+        verdicts = run_programs([Program(f"import time\ntime.sleep(0.1)\n{n}") for n in range(6)], "warm", slots=1)
+    finally:
+        over.set()
+        killer.join()
     assert killed
     assert [verdict.reason for verdict in verdicts] == ["passed"] * 6
+
+
+def test_a_server_that_is_killed_costs_no_verdict():
+    """As the kernel does, or a lack of processes: what ran there is run again, under a new server."""
+    before = set(memory.descendants(os.getpid()))
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill_it() -> None:
+        while not over.wait(0.02):
+            for process in set(memory.descendants(os.getpid())) - before:
+                with suppress(OSError):
+                    if serving(process):
+                        over.wait(0.4)  # by then the program has begun
+                        os.kill(process, signal.SIGKILL)
+                        killed.append(process)
+                        return
+
+    def serving(process: int) -> bool:
+        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        return words[0].endswith("bwrap") and "/sandbox/server.py" in words
+
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    try:
+        (verdict,) = run_programs([Program("import time\ntime.sleep(0.8)")], "warm", slots=1)
+    finally:
+        over.set()
+        killer.join()
+    assert killed
+    assert verdict.reason == "passed"

@@ -32,7 +32,7 @@ class Place:
 class Task:
     """What a slot has to run: a program, or its control once it has `passed`.
 
-    again: the place that it was given first was killed before the program began.
+    again: the place that it was given first was killed before the program began, or its server while it ran.
     """
 
     number: int

@@ -154,12 +154,12 @@ class Supervisor:
             stop_server(slot)
             self.end_strays()
             if slot.run is not None:
-                self.finish(slot, signal.SIGKILL)
+                self.finish(slot, signal.SIGKILL, cut_off=True)
 
-    def finish(self, slot: Slot, status: int | None = None) -> None:
+    def finish(self, slot: Slot, status: int | None = None, *, cut_off: bool = False) -> None:
         """The slot's program has ended: clear up, judge, and go on with its control or answer.
 
-        status: its wait status, where the server has said it (warm).
+        status: its wait status, where the server has said it (warm). cut_off: the server has ended, and it with it.
         """
         run = slot.run
         assert run is not None
@@ -183,6 +183,9 @@ class Supervisor:
             return
         verdict = judge(run, status, kernel_killed=slot.group is not None and slot.group.kills() > run.kills_before)
         task = run.task
+        if cut_off and verdict.reason == "crash" and not task.again:  # the second time it may be the program's doing
+            self._give(slot, replace(task, again=True))
+            return
         if task.passed is not None:
             honest = verdict.reason not in ("passed", "forged")
             final = task.passed if honest else Verdict("forged", _FORGED, task.passed.seconds)
