@@ -169,7 +169,8 @@ def record_identity(store: Store, arrival: Arrival, checkpoint: Checkpoint) -> N
     if known != found and checkpoint.kind == "adapter":
         raise CheckpointChanged(
             f"arrival {arrival.n} of {arrival.key} was identified as {known}, and now as {found}: "
-            "the base model that its adapter_config.json names is another one than before",
+            "the base model that its adapter_config.json names is another one than before, or its files changed while "
+            "their sizes and times stayed",
             remedy="bring the base back, or touch one of the adapter's files, so that it arrives again",
         )
     if known != found:
