@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,12 +45,18 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What is served, and what was asked: request line and headers."""
+    """What is served, and what was asked: request line and headers.
+
+    instead: part of a path -> (body, headers) that are told in its place, as somebody might who is no hub.
+    """
 
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    instead: dict[str, tuple[bytes, dict[str, str]]] = field(default_factory=dict)
     corrupt: bool = False  # weights come with a byte changed
+    endless: bool = False  # weights come whole whatever was asked for, and never end
+    sent: int = 0  # bytes of what never ends
 
     def asked(self, part: str) -> list[str]:
         return [path for path, _ in self.requests if part in path]
@@ -77,6 +83,10 @@ def hub_server() -> Iterator[Hub]:
         def do_GET(self) -> None:
             hub.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}))
             where = urlsplit(self.path)
+            for part, (told, headers) in hub.instead.items():
+                if part in self.path:
+                    self._answer(200, told, headers)
+                    return
             parts = unquote(where.path).strip("/").split("/")
             if parts[0] == "lfs":  # the store behind the hub: knows no token, and content alone
                 assert "Authorization" not in self.headers
@@ -162,6 +172,9 @@ def hub_server() -> Iterator[Hub]:
             )
 
         def _content(self, body: bytes, headers: dict[str, str]) -> None:
+            if hub.endless and len(body) > 1000:
+                self._for_ever(body)
+                return
             asked = self.headers.get("Range")
             if asked is None:
                 self._answer(200, body, headers)
@@ -169,6 +182,16 @@ def hub_server() -> Iterator[Hub]:
             first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
             told = {**headers, "Content-Range": f"bytes {first}-{last}/{len(body)}"}
             self._answer(206, body[first : last + 1], told)
+
+        def _for_ever(self, body: bytes) -> None:
+            self.close_connection = True
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while hub.sent < 1 << 28:
+                    self.wfile.write(body)
+                    hub.sent += len(body)
+                    body = bytes(1 << 20)
 
         def _json(self, value: object, headers: dict[str, str] | None = None) -> None:
             self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})

@@ -450,6 +450,7 @@ def write(folder, name, value):
         ("a/checkpoint-0500", "a", 500),
         ("a/seed_1/iter7", "a/seed_1", 7),
         ("step_5", "r", 5),
+        ("step_5-99999999999999999999", "r", 5),  # more than SQL holds: no step
         ("a/global_step100-hf", "a", 100),
         ("a/epoch=3-step=40", "a", 40),
         ("Llama-3.2-1B", "r", None),
@@ -491,6 +492,7 @@ def test_a_trainer_that_does_not_count_tokens_says_nothing_about_them(tmp_path):
         ('{"step": "5"}', "field step"),
         ('{"step": -1}', "field step"),
         ('{"step": true}', "field step"),
+        ('{"step": 9223372036854775808}', "field step"),
         ('{"step": 1.5}', "field step"),
         ('{"run": ""}', "field run"),
         ('{"tokens_seen": []}', "field tokens_seen"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -9,9 +10,20 @@ from checkpoint_factory import make_adapter, make_checkpoint
 from hub_server import TOKEN, hub_server
 from wire import Answer, Cut, Wire
 
-from eval_platform.checkpoints import Found, Watch, discover, downloads, hub, identify, locate, release, stage
+from eval_platform.checkpoints import (
+    Found,
+    Watch,
+    discover,
+    downloads,
+    hub,
+    hub_requests,
+    identify,
+    locate,
+    release,
+    stage,
+)
 from eval_platform.config import Config, Root
-from eval_platform.errors import CheckpointError, CheckpointGone, StoreError
+from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone, StoreError
 from eval_platform.values import Arrival, Incomplete
 
 VALUES = 20_000  # float32 numbers of each of two tensors
@@ -37,7 +49,7 @@ def site(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", wire.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "")
-        monkeypatch.setattr(hub, "FIRST_WAIT_S", 0.01)
+        monkeypatch.setattr(hub_requests, "FIRST_WAIT_S", 0.01)
         monkeypatch.setattr(hub, "_REMEMBER_S", 0.0)
         yield served
 
@@ -118,7 +130,7 @@ def test_a_download_that_is_cut_goes_on_and_one_that_is_not_the_hubs_is_refused(
     with pytest.raises(StoreError, match=r"model.safetensors: what came has another hash than the hub tells"):
         stage(arrived(one), tmp_path, nothing)
     site.corrupt = False
-    monkeypatch.setattr(hub, "TRIES", 0)
+    monkeypatch.setattr(hub_requests, "PATIENCE_S", 0.0)
     begun = len(site.asked("/lfs/"))
 
     def fall(done, total):
@@ -213,6 +225,126 @@ def test_an_adapter_and_its_base_on_the_hub(site, repository, models, tmp_path):
     [waits] = discover([Root(name="t", path="hf://me/tuned")], {}, Watch())
     assert isinstance(waits, Incomplete)
     assert "adapter_config.json: the base model: hf://org/model@v1.0: there is no such revision" in waits.reason
+
+
+def test_a_base_in_a_folder_that_goes_is_no_arrival_that_went(site, models, tmp_path):
+    from hub_server import Repository
+
+    base = tmp_path / "base"
+    shutil.copytree(models[0], base)
+    folder = make_adapter(tmp_path / "adapter", base)
+    site.repositories["me/tuned"] = Repository()
+    site.repositories["me/tuned"].push("main", folder)
+    [found] = discover([Root(name="t", path="hf://me/tuned")], {}, Watch())
+    own = sum(file.stat().st_size for file in folder.iterdir())
+
+    def goes(done, total):
+        if total > 2 * own:  # the adapter is here, and its base is next
+            (base / "model.safetensors").unlink(missing_ok=True)
+
+    with pytest.raises(CheckpointChanged, match=r"base/model.safetensors disappeared while hf://me/tuned@"):
+        stage(arrived(found), tmp_path / "cache", goes)
+
+
+def told(*files):
+    return json.dumps([{"type": "file", "oid": "0" * 40, **file} for file in files]).encode(), {}
+
+
+def test_of_who_answers_in_the_hubs_place_nothing_is_taken_that_was_not_asked_for(
+    site, repository, models, tmp_path, monkeypatch
+):
+    commit = repository.branches["main"]
+    repository.tags.clear()
+    repository.branches = dict.fromkeys(["../../up", "a//b", "/etc", ".", "x" * 300, "ü" * 100, "v2"], commit)
+    seen = look()
+    assert set(seen) == {"h/v2", "h/" + "=C3=BC" * 100}
+    assert isinstance(seen.pop("h/v2"), Found)
+    assert "its name is too long for a key" in seen.popitem()[1].reason
+
+    site.instead["/refs"] = b'{"branches": [{"name": "x", "targetCommit": "../../x"}]}', {}
+    assert "is no hub (branches.0.targetCommit: " in look()["h"].reason
+    site.instead["/refs"] = b'{"branches": [{"name": "\\ud800", "targetCommit": "x"}]}', {}
+    assert "is no hub (" in look()["h"].reason
+    site.instead.clear()
+
+    commit = repository.push("v2", models[0], README__md=b"new")
+    for files, why in (
+        (told({"path": "config.json", "size": 10**15}), "is no hub (0.size: "),
+        (told({"path": "config.json", "size": -1}), "is no hub (0.size: "),
+        (told({"path": "config.json", "size": 2, "oid": "../../x"}), "is no hub (0.oid: "),
+        (told({"path": "config.json"}), "is no hub (0.size: "),
+        ((b"[" * 100_000, {}), "is no hub ("),
+        (told({"path": "model\0.safetensors", "size": 8}, {"path": "../x.jinja", "size": 1}), "no files of a model"),
+    ):
+        site.instead[f"/tree/{commit}"] = files
+        assert why in look()["h/v2"].reason
+        hub._judged.clear()
+    monkeypatch.setattr(hub, "_MOST_FILES", 3)
+    next_page = {"Link": f'<{site.endpoint}/api/models/org/model/tree/{commit}?cursor=1>; rel="next"'}
+    site.instead[f"/tree/{commit}"] = told({"path": "config.json", "size": 1})[0], next_page
+    assert "a folder of it has no end (3 files)" in look()["h/v2"].reason
+    monkeypatch.setattr(hub, "_MOST_FILES", 100)
+    site.instead.clear()
+
+    # A configuration that would fill the memory is refused by the size that is told.
+    huge = {"path": "config.json", "size": 300_000_000}, {"path": "tokenizer.json", "size": 2}
+    weights = {"path": "model.safetensors", "size": len(repository.commits[commit]["model.safetensors"])}
+    site.instead[f"/tree/{commit}"] = told(*huge, weights)
+    site.requests.clear()
+    assert "config.json has 300,000,000 bytes" in look()["h/v2"].reason
+    assert not site.asked("config.json")
+    site.instead.clear()
+    hub._judged.clear()
+
+    found = look()["h/v2"]
+    site.endless = True
+    monkeypatch.setattr(downloads, "CHUNK_BYTES", 40_000)
+    with pytest.raises(StoreError, match=r"model.safetensors: what came are not the 40,000 bytes from 40,000 on"):
+        stage(arrived(found), tmp_path, nothing)
+    assert site.sent < 1 << 27
+
+
+def test_what_waits_is_asked_for_twice_a_minute(site, repository, models, tmp_path, monkeypatch):
+    from hub_server import Repository
+
+    monkeypatch.setattr(hub, "_REMEMBER_S", 30.0)
+    repository.access = "gated"
+    site.repositories["org/none"] = Repository()
+    (tmp_path / "empty").mkdir()
+    site.repositories["org/none"].push("main", tmp_path / "empty", README__md=b"hello")
+    site.repositories["org/base"] = Repository()
+    commit = site.repositories["org/base"].push("main", models[0])
+    del site.repositories["org/base"].commits[commit]["tokenizer.json"]
+    make_adapter(tmp_path / "runs" / "step_1", "org/base")
+    roots = [
+        Root(name="gated", path="hf://org/model"),
+        Root(name="none", path="hf://org/none"),
+        Root(name="local", path=str(tmp_path / "runs"), quiet_seconds=0),
+    ]
+
+    def reasons():
+        return {one.key: one.reason for one in discover(roots, {}, Watch())}
+
+    before = reasons()
+    assert "is gated" in before["gated/main"]
+    assert before["none/main"] == "no files of a model"
+    assert "the base model hf://org/base cannot be used: no tokenizer" in before["local/step_1"]
+    site.requests.clear()
+    assert (reasons(), site.requests) == (before, [])
+
+
+def test_a_hub_that_does_not_answer_is_told_without_the_password_in_its_address(site, repository, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(hub_requests, "LOOK_S", 0.05)
+    site.wire.breaks(Answer(429, "x"), times=20, on="refs")
+    assert "too many requests from here (429)" in look()["h"].reason
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:s3cr3t@127.0.0.1:9")
+    reason = look()["h"].reason
+    assert "the hub at http://127.0.0.1:9 does not answer (ConnectError)" in reason
+    assert "s3cr3t" not in reason
+    told_wait = hub_requests._told_wait
+    assert [told_wait(one) for one in ({"RateLimit": '"api";r=0;t=55'}, {"Retry-After": "7"}, {})] == [56, 7, 0]
 
 
 def look_at(folder):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from eval_platform.checkpoints.description import DESCRIBING, Description, describe
-from eval_platform.checkpoints.files import TEMPLATES_FOLDER, FileState, Listing, belongs, role
+from eval_platform.checkpoints.files import MAX_JSON_BYTES, TEMPLATES_FOLDER, FileState, Listing, belongs, role
 from eval_platform.checkpoints.headers import MAX_HEADER_BYTES
 from eval_platform.checkpoints.inspection import Inspection, inspect
 from eval_platform.identity import content_id
@@ -200,7 +200,8 @@ def sketch(store: Source, listing: BucketListing) -> Iterator[Path]:
 
 
 def _draw(store: Source, entry: Entry, path: Path) -> None:
-    if path.name in _READ or role(path.name) == "index":
+    # A longer one is refused by its size.
+    if (path.name in _READ or role(path.name) == "index") and entry.size <= MAX_JSON_BYTES:
         path.write_bytes(store.read_listed(entry))
         return
     with path.open("wb") as file:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from eval_platform.checkpoints.files import CONVERTED
+from eval_platform.checkpoints.files import CONVERTED, MAX_JSON_BYTES
 from eval_platform.errors import CheckpointError, ConfigError
 
 # A number that stands alone: not the 1 of "1B" nor the 3 or 2 of "v3.2".
 _NUMBER = re.compile(r"(?<![\d.])\d+(?![\d.A-Za-z])")
 DESCRIBING = ("checkpoint.json", "trainer_state.json")  # the files that say it
-_Count = Annotated[int, Field(ge=0)]
+_MOST = 2**63 - 1  # what a column of the catalog holds: one number too large would keep all others out of SQL
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -91,9 +92,9 @@ def describe_path(root_name: str, relative: str, pattern: str | None = None) -> 
     asked = compile_pattern(pattern) if pattern else None
     match = asked and (asked.fullmatch(relative) or asked.fullmatch(whole))
     path = match.groupdict() if match else {}
-    numbers = _NUMBER.findall(name)
-    from_path = int(path["step"]) if "step" in path else int(numbers[-1]) if numbers else None
-    return Description(run=path.get("run") or above or root_name, step=from_path)
+    numbers = [path["step"]] if "step" in path else _NUMBER.findall(name)
+    steps = [int(number) for number in numbers if len(number) < len(str(_MOST))]  # a longer one counts nothing
+    return Description(run=path.get("run") or above or root_name, step=steps[-1] if steps else None)
 
 
 def _first(*values: int | None) -> int | None:
@@ -119,6 +120,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def _read(path: Path, model: type[_Model]) -> _Model:
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes, more than {MAX_JSON_BYTES:,}", remedy="remove it")
         value: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return model()

@@ -28,6 +28,8 @@ from eval_platform.errors import CheckpointError, StoreError
 from eval_platform.identity import escape_key
 from eval_platform.values import Incomplete, Served
 
+_LONGEST_PART = 255  # of a file's name, on every file system that holds results
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -179,6 +181,17 @@ def make_key(root_name: str, relative: str) -> str:
     return f"{root_name}/{escape_key(relative)}" if relative else root_name
 
 
+def too_long(key: str) -> str:
+    """Why nothing can be recorded under `key` where results are in a folder; "" when it can."""
+    longest = max(key.split("/"), key=len)
+    if len(longest) <= _LONGEST_PART:
+        return ""
+    return (
+        f"its name is too long for a key: {longest[:40]}... has {len(longest)} characters (three for each byte that is "
+        f"no letter, digit, '.', '_' or '-'), {_LONGEST_PART} are possible; rename it"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """One folder as the walk sees it: its place, names of its files and of the folders worth entering."""
@@ -271,6 +284,8 @@ def _walk(
         candidate = _Candidate(key, root, relative, seen.place, seen.changed_ns)
         if signs == "weights" and key not in known and _is_unfinished(relative):
             yield Incomplete(key, uri, "its name says that it is not whole yet: who writes it renames it then")
+        elif signs == "weights" and (reason := too_long(key)):
+            yield Incomplete(key, uri, reason, refused=True)
         elif signs == "weights":
             is_one(relative)
             yield candidate

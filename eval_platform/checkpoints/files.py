@@ -47,6 +47,8 @@ _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 # Names that trainers and copying tools give a folder until it is whole.
 _UNFINISHED = ("tmp-checkpoint-*", "*.tmp", "*.part", "*.partial", "*.incomplete", "*.orbax-checkpoint-tmp-*")
 _DISTRIBUTED = ("*.distcp",)  # shards of torch.distributed.checkpoint: pickles of pieces, for its own reader only
+# JSON that is read whole. Far above what any tool writes: a name in a bucket or on the hub may stand for anything.
+MAX_JSON_BYTES = 256_000_000
 CONVERTED = "hf"  # where trainers put the safetensors copy of such a checkpoint: the name of a folder below it
 
 
@@ -155,8 +157,11 @@ class Listing:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file is looked at: it defines the model or is written in the same save. Hidden ones never are."""
-    if name.rpartition("/")[2].startswith("."):
+    """Whether a file is looked at: it defines the model or is written in the same save. Hidden ones never are.
+
+    Nor is what no folder can hold: in a bucket a name may have a zero byte in it.
+    """
+    if name.rpartition("/")[2].startswith(".") or "\0" in name:
         return False
     return role(name) is not None or ("/" not in name and _matches(name, _SAME_SAVE))
 

@@ -4,31 +4,70 @@ A branch or tag is where a checkpoint arrives, the commit that it points at is w
 that it is whole by nature and a branch that moves is another arrival. The files of a commit are looked at as the
 objects of a bucket are (`buckets`, `downloads`).
 
-Requests go through huggingface_hub's session: its endpoint (HF_ENDPOINT), its token (HF_TOKEN, or what `hf auth login`
-has kept), its refusal to go online (HF_HUB_OFFLINE). No token and no signed address is ever part of a message.
+Whoever answers in the hub's place may be a mirror, or worse: every field is checked before it becomes a name, a size or
+a hash here.
 """
 
 import hashlib
+import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
-from eval_platform.checkpoints.buckets import BucketListing, BucketPlace
+from pydantic import BaseModel, Field, TypeAdapter
+
+from eval_platform.checkpoints.buckets import BucketListing, BucketPlace, bucket_listing
+from eval_platform.checkpoints.description import DESCRIBING
+from eval_platform.checkpoints.hub_requests import ask, endpoint, read
 from eval_platform.checkpoints.inspection import Inspection
 from eval_platform.config import hub_address
-from eval_platform.errors import CheckpointError, CheckpointGone, EvalPlatformError, StoreError
+from eval_platform.errors import CheckpointError, EvalPlatformError, StoreError
 from eval_platform.identity import content_id
 from eval_platform.store.base import Entry
 
-TRIES = 5
-FIRST_WAIT_S = 0.5
-_TIMEOUT_S = 30.0
 _REMEMBER_S = 30.0  # a sensor looks every second; the hub counts requests
-_COMMIT_DIGITS = 40
+_MOST_FILES = 100_000  # side by side
+_LONGEST_NAME = 250  # git keeps a branch in a file
+
+_T = TypeVar("_T")
+_Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+_Size = Annotated[int, Field(ge=0, le=1 << 43)]  # the longest file that ext4 holds is twice as long
+
+
+class _Ref(BaseModel):
+    name: str
+    commit: _Commit = Field(alias="targetCommit")
+
+
+class _Refs(BaseModel):
+    branches: list[_Ref] = []
+    tags: list[_Ref] = []
+
+
+class _AtRevision(BaseModel):
+    sha: _Commit
+
+
+class _Lfs(BaseModel):
+    oid: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    size: _Size
+
+
+class _File(BaseModel):
+    type: str
+    path: str
+    oid: _Commit
+    size: _Size
+    lfs: _Lfs | None = None
+
+
+_FILES = TypeAdapter(list[_File])
+_REFS = TypeAdapter(_Refs)
+_AT_REVISION = TypeAdapter(_AtRevision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +80,14 @@ class Revision:
 
 @dataclass(frozen=True)
 class HubFolder:
-    """The files of one commit, behind the face that listings and downloads ask (`buckets.Source`)."""
+    """The files of one commit, behind the face that listings and downloads ask (`buckets.Source`).
+
+    watching: whoever asks looks again soon, and is to wait no longer than LOOK_S.
+    """
 
     repository: str
     commit: str
+    watching: bool = False
 
     @property
     def uri(self) -> str:
@@ -59,17 +102,31 @@ class HubFolder:
         """What lies directly below `prefix`, folders as keys that end in a slash. Raises as `commit_of`."""
         assert delimiter == "/", "a commit is listed level by level"
         where = f"tree/{self.commit}/{quote(prefix.rstrip('/'))}".rstrip("/")
-        for found in _pages(self.repository, self.commit, where):
-            name = found["path"].removeprefix(prefix)
+        for found in self._pages(where):
+            name = found.path.removeprefix(prefix)
             # Neither is possible in git; whoever answers in the hub's place could say so all the same.
             if "/" in name or name in ("", ".", ".."):
                 continue
-            if found["type"] == "directory":
+            if found.type == "directory":
                 yield Entry(f"{prefix}{name}/", 0, "")
-            elif found["type"] == "file":
-                lfs = found.get("lfs")
-                digest = lfs["oid"] if lfs else found["oid"]
-                yield Entry(prefix + name, lfs["size"] if lfs else found["size"], digest, _time_of(digest))
+            elif found.type == "file":
+                told = found.lfs or found
+                yield Entry(prefix + name, told.size, told.oid, _time_of(told.oid))
+
+    def _pages(self, where: str) -> Iterator[_File]:
+        path, count = f"api/models/{self.repository}/{where}", 0
+        while path:
+            body, answer = ask(self.repository, self.commit, path, watching=self.watching)
+            page = read(body, _FILES, self.repository)
+            yield from page
+            # A mirror may tell the hub's own address: the next page is asked where the first was.
+            _, found, rest = answer.links.get("next", {}).get("url", "").partition("/api/models/")
+            path = f"api/models/{rest}" if found else ""
+            count += len(page)
+            if path and (not page or count >= _MOST_FILES):
+                raise StoreError(
+                    f"{self.uri}: a folder of it has no end ({count:,} files)", remedy="look at HF_ENDPOINT"
+                )
 
     def read_listed(self, entry: Entry, start: int = 0, end: int | None = None) -> bytes:
         """The range [start, end) of a listed file. KeyError: the hub no longer gives it. Raises as `commit_of`."""
@@ -78,16 +135,18 @@ class HubFolder:
             return b""
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         path = f"{self.repository}/resolve/{self.commit}/{quote(entry.key)}"
-        answer = _ask(self.repository, self.commit, path, headers)
+        body, answer = ask(
+            self.repository, self.commit, path, watching=self.watching, headers=headers, most=end - start
+        )
         told = (answer.history[0] if answer.history else answer).headers.get("X-Repo-Commit", self.commit)
         if told != self.commit:
             raise KeyError(entry.key)
-        # A server may give all of a file where a part was asked for.
-        body = answer.content[start:end] if answer.status_code == 200 else answer.content
-        if len(body) != end - start:
+        # A server that knows no ranges gives the file from its beginning.
+        if (start and answer.status_code == 200) or len(body) != end - start:
             raise StoreError(
-                f"{self.uri}: {entry.key}: {len(body):,} bytes came of {end - start:,}",
-                remedy="it is asked again by itself; look at proxies between here and the hub if it stays so",
+                f"{self.uri}: {entry.key}: what came are not the {end - start:,} bytes from {start:,} on",
+                remedy="it is asked again by itself; if it stays so, look at the proxies between here and the hub: "
+                "they must give parts of files",
             )
         return body
 
@@ -128,16 +187,17 @@ def folder_at(uri: str) -> HubFolder:
     return HubFolder(repository, commit_of(repository, revision or "main"))
 
 
-def commit_of(repository: str, revision: str) -> str:
+def commit_of(repository: str, revision: str, *, watching: bool = False) -> str:
     """The commit of a branch, tag or commit.
 
     Raises CheckpointError where asking again will not help (no such repository, no right to it, HF_HUB_OFFLINE),
     CheckpointGone when the repository has no such revision, StoreError when the hub cannot be asked now.
     """
-    if len(revision) == _COMMIT_DIGITS and set(revision) <= set("0123456789abcdef"):
+    if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     path = f"api/models/{repository}/revision/{quote(revision, safe='')}"
-    return _commit(_json(_ask(repository, revision, path), repository).get("sha"), repository)
+    body, _ = ask(repository, revision, path, watching=watching)
+    return read(body, _AT_REVISION, repository).sha
 
 
 def is_wanted(revision: str, patterns: tuple[str, ...]) -> bool:
@@ -146,35 +206,33 @@ def is_wanted(revision: str, patterns: tuple[str, ...]) -> bool:
 
 
 def revisions(repository: str, patterns: tuple[str, ...]) -> list[Revision]:
-    """Branches and tags whose name is wanted, a branch before a tag of its name. As `commit_of`."""
-    answer = _json(_ask(repository, None, f"api/models/{repository}/refs"), repository)
-    found: dict[str, Revision] = {}
-    for kind in ("tags", "branches"):
-        for ref in answer.get(kind, ()):
-            if is_wanted(ref["name"], patterns):
-                found[ref["name"]] = Revision(ref["name"], _commit(ref["targetCommit"], repository))
-    return list(found.values())
+    """Branches and tags whose name is wanted, a branch before a tag of its name. As `commit_of`, for a watcher."""
+    body, _ = ask(repository, None, f"api/models/{repository}/refs", watching=True)
+    refs = read(body, _REFS, repository)
+    named = {ref.name: Revision(ref.name, ref.commit) for ref in (*refs.tags, *refs.branches)}
+    return [one for one in named.values() if is_wanted(one.name, patterns) and _is_possible(one.name)]
 
 
-_seen: dict[tuple[str, str, tuple[str, ...]], tuple[float, list[Revision] | EvalPlatformError]] = {}
+def _is_possible(name: str) -> bool:
+    """Whether git knows such a name for a branch; of another no key can be made that stays below its root's."""
+    return len(name.encode()) <= _LONGEST_NAME and not {"", ".", ".."}.intersection(name.split("/"))
+
+
+# What was told, or the error: when, and what.
+_seen: dict[tuple[str, ...], tuple[float, Any]] = {}
+_judged: dict[tuple[str, ...], tuple[float, Any]] = {}
 
 
 def recent_revisions(repository: str, revision: str | None, patterns: tuple[str, ...]) -> list[Revision]:
     """`revisions`, or the one named, as the hub told them within the last half minute; its errors too."""
-    key = (_endpoint(), repository, (revision,) if revision is not None else (*patterns, ""))
-    when, outcome = _seen.get(key, (-_REMEMBER_S, []))
-    if time.monotonic() - when >= _REMEMBER_S:
-        try:
-            if revision is not None:
-                outcome = [Revision(revision, commit_of(repository, revision))]
-            else:
-                outcome = revisions(repository, patterns)
-        except EvalPlatformError as error:
-            outcome = error
-        _seen[key] = time.monotonic(), outcome
-    if isinstance(outcome, EvalPlatformError):
-        raise outcome
-    return outcome
+
+    def told() -> list[Revision]:
+        if revision is None:
+            return revisions(repository, patterns)
+        return [Revision(revision, commit_of(repository, revision, watching=True))]
+
+    key = (endpoint(), repository, "one" if revision is not None else "all", revision or "", *patterns)
+    return _remembered(_seen, key, told)
 
 
 def fingerprint(repository: str, commit: str) -> str:
@@ -184,112 +242,58 @@ def fingerprint(repository: str, commit: str) -> str:
 
 def place(repository: str, commit: str) -> BucketPlace:
     """Where discovery looks, as for a folder in a bucket."""
-    return BucketPlace(HubFolder(repository, commit), "")
+    return BucketPlace(HubFolder(repository, commit, watching=True), "")
 
 
 def is_judged(repository: str, commit: str) -> bool:
     """Whether `judge` answers without a request."""
-    return (_endpoint(), repository, commit) in _judged
-
-
-_judged: dict[tuple[str, str, str], tuple[BucketListing, Inspection]] = {}
+    return _is_fresh(_judged.get((endpoint(), repository, commit)), for_ever=True)
 
 
 def judge(repository: str, commit: str) -> tuple[BucketListing, Inspection]:
-    """What the commit proves, no weights downloaded; asked once a process, since a commit does not change."""
-    key = (_endpoint(), repository, commit)
-    if key not in _judged:
+    """(the files that describe the commit, what it proves), no weights downloaded.
+
+    Asked once a process, since a commit does not change; an error is remembered for half a minute. Raises as
+    `commit_of`, OSError when there is no room for a sketch of it.
+    """
+
+    def told() -> tuple[BucketListing, Inspection]:
         where = place(repository, commit)
-        listing = where.listing()
-        _judged[key] = listing, where.inspect(listing)
-    return _judged[key]
+        whole = bucket_listing(where.store, "")
+        if whole.files:
+            found = where.inspect(whole)
+        else:
+            found = Inspection(whole, "transformers", "no files of a model", refused=True)
+        # Not all of the listing: a watcher may see many commits in its life.
+        kept = {name: whole.entries[name] for name in DESCRIBING if name in whole.entries}
+        listing = BucketListing({name: whole.files[name] for name in kept}, kept)
+        return listing, replace(found, listing=listing)
+
+    return _remembered(_judged, (endpoint(), repository, commit), told, for_ever=True)
 
 
-def _commit(value: Any, repository: str) -> str:
-    if not isinstance(value, str) or len(value) != _COMMIT_DIGITS or not set(value) <= set("0123456789abcdef"):
-        raise StoreError(f"hf://{repository}: the hub names {value!r} as a commit", remedy="look at HF_ENDPOINT")
-    return value
+def _is_fresh(seen: tuple[float, Any] | None, *, for_ever: bool) -> bool:
+    if seen is None:
+        return False
+    when, outcome = seen
+    return (for_ever and not isinstance(outcome, EvalPlatformError)) or time.monotonic() - when < _REMEMBER_S
 
 
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _pages(repository: str, commit: str, where: str) -> Iterator[dict[str, Any]]:
-    path: str | None = f"api/models/{repository}/{where}"
-    while path is not None:
-        answer = _ask(repository, commit, path)
-        yield from _json(answer, repository)
-        # A mirror may tell the hub's own address: the next page is asked where the first was.
-        _, found, rest = answer.links.get("next", {}).get("url", "").partition("/api/models/")
-        path = f"api/models/{rest}" if found else None
-
-
-def _json(answer: Any, repository: str) -> Any:
-    try:
-        return answer.json()
-    except ValueError as error:  # the page of a proxy, with status 200
-        raise StoreError(
-            f"hf://{repository}: what answers at {_endpoint()} is no hub", remedy="look at HF_ENDPOINT and at proxies"
-        ) from error
-
-
-def _ask(repository: str, revision: str | None, path: str, headers: dict[str, str] | None = None) -> Any:
-    """The hub's answer (httpx's) for a path below its endpoint, asked several times where that may help."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] -- of the httpx it uses
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-    try:
-        answer = http_backoff(
-            "GET",
-            f"{_endpoint()}/{path}",
-            headers={**build_hf_headers(library_name="eval-platform"), **(headers or {})},
-            timeout=_TIMEOUT_S,
-            max_retries=TRIES,
-            base_wait_time=FIRST_WAIT_S,
-        )
-        hf_raise_for_status(answer)
-    except (OSError, HTTPError) as error:
-        raise _told(error, repository, revision) from None  # its text may hold a signed address
-    return answer
-
-
-def _told(error: Exception, repository: str, revision: str | None) -> EvalPlatformError:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"hf://{repository}" + (f"@{revision}" if revision else "")
-    page = f"{_endpoint()}/{repository}"
-    token = "set HF_TOKEN (or run `hf auth login`)"
-    if isinstance(error, OfflineModeIsEnabled):
-        return CheckpointError(
-            f"{where} cannot be looked at: HF_HUB_OFFLINE is set",
-            remedy="unset HF_HUB_OFFLINE where the hub can be reached, or download the model into a watched folder",
-        )
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, GatedRepoError):
-        return CheckpointError(
-            f"{where} is gated, and this user may not read it", remedy=f"accept its licence at {page}, then {token}"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return CheckpointGone(f"{where}: there is no such revision", remedy=f"see its branches and tags at {page}")
-    if isinstance(error, RepositoryNotFoundError):
-        return CheckpointError(
-            f"{where}: there is no such repository, or it is private",
-            remedy=f"mend its name; for a private one {token} of a user who may read it",
-        )
-    if status in (401, 403):
-        return CheckpointError(f"{where}: the hub refuses this user ({status})", remedy=f"{token} that may read it")
-    if status == 404:
-        return CheckpointGone(f"{where}: the hub no longer has it", remedy=f"look at {page}")
-    return StoreError(
-        f"{where}: the hub at {_endpoint()} does not answer ({status or type(error).__name__})",
-        remedy="it is asked again by itself; look at the network, and at HF_ENDPOINT",
-    )
+def _remembered(
+    memory: dict[tuple[str, ...], tuple[float, Any]],
+    key: tuple[str, ...],
+    told: Callable[[], _T],
+    *,
+    for_ever: bool = False,
+) -> _T:
+    """What `told()` gave or raised within the last half minute. for_ever: what it gave never ages."""
+    if not _is_fresh(memory.get(key), for_ever=for_ever):
+        try:
+            outcome: Any = told()
+        except EvalPlatformError as error:
+            outcome = error
+        memory[key] = time.monotonic(), outcome
+    _, outcome = memory[key]
+    if isinstance(outcome, EvalPlatformError):
+        raise outcome.with_traceback(None)
+    return outcome

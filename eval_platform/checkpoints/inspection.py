@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_platform.checkpoints.bases import base_address
-from eval_platform.checkpoints.files import Listing, is_pickle, list_folder, role
+from eval_platform.checkpoints.files import MAX_JSON_BYTES, Listing, is_pickle, list_folder, role
 from eval_platform.checkpoints.headers import BadHeader, tensor_names
 
 INDEX = "model.safetensors.index.json"
@@ -191,6 +191,8 @@ def _adapter_base(folder: Path, at: str) -> str:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises an error that `inspect` reports when it is none; OSError."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise _Problem(f"{path.name} has {size:,} bytes, more than {MAX_JSON_BYTES:,}; save it again", refused=True)
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from eval_platform.checkpoints.buckets import Source, bucket_listing, inspect_bucket
-from eval_platform.checkpoints.hub import folder_at
+from eval_platform.checkpoints.hub import folder_at, judge, recent_revisions
 from eval_platform.checkpoints.inspection import Inspection
-from eval_platform.config import S3
+from eval_platform.config import S3, hub_address
 from eval_platform.errors import EvalPlatformError
 from eval_platform.store.s3 import S3Store
 
@@ -25,13 +25,18 @@ def look_at_base(found: Inspection, s3: S3) -> Inspection:
     try:
         reason = _unfit(found.base, s3)
     except EvalPlatformError as error:
-        return replace(found, reason=f"adapter_config.json: the base model: {error}", base=None)
+        refused = error.class_ == "deterministic"
+        return replace(found, reason=f"adapter_config.json: the base model: {error}", refused=refused, base=None)
     if not reason:
         return found
     return replace(found, reason=f"adapter_config.json: {reason}", refused=True, base=None)
 
 
 def _unfit(base: str, s3: S3) -> str:
+    if (address := hub_address(base)) is not None:  # remembered: each adapter that waits asks in every look
+        repository, revision = address
+        [one] = recent_revisions(repository, revision or "main", ())
+        return unfit(base, judge(repository, one.commit)[1])
     source = source_at(base, s3)
     listing = bucket_listing(source, "")
     if not listing.defining:

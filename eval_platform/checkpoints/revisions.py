@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval_platform.checkpoints import hub
 from eval_platform.checkpoints.description import describe_path
-from eval_platform.checkpoints.discovery import Found, make_key, with_base
+from eval_platform.checkpoints.discovery import Found, make_key, too_long, with_base
 from eval_platform.checkpoints.downloads import fetch
 from eval_platform.checkpoints.hashing import Meter, Progress
 from eval_platform.checkpoints.identification import identify
@@ -42,6 +42,9 @@ def look(root: Root, known: Mapping[str, str], again: Collection[str], s3: S3) -
         if (key in known and key not in again) or known.get(key) == hub.fingerprint(repository, one.commit):
             continue
         uri = hub.place(repository, one.commit).uri
+        if reason := too_long(key):
+            yield Incomplete(key, uri, reason, refused=True)
+            continue
         if not left and not hub.is_judged(repository, one.commit):
             yield Incomplete(key, uri, "waits its turn behind other new revisions")
             continue
@@ -59,12 +62,13 @@ def _judge_revision(root: Root, repository: str, revision: hub.Revision, s3: S3)
     key = make_key(root.name, revision.name)
     try:
         listing, judged = hub.judge(repository, revision.commit)
-    except FileNotFoundError:
-        return Incomplete(key, place.uri, "no files of a model", refused=True)
-    found = with_base(judged, s3)
-    if not found.complete:
-        return Incomplete(key, place.uri, found.reason, refused=True)
-    about = place.describe(listing, root.name, revision.name, root.pattern)
+        found = with_base(judged, s3)
+        if not found.complete:
+            # A commit never changes; its base may.
+            return Incomplete(key, place.uri, found.reason, refused=not judged.complete or found.refused)
+        about = place.describe(listing, root.name, revision.name, root.pattern)
+    except OSError as error:
+        return Incomplete(key, place.uri, f"cannot be looked at: {error.filename or 'a file'}: {error.strerror}")
     fingerprint = hub.fingerprint(repository, revision.commit)
     tags = {"hub": f"{repository}@{revision.name}", **about.tags}
     return Found(key, place.uri, fingerprint, about.run, about.step, about.tokens_seen, tags)
