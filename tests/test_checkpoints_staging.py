@@ -165,6 +165,24 @@ def test_an_adapters_id_covers_its_base(tmp_path, cache):
     release(staged)
 
 
+def test_where_nothing_can_be_linked_an_adapter_is_staged_all_the_same(tmp_path, cache, monkeypatch):
+    base = make_checkpoint(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    before = ids(adapter, cache)
+
+    def no_link(source, target):
+        raise OSError(errno.ENOTSUP, "Operation not supported", source)
+
+    monkeypatch.setattr(os, "link", no_link)
+    staged = stage(arrive(adapter), cache, nothing)
+    assert (staged.checkpoint_id, staged.weights_id) == before
+    for file in (adapter / "chat_template.jinja", *base.iterdir()):
+        assert (staged.path / file.name).read_bytes() == file.read_bytes()
+    verify_unchanged(staged)
+    release(staged)
+
+
 def test_tokenizer_id_is_over_what_tokenizes(tmp_path):
     one = make_checkpoint(tmp_path / "a")
     two = make_checkpoint(tmp_path / "b", seed=7)

@@ -145,7 +145,8 @@ def test_a_cache_without_room_is_told_and_the_download_goes_on_once_there_is(buc
     [found] = checkpoints.discover([root], {}, checkpoints.Watch(), s3=settings)
     assert isinstance(found, checkpoints.Found)
     arrival = arrivals.register(bucket, watcher="w", **asdict(found))[0]
-    with small_disk(tmp_path / "small", "128k") as mount:
+    with small_disk(tmp_path / "small", "1m") as mount:
+        (mount / "others").write_bytes(bytes(900_000))
         with pytest.raises(StoreError, match=rf"(?s)No space left on device \({mount}/.*remedy: free") as full:
             checkpoints.stage(arrival, mount, lambda done, total: None, s3=settings)
         assert f"cannot stage {bucket.uri}/r/1 under {mount}" in str(full.value)

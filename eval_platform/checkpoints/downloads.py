@@ -9,6 +9,7 @@ In the cache folder (one per machine):
 What is longest unused goes first when room is needed, and never what a living process uses.
 """
 
+import errno
 import fcntl
 import os
 import random
@@ -101,10 +102,11 @@ def _fetch(
                 time.sleep(random.uniform(0.05, 0.15))  # in step, two could keep each other from it for ever
                 continue
             found = inspect_bucket(source, listing, uri)
-            if base_of and unfit(uri, found):
-                raise CheckpointError(f"{base_of}{unfit(uri, found)}")
-            if not found.complete:
-                raise CheckpointError(f"{uri} cannot be evaluated: {found.reason}")
+            reason = unfit(uri, found) if base_of else found.reason and f"{uri} cannot be evaluated: {found.reason}"
+            if reason:  # it was whole when it was found: what waiting may mend has changed since
+                if found.refused:
+                    raise CheckpointError(f"{base_of}{reason}")
+                raise CheckpointChanged(f"{base_of}{reason}", remedy="it is looked at again by itself")
             folder.mkdir(exist_ok=True)
             _make_room(downloads, folder, listing.size, round(settings.cache_gb * 1e9))
             _download(source, listing, folder, cache, meter, changed)
@@ -174,7 +176,11 @@ def _make_room(downloads: Path, ours: Path, needed: int, limit: int) -> None:
     """Remove what is longest unused until `needed` bytes more are within `limit`, or nothing is left to remove.
 
     Others may be filling folders or making room at the same time: what is gone since it was seen counts nothing.
+    Raises OSError where an empty disk would not hold them: sizes are what others say, and nobody's files go for that.
     """
+    disk = shutil.disk_usage(downloads).total
+    if needed > disk:
+        raise OSError(errno.ENOSPC, f"no disk for {needed:,} bytes, it has {disk:,}", str(ours))
     others = [one for one in downloads.iterdir() if one.is_dir() and one != ours]
     sizes = {one: _bytes_in(one) for one in others}
     total = sum(sizes.values())

@@ -6,7 +6,7 @@ In the cache folder (one per machine):
     staged/<random>/<checkpoint_id>/   the model as the worker loads it; beside it manifest.json and a lock, which
                                        lives as long as the process: what a killed worker left is removed by the next.
                                        Of an adapter: its base model's files with the adapter's own tokenizer over
-                                       them, and the adapter itself in adapter/
+                                       them, and the adapter itself in .adapter/
     hashes/                       see hashing.py
 """
 
@@ -165,6 +165,8 @@ def _stage_folder(
         listing = list_folder(source)
         _must_be(arrival, fingerprint, listing, source)
         found = inspect(source, listing, arrival.uri)
+        if not found.complete and not found.refused:  # it was whole when it was found
+            raise CheckpointChanged(f"{arrival.uri}: {found.reason}", remedy=_AGAIN)
         if not found.complete:
             raise CheckpointError(f"{arrival.uri} cannot be evaluated: {found.reason}")
         _must_run_without_its_own_code(source, arrival.uri, trust_remote_code)
@@ -298,7 +300,8 @@ def _must_be(arrival: Arrival, fingerprint: str, listing: Listing, source: Path)
 
 def _gone(arrival: Arrival, error: FileNotFoundError) -> CheckpointGone | CheckpointChanged:
     source = Path(arrival.uri)
-    if not source.is_dir() or not list_folder(source).files:
+    # What was downloaded stays while it is used: then it is a base in a folder that went.
+    if "://" not in arrival.uri and (not source.is_dir() or not list_folder(source).files):
         return CheckpointGone(
             f"{arrival.uri} was deleted before it was evaluated",
             remedy="keep checkpoints longer (save_total_limit), or put the state folder on the checkpoints' file "
@@ -348,9 +351,12 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _point(source: Path, target: Path) -> None:
-    """Link a file, in the one way or the other: a base model is shared by many adapters, and none is worth a copy."""
+    """Link a file, in the one way or the other: a base model is shared by many adapters, and none is worth a copy.
+
+    A symbolic link is relative: what is staged gets its last name when all of it is there.
+    """
     if not _link(source, target):
-        target.symlink_to(os.path.realpath(source))
+        target.symlink_to(os.path.relpath(os.path.realpath(source), os.path.realpath(target.parent)))
 
 
 def _state(file: Path) -> list[int]:
