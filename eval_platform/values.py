@@ -14,8 +14,9 @@ Severity = Literal["error", "warning"]
 TRANSFORMERS = "transformers"
 # Origin of results that another program computed, kind of what it asked, and the first part of its key.
 IMPORTED = "imported"
-# Of a staged adapter: the folder in it that holds the adapter itself, beside the files of its base model.
-ADAPTER_FOLDER = "adapter"
+# Of a staged adapter: the folder in it that holds the adapter itself, beside the files of its base model. Hidden, since
+# a model's own folder may have an `adapter` in it that is none of the model's.
+ADAPTER_FOLDER = ".adapter"
 
 
 @dataclass(frozen=True, slots=True)

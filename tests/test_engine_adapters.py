@@ -15,7 +15,7 @@ from eval_platform.checkpoints import Found, Watch, discover, release, stage, to
 from eval_platform.config import S3, Root
 from eval_platform.engine import load
 from eval_platform.engine.adapters import merge
-from eval_platform.errors import CheckpointError
+from eval_platform.errors import CheckpointChanged, CheckpointError
 from eval_platform.store.s3 import S3Store
 from eval_platform.values import Arrival, Generation, Incomplete, RunSettings, make_request
 
@@ -127,7 +127,7 @@ def test_an_adapter_and_its_base_in_buckets_answer_as_the_merged_model(
     assert other.checkpoint_id != staged.checkpoint_id
     bucket.delete("base/config.json")
     with pytest.raises(
-        CheckpointError, match=r"runs/step_7: adapter_config.json: the base model s3://.*no config.json"
+        CheckpointChanged, match=r"runs/step_7: adapter_config.json: the base model s3://.*no config.json"
     ):
         stage(arrived(found), tmp_path / "new", nothing, s3=settings)
     for one in (staged, here, other):
@@ -149,6 +149,18 @@ def test_an_adapter_that_cannot_be_merged_exactly_is_refused(tmp_path: Path) -> 
             ({}, {"model.embed_tokens.weight": (600, 32)}, r"\(600, 32\), and the base's is \(512, 32\)"),
             ({}, {"model.layers.0.self_attn.k_proj.lora_A.weight": (3, 32)}, "only one of lora_A and lora_B"),
             ({}, {"model.embed_tokens.base_layer.weight": (9, 32)}, r"\(9, 32\), and the base's is \(512, 32\)"),
+            ({}, {"model.layers.0.self_attn.q_proj.training": (1,)}, "the base has nothing there"),
+            ({}, {"model.layers.0.self_attn.q_proj.lora_A": (3, 32)}, "the same factor is there twice"),
+            (
+                {},
+                {
+                    "model.layers.0.mlp.up_proj.lora_A.weight": (0, 32),
+                    "model.layers.0.mlp.up_proj.lora_B.weight": (64, 0),
+                },
+                "do not multiply",
+            ),
+            ({"alpha_pattern": {"(": 1}}, {}, "field alpha_pattern must map regular expressions to numbers: missing"),
+            ({"rank_pattern": ["v_proj"]}, {}, "field rank_pattern must map regular expressions to numbers: no JSON"),
         )
     ):
         folder = tmp_path / str(n) / "adapter"
@@ -158,3 +170,43 @@ def test_an_adapter_that_cannot_be_merged_exactly_is_refused(tmp_path: Path) -> 
         save_file(tensors, folder / "adapter_model.safetensors")
         with pytest.raises(CheckpointError, match=told):
             merge(model, folder)
+
+
+def test_all_that_peft_saves_finds_its_place(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small: dict[str, Any] = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**small, tie_word_embeddings=False))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    draw = torch.Generator().manual_seed(5)
+    shapes = {
+        "transformer.h.0.attn.c_attn.lora_A.weight": (2, 16),  # of a Conv1D, whose weight is [in, out]
+        "transformer.h.0.attn.c_attn.lora_B.weight": (48, 2),
+        "transformer.wte.lora_embedding_A": (3, 40),
+        "transformer.wte.lora_embedding_B": (16, 3),
+        "transformer.h.0.attn.c_attn.base_layer.bias": (48,),  # bias = "all"
+        "lm_head.weight": (40, 16),  # modules_to_save
+    }
+    held = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
+    folder = tmp_path / "c" / "adapter"
+    make_lora(
+        folder,
+        "base",
+        rank_pattern={r"h\.\d+\.attn\.c_attn": 2},
+        alpha_pattern={"wte": 12},
+        bias="all",
+        fan_in_fan_out=True,
+        modules_to_save=["lm_head"],
+    )
+    tensors = {f"base_model.model.{name}": value for name, value in held.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    merge(model, folder)
+    a, b, embedding_a, embedding_b, bias, head = held.values()
+    expected["transformer.h.0.attn.c_attn.weight"] += ALPHA / 2 * (b @ a).T
+    expected["transformer.wte.weight"] += 12 / RANK * (embedding_b @ embedding_a).T
+    expected |= {"transformer.h.0.attn.c_attn.bias": bias, "lm_head.weight": head}
+    torch.testing.assert_close(dict(model.state_dict()), expected)
+
+    tied = GPT2LMHeadModel(GPT2Config(**small))
+    with pytest.raises(CheckpointError, match="the base uses this weight twice"):
+        merge(tied, folder)

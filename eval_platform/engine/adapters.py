@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _REMEDY = "merge it with peft (merge_and_unload), and save the whole model with save_pretrained"
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 # What of adapter_config.json is read here, and what says how it was trained and changes nothing of what it is.
 _READ = frozenset({"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora"})
 _NO_EFFECT = frozenset(
@@ -47,11 +47,15 @@ def merge(model: "PreTrainedModel", folder: Path) -> None:
 
     config = read_json_object(folder / "adapter_config.json")
     _refuse_unknown(config, folder)
+    _refuse_patterns(config, folder)
     factors: dict[str, dict[str, Tensor]] = {}
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file, torch.no_grad():
         for name in file.keys():  # noqa: SIM118 -- no dictionary
             if (match := _FACTOR.fullmatch(name)) is not None:
-                factors.setdefault(match["module"], {})[match["side"]] = file.get_tensor(name)
+                pair = factors.setdefault(match["module"].removeprefix(_PREFIX), {})
+                if match["side"] in pair:
+                    raise _misfit(folder, name, "the same factor is there twice")
+                pair[match["side"]] = file.get_tensor(name)
             else:
                 _replace(model, name, file.get_tensor(name), folder)
         for name, pair in factors.items():
@@ -74,13 +78,27 @@ def _refuse_unknown(config: Mapping[str, Any], folder: Path) -> None:
             )
 
 
+def _refuse_patterns(config: Mapping[str, Any], folder: Path) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        try:
+            wrong = "" if isinstance(pattern, dict) and all(re.compile(key) for key in pattern) else "no JSON object"
+        except re.error as error:
+            wrong = str(error)
+        if wrong:
+            raise CheckpointError(
+                f"{folder.parent}: adapter_config.json: field {field} must map regular expressions to numbers: {wrong}",
+                remedy=_REMEDY,
+            )
+
+
 def _add(
-    model: "PreTrainedModel", name: str, pair: Mapping[str, "Tensor"], config: Mapping[str, Any], folder: Path
+    model: "PreTrainedModel", path: str, pair: Mapping[str, "Tensor"], config: Mapping[str, Any], folder: Path
 ) -> None:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    path = name.removeprefix(_PREFIX)
+    name = f"{_PREFIX}{path}"
     module = _module(model, path, folder)
     if set(pair) != {"A", "B"}:
         raise _misfit(folder, name, "only one of lora_A and lora_B is there")
@@ -89,9 +107,9 @@ def _add(
     weight: Parameter = module.weight  # pyright: ignore[reportAssignmentType]
     _must_stand_alone(model, weight, folder, name)
     a, b = (pair[side].to(weight.device, torch.float32) for side in "AB")
-    rank = a.shape[0]
-    if b.dim() != 2 or a.dim() != 2 or b.shape[1] != rank:
+    if b.dim() != 2 or a.dim() != 2 or not 0 < a.shape[0] == b.shape[1]:
         raise _misfit(folder, name, f"lora_B {tuple(b.shape)} and lora_A {tuple(a.shape)} do not multiply")
+    rank = a.shape[0]
     if _of_pattern(config, "rank_pattern", path, config.get("r")) != rank:
         raise _misfit(folder, name, f"its rank is {rank}, and adapter_config.json says another")
     alpha = _of_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
@@ -108,12 +126,15 @@ def _add(
 
 def _replace(model: "PreTrainedModel", name: str, value: "Tensor", folder: Path) -> None:
     """What was trained whole beside the factors: biases, modules_to_save, a copy of embeddings that have factors."""
+    import torch
+
     path, _, last = name.removeprefix(_PREFIX).rpartition(".")
     # What peft calls the layer that factors are added to.
     weight = getattr(_module(model, path.removesuffix(".base_layer"), folder), last, None)
-    if weight is None or weight.shape != value.shape:
-        other = "the base has nothing there" if weight is None else f"the base's is {tuple(weight.shape)}"
-        raise _misfit(folder, name, f"{tuple(value.shape)}, and {other}")
+    if not isinstance(weight, torch.Tensor):
+        raise _misfit(folder, name, f"{tuple(value.shape)}, and the base has nothing there")
+    if weight.shape != value.shape:
+        raise _misfit(folder, name, f"{tuple(value.shape)}, and the base's is {tuple(weight.shape)}")
     _must_stand_alone(model, weight, folder, name)
     weight.data = value.to(weight.device, weight.dtype)
 
@@ -125,7 +146,7 @@ def _module(model: "PreTrainedModel", path: str, folder: Path) -> "Module":
         raise _misfit(folder, path, "the base model has no such module") from error
 
 
-def _must_stand_alone(model: "PreTrainedModel", weight: "Parameter", folder: Path, name: str) -> None:
+def _must_stand_alone(model: "PreTrainedModel", weight: "Tensor", folder: Path, name: str) -> None:
     if weight.is_meta:
         raise ConfigError(
             '[engine] device = "map" keeps weights where an adapter cannot be merged into them', remedy=_REMEDY
