@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.soak import truth
+from benchmarks.soak import bucket, truth
 from eval_platform.checkpoints.announce import announce, upload
 from eval_platform.config import Config, load_config
 from eval_platform.store import Store, open_store
@@ -50,7 +50,7 @@ endpoint = "{endpoint}"
 
 @dataclass
 class World:
-    """One results root and one place where checkpoints arrive, apart in a bucket; machines are folders here."""
+    """One results root and one place where checkpoints arrive, a bucket each; machines are folders here."""
 
     folder: Path
     endpoint: str
@@ -102,14 +102,15 @@ class World:
 def world(folder: Path, server: S3Server | None = None) -> Iterator[World]:
     """An empty world in `folder`, on `server` or one of its own; the process's environment has its credentials."""
     if server is None:
-        with s3_server() as own:
-            own.make_bucket("results")
-            with world(folder, own) as made:
-                yield made
+        with s3_server() as own, world(folder, own) as made:
+            yield made
         return
     os.environ.update(CREDENTIALS)
     here = uuid.uuid4().hex[:8]
-    one = World(folder, server.endpoint, f"s3://results/soak-{here}", f"s3://results/arriving-{here}")
+    for name in ("soak", "arriving"):
+        server.make_bucket(f"{name}-{here}")
+    bucket.keep_versions(server.endpoint, f"soak-{here}")
+    one = World(folder, server.endpoint, f"s3://soak-{here}/results", f"s3://arriving-{here}/runs")
     for made_folder in (one.control, folder / "tasks"):
         made_folder.mkdir(parents=True)
     for name, rows, body in truth.task_files():
