@@ -304,6 +304,18 @@ def test_of_who_answers_in_the_hubs_place_nothing_is_taken_that_was_not_asked_fo
     assert site.sent < 1 << 27
 
 
+def test_a_revision_that_cannot_be_looked_at_holds_no_other_up(site, repository, monkeypatch):
+    monkeypatch.setattr(hub, "_REMEMBER_S", 30.0)
+    broken, other = "h/stage1-step2000-tokens4B", "h/stage1-step1000-tokens2B"
+    site.instead[f"/tree/{repository.branches['stage1-step2000-tokens4B']}"] = b"[{}]", {}
+    first = look(revisions=["stage1*"])
+    assert "is no hub (0.type: Field required)" in first[broken].reason
+    assert "waits its turn" in first[other].reason  # a hub that does not answer is asked once in a look
+    second = look(revisions=["stage1*"])
+    assert second[broken] == first[broken]
+    assert isinstance(second[other], Found)
+
+
 def test_what_waits_is_asked_for_twice_a_minute(site, repository, models, tmp_path, monkeypatch):
     from hub_server import Repository
 
@@ -325,7 +337,8 @@ def test_what_waits_is_asked_for_twice_a_minute(site, repository, models, tmp_pa
     def reasons():
         return {one.key: one.reason for one in discover(roots, {}, Watch())}
 
-    before = reasons()
+    for _ in range(3):  # three commits, and after one that is refused the others have their turn in the next look
+        before = reasons()
     assert "is gated" in before["gated/main"]
     assert before["none/main"] == "no files of a model"
     assert "the base model hf://org/base cannot be used: no tokenizer" in before["local/step_1"]

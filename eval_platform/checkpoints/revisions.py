@@ -45,16 +45,17 @@ def look(root: Root, known: Mapping[str, str], again: Collection[str], s3: S3) -
         if reason := too_long(key):
             yield Incomplete(key, uri, reason, refused=True)
             continue
-        if not left and not hub.is_judged(repository, one.commit):
+        is_new = not hub.is_judged(repository, one.commit)
+        if not left and is_new:
             yield Incomplete(key, uri, "waits its turn behind other new revisions")
             continue
-        left -= not hub.is_judged(repository, one.commit)
+        left -= is_new
         try:
             yield _judge_revision(root, repository, one, s3)
         except EvalPlatformError as error:
             yield Incomplete(key, uri, str(error), refused=error.class_ == "deterministic")
-            if error.class_ == "infrastructure":  # the others would wait for the same
-                return
+            if is_new:  # the others may wait for the same, or be refused alike: they have their turn later
+                left = 0
 
 
 def _judge_revision(root: Root, repository: str, revision: hub.Revision, s3: S3) -> Found | Incomplete:
