@@ -324,8 +324,8 @@ def test_products_that_give_other_numbers_send_a_fresh_model_down_the_plain_path
     (right,) = load(checkpoint, RunSettings(device="cpu", engine_path="plain")).answer(asked)
     install = kernels.install
 
-    def ruinous(model: Any, **keys: Any) -> kernels.Kernels:
-        chosen = install(model, **keys)
+    def ruinous(model: Any, *given: Any, **keys: Any) -> kernels.Kernels:
+        chosen = install(model, *given, **keys)
         with torch.no_grad():
             model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
         return replace(chosen, linear=dict.fromkeys(chosen.linear, "onednn"))
