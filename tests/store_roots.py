@@ -38,7 +38,7 @@ def moto_only(s3_session: S3Server) -> None:
     """For a test of what S3 and moto have and Ceph 16 has not: keys to encrypt with, versions beside conditions, users
     that come into being as they are named."""
     if not s3_session.moto:
-        pytest.skip("needs keys of a service, versions beside conditions, or users made as they are named: Ceph 16 has none")
+        pytest.skip("Ceph 16 has no keys of a service, no conditions beside versions, no users made by naming them")
 
 
 @pytest.fixture(scope="module")
