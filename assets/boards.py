@@ -65,7 +65,7 @@ def boards(context: dg.AssetExecutionContext, store: StoreResource, warehouse: W
         data_version=dg.DataVersion(content_id([board["evaluation_id"].to_pylist(), board["value"].to_pylist()])),
     )
     folder = store.config().state_dir / "plots"
-    picture = report.learning_curves_png(board, folder / "learning_curves.png")
+    picture = report.learning_curves_png(board, folder / "learning_curves.png", store.config().reference_keys)
     yield dg.MaterializeResult(
         asset_key=LEARNING_CURVES,
         metadata={

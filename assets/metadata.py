@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import dagster as dg
@@ -12,6 +13,7 @@ from assets.standing import Standing
 from eval_platform.store import Store
 from eval_platform.values import Arrival, Decision
 
+NO_LINES: Mapping[str, float] = MappingProxyType({})
 DATA_VERSION = "dagster/data_version"
 DECISION_TAG = "eval/decision"
 
@@ -26,8 +28,13 @@ def result_tags(record: Mapping[str, Any], decision: Decision) -> dict[str, str]
     return {DATA_VERSION: data_version(record), DECISION_TAG: str(decision.n)}
 
 
-def result_metadata(store: Store, record: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
-    """Numbers (they become plots over the partitions), the scores as a table, and where the answers lie."""
+def result_metadata(
+    store: Store, record: Mapping[str, Any], decision: Decision, references: Mapping[str, float] = NO_LINES
+) -> dict[str, Any]:
+    """Numbers (they become plots over the partitions), the scores as a table, and where the answers lie.
+
+    references: name -> the score of each reference on the task, as far as it is known.
+    """
     primary = record["primary"]
     whole = [s for s in record["scores"] if s["subset"] == "" and s.get("subject") is None]
     main = next((s for s in whole if s["metric"] == primary["metric"]), None)
@@ -57,6 +64,7 @@ def result_metadata(store: Store, record: Mapping[str, Any], decision: Decision)
     for score in whole:
         if score["value"] is not None:
             metadata[score["metric"]] = float(score["value"])
+    metadata |= {f"reference {name}": value for name, value in references.items()}
     metadata["samples"] = dg.MetadataValue.path(f"{store.uri}/{record['samples']['key']}")
     return metadata
 

@@ -1,13 +1,14 @@
 """One op per checkpoint, so one model load: `checkpoint`, one `results/<task>` a task, `summary` last."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from assets import metadata
 from assets.partitions import checkpoints
-from assets.standing import marks, standing
+from assets.standing import marks, reference_scores, standing
 from eval_platform.drive import Outcome
 from eval_platform.errors import EvalPlatformError
 from eval_platform.identity import content_id
@@ -121,9 +122,10 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
         tags = {ARRIVAL_TAG: arrival_name(arrival.key, arrival.n), **process_tag(context.run_id)}
         context.instance.add_run_tags(context.run_id, tags)
         outcomes: list[Outcome] = []
+        worker: dict[str, str] = {}
         try:
             for outcome in evaluator.evaluate(
-                arrival, tasks or list(lock.tasks), actor="dagster", on_message=_log_to(context)
+                arrival, tasks or list(lock.tasks), actor="dagster", on_message=_log_to(context, worker)
             ):
                 outcomes.append(outcome)
                 if not _is_newest(opened, arrival):
@@ -132,12 +134,12 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
                     selected.discard(CHECKPOINT)
                     yield _checkpoint(arrival, outcome.record)
                 if results_key(outcome.task) in selected and outcome.decision is not None:
-                    yield from _result(context, opened, outcome)
+                    yield from _result(context, opened, outcome, reference_scores(warehouse).get(outcome.task, {}))
         except EvalPlatformError as error:  # its message is meant for people, a stack of calls would hide it
             raise dg.Failure(str(error), allow_retries=False) from error
         if _is_newest(opened, arrival):
             yield from _summary(context, warehouse, lock, arrival, outcomes, is_selected=SUMMARY in selected)
-            _finish(context, outcomes)
+            _finish(context, outcomes, worker)
         else:
             # The partition is the newest arrival's: it shows what that one scored, and alerts for it alone. If the
             # newest turns out to be no model, the reconciliation sensor shows this one.
@@ -163,11 +165,20 @@ def _is_newest(store: Store, arrival: Arrival) -> bool:
     return arrivals.newest_numbers(store, [arrival.key]).get(arrival.key, arrival.n) == arrival.n
 
 
-def _log_to(context: dg.AssetExecutionContext) -> Callable[[dict[str, Any]], None]:
+def _log_to(context: dg.AssetExecutionContext, worker: dict[str, str]) -> Callable[[dict[str, Any]], None]:
+    """What the run's page shows of a worker. `worker` is told where its log lies."""
+
     def on_message(message: dict[str, Any]) -> None:
         match message["type"]:
+            case "slot" if "reason" in message:  # a cluster's own word, once for each
+                context.log.info(message["reason"])
             case "progress" | "staging" | "slot":
                 pass  # `eval-platform status` shows these; an event each would swell the event log
+            case "log":
+                print(message["text"], end="", flush=True)  # Dagster keeps it as the run's standard output
+            case "launched":
+                worker["log"] = str(Path(message["folder"]) / "worker.log")
+                context.log.info(f"a worker was started; what it prints is this run's stdout and {worker['log']}")
             case "failed":
                 context.log.error(f"{message['task'] or 'checkpoint'} failed ({message['class']}): {message['reason']}")
             case _:
@@ -201,14 +212,16 @@ def checkpoint_metadata(arrival: Arrival, checkpoint_id: str, weights_id: str | 
     return {**shown, "path": dg.MetadataValue.path(arrival.uri)}
 
 
-def _result(context: dg.AssetExecutionContext, store: Store, outcome: Outcome) -> Iterator[Any]:
+def _result(
+    context: dg.AssetExecutionContext, store: Store, outcome: Outcome, references: Mapping[str, float]
+) -> Iterator[Any]:
     decision, record = outcome.decision, outcome.record
     assert decision is not None
     key = results_key(outcome.task)
     passed, severity = metadata.check_severity(decision)
     yield dg.MaterializeResult(
         asset_key=key,
-        metadata={**metadata.result_metadata(store, record, decision), "linked": outcome.linked},
+        metadata={**metadata.result_metadata(store, record, decision, references), "linked": outcome.linked},
         data_version=dg.DataVersion(metadata.data_version(record)),
         tags={metadata.DECISION_TAG: str(decision.n)},
     )
@@ -250,11 +263,12 @@ def _summary(
         yield dg.AssetMaterialization(SUMMARY, partition=key, metadata=body, tags={metadata.DATA_VERSION: version})
 
 
-def _finish(context: dg.AssetExecutionContext, outcomes: list[Outcome]) -> None:
+def _finish(context: dg.AssetExecutionContext, outcomes: list[Outcome], worker: Mapping[str, str]) -> None:
     """Red when something is held or failed, so that the alert fires; a task at another worker is no failure."""
     bad = [outcome for outcome in outcomes if outcome.status in {"held", "failed"}]
     if bad:
-        raise dg.Failure(f"{context.partition_key}: {_told(bad)}", allow_retries=False)
+        shown = {"worker's log": dg.MetadataValue.path(worker["log"])} if worker else {}
+        raise dg.Failure(f"{context.partition_key}: {_told(bad)}", metadata=shown, allow_retries=False)
 
 
 def _told(outcomes: list[Outcome]) -> str:

@@ -3,8 +3,10 @@ reconciliation sensor, which mirrors what happened outside its runs, show the sa
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from eval_platform.queueing import LAST_TAG, Point
 from eval_platform.tasks import TaskLock
 from resources.warehouse import WarehouseResource
 
@@ -70,6 +72,17 @@ _UNFINISHED = """
 """
 
 
+# Newest arrivals that may be evaluated, on the curves of their runs.
+_CURVES = """
+    with newest as (select key, max(n) as n from arrivals group by key)
+    select key, n, run, step, arrived_at, coalesce(tags['{last}'] = 'true', false) as is_last
+    from arrivals join newest using (key, n)
+    where not failed
+"""
+
+_PASSED_OVER = "select key, n, run, step, arrived_at, tier, tasks from skipped order by all"
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """A result that stands on a key, and which decision on it does."""
@@ -93,6 +106,19 @@ class Unfinished:
     n: int
     missing: frozenset[str]
     answered: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A newest arrival that the queue passed over, for the tasks of one tier."""
+
+    key: str
+    n: int
+    run: str
+    step: int | None
+    arrived_at: str
+    tier: str
+    tasks: frozenset[str]
 
 
 def marks(warehouse: WarehouseResource, lock: TaskLock) -> dict[str, str]:
@@ -121,6 +147,33 @@ def unfinished(warehouse: WarehouseResource, lock: TaskLock) -> list[Unfinished]
         return []
     rows: list[dict[str, Any]] = warehouse.query(_UNFINISHED.format(asked=_asked(lock))).to_pylist()
     return [Unfinished(r["key"], r["n"], frozenset(r["missing"]), frozenset(r["answered"])) for r in rows]
+
+
+def queue(warehouse: WarehouseResource) -> tuple[dict[str, list[Point]], list[Skipped]]:
+    """(training run -> the checkpoints that arrived of it, what was passed over and nobody has asked since)."""
+    arrived, over = warehouse.queries(_CURVES.format(last=LAST_TAG), _PASSED_OVER)
+    curves: dict[str, list[Point]] = {}
+    for row in arrived.to_pylist():
+        point = Point(row["key"], row["n"], row["step"], _iso(row["arrived_at"]), row["is_last"])
+        curves.setdefault(row["run"], []).append(point)
+    return curves, [
+        Skipped(**{**row, "arrived_at": _iso(row["arrived_at"]), "tasks": frozenset(row["tasks"])})
+        for row in over.to_pylist()
+    ]
+
+
+def reference_scores(warehouse: WarehouseResource) -> dict[str, dict[str, float]]:
+    """Task -> name of a reference -> its published score; asked of nobody where none is configured."""
+    found: dict[str, dict[str, float]] = {}
+    if warehouse.store.config().references:
+        text = "select task, reference, value from reference_scores where value is not null"
+        for row in warehouse.query(f"{text} order by task, reference, settings_id").to_pylist():
+            found.setdefault(row["task"], {})[row["reference"]] = row["value"]
+    return found
+
+
+def _iso(time: datetime | None) -> str:
+    return "" if time is None else time.isoformat()
 
 
 def _asked(lock: TaskLock) -> str:

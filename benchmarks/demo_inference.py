@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
 
-    from eval_platform.launch import WORKER_ENV
+    from eval_platform.launching import WORKER_ENV
 
     if any(os.environ.get(key) is None for key in WORKER_ENV):
         # The allocator and OpenMP read theirs when a process starts.

@@ -4,8 +4,9 @@ Run from the repository's root: `python -m benchmarks.s3_listing [--checkpoints 
 of ten objects each, are in moto's memory from the start; all but two are known. Listed is everything; then come ticks,
 as the sensor makes them: a look with a sweep of fifty known ones. moto is one Python process on the same cores, and
 looks at every key of a bucket for each page that it lists (with `--indexed` it has an index, as real servers have):
-its processor time is read apart from ours. Exits 1 when a listing is wrong, a tick takes over 2 s of what is ours, adds
-over 50 MB, or does not find what is new.
+its processor time is read apart from ours. A tick lists runs for less than a second and goes on with the others in the
+next, so that what is new is found within a round. Exits 1 when a listing is wrong, a tick takes over 2 s or adds over
+50 MB, or what is new is not found.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from eval_platform.store.s3 import S3Store
 from tests.s3_server import CREDENTIALS, FILLED_WITH, INDEXED, s3_server
 
 TICK_SECONDS, TICK_MB, SWEEP, TICKS = 2.0, 50.0, 50, 4
+PATIENCE = 0.75  # as the sensor has it
 _HEAD = json.dumps({"w": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}})
 FILES = {
     "config.json": '{"model_type": "llama"}',
@@ -115,17 +117,27 @@ def _measure(settings: S3, server: int, keys: list[str], runs: int) -> int:
     known = {f"b/{folder}": _fingerprint(store, folder, runs) for folder in folders if folder not in new}
     in_order = sorted(known)
     watch, root = Watch(), Root(name="b", path=store.uri, quiet_seconds=0)
-    worst, most, right = 0.0, 0.0, listed
-    for tick in range(TICKS):
-        at = tick * len(known) // TICKS
+    worst, most, right = Cost(), 0.0, listed
+    wanted, seen = {f"b/{folder}" for folder in new}, set[str]()
+    for tick in range(TICKS + runs):  # a round has come to its end by then
+        at = tick * len(known) // TICKS % len(known)
         with _cost(server) as cost:
-            found = list(discover([root], known, watch, in_order[at : at + SWEEP], settings))
-        right &= {one.key for one in found if isinstance(one, Found)} == {f"b/{folder}" for folder in new}
+            found = {
+                one.key
+                for one in discover([root], known, watch, in_order[at : at + SWEEP], settings, PATIENCE)
+                if isinstance(one, Found)
+            }
+        # What was found once is in a run where something is new, which every later look enters first.
+        right &= seen <= found <= wanted
+        seen |= found
         print(f"tick {tick + 1}, {len(known):,} known, {len(found)} found: {cost}", flush=True)
-        worst, most = max(worst, cost.ours), max(most, cost.megabytes)
-    print(f"everything was found and nothing else: {right}; load {os.getloadavg()[0]:.1f}")
-    if not right or worst > TICK_SECONDS or most > TICK_MB:
-        print(f"not good enough: {TICK_SECONDS:.0f} s of ours, {TICK_MB:.0f} MB", file=sys.stderr)
+        worst, most = max(worst, cost, key=lambda one: one.seconds), max(most, cost.megabytes)
+        if seen == wanted and tick + 1 >= TICKS:
+            break
+    right &= seen == wanted
+    print(f"everything was found and nothing else: {right}; longest tick: {worst}; load {os.getloadavg()[0]:.1f}")
+    if not right or worst.seconds > TICK_SECONDS or most > TICK_MB:
+        print(f"not good enough: {TICK_SECONDS:.0f} s, {TICK_MB:.0f} MB", file=sys.stderr)
         return 1
     return 0
 

@@ -1,12 +1,13 @@
 """The main job, from nothing: a model trains here, and every checkpoint it drops is on the leaderboard by itself.
 
-    python -m demo.run [--once] [--s3]
+    python -m demo.run [--once] [--s3] [--launcher subprocess|slurm]
 
 Beside the trainer's checkpoints it plants three: one with NaN weights (must be held), one that is copied half, then
 whole (must wait, then be evaluated once), and one copy under another name (must be linked, not evaluated again).
 With --once it exits 0 when all that should be published is, else 1; without, it stays up until Ctrl-C. With --s3
 checkpoints are uploaded to a bucket as they are finished and results are kept in another, both of an S3 server (moto's)
-that runs on this machine as long as the demo.
+that runs on this machine as long as the demo. With --launcher slurm workers are jobs of a Slurm that runs here as long;
+with either launcher named the engine is deterministic.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ RUN = "tiny"
 PLANTED = "planted"
 HALF_SECONDS = 20.0  # how long the half-copied one stays half
 GIVE_UP_SECONDS = 15 * 60.0
-GIVE_UP_ON_S3_SECONDS = 25 * 60.0  # the server takes its share of the cores
+GIVE_UP_SLOWLY_SECONDS = 25 * 60.0  # a server takes its share of the cores, or every worker imports all anew
 LOOK_SECONDS = 2.0
 LOOK_ON_S3_SECONDS = 5.0
 
@@ -69,10 +70,36 @@ class Place:
                 store.put(file.relative_to(self.folder).as_posix(), file)
 
 
+def _configuration(launcher: str | None) -> str:
+    """The demo's own, for workers that `launcher` starts."""
+    text = (HERE / "eval_platform.toml").read_text(encoding="utf-8")
+    if launcher is None:
+        return text
+    return text.replace("[engine]\n", "[engine]\ndeterministic = true\n") + f'\n[worker]\nlauncher = "{launcher}"\n'
+
+
 @contextmanager
-def _folders() -> Iterator[Place]:
-    """Checkpoints and results in folders beside this file, emptied first."""
-    config = load_config(HERE / "eval_platform.toml")
+def _slurm() -> Iterator[None]:
+    """A cluster of this machine alone; all that is started meanwhile finds it."""
+    from tests.slurm_cluster import slurm_cluster, why_not
+
+    reason = why_not()
+    if reason is not None:
+        sys.exit(reason)
+    with slurm_cluster() as cluster:
+        os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+        yield
+
+
+@contextmanager
+def _folders(launcher: str | None) -> Iterator[Place]:
+    """Checkpoints and results in folders beside this file, or in one named after the launcher, emptied first."""
+    file = HERE / "eval_platform.toml"
+    if launcher is not None:
+        file = HERE / launcher / "eval_platform.toml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(_configuration(launcher), encoding="utf-8")
+    config = load_config(file)
     folder = Path(config.checkpoints[0].path)
     for used in (config.results, config.state, folder):
         shutil.rmtree(used, ignore_errors=True)
@@ -81,7 +108,7 @@ def _folders() -> Iterator[Place]:
 
 
 @contextmanager
-def _buckets() -> Iterator[Place]:
+def _buckets(launcher: str | None) -> Iterator[Place]:
     """The same in two new buckets; what lies on this machine is below `demo/s3`, emptied first."""
     from tests.s3_server import CREDENTIALS, s3_server  # moto, of the dev extra
 
@@ -94,7 +121,7 @@ def _buckets() -> Iterator[Place]:
         for bucket in ("results", "checkpoints"):
             server.make_bucket(f"demo-{bucket}")
         os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint  # for the trainer, which has no configuration of ours
-        text = (HERE / "eval_platform.toml").read_text(encoding="utf-8")
+        text = _configuration(launcher)
         for field, bucket in (("results", "results"), ("path", "checkpoints")):
             text = text.replace(f'{field} = "{bucket}"', f'{field} = "s3://demo-{bucket}"')
         file = here / "eval_platform.toml"
@@ -106,8 +133,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--once", action="store_true", help="exit when everything is published")
     parser.add_argument("--s3", action="store_true", help="checkpoints and results in buckets")
+    parser.add_argument("--launcher", choices=["subprocess", "slurm"], help="what starts workers (default subprocess)")
     arguments = parser.parse_args()
-    with _buckets() if arguments.s3 else _folders() as place:
+    places = _buckets if arguments.s3 else _folders
+    cluster = _slurm() if arguments.launcher == "slurm" else nullcontext()
+    with cluster, places(arguments.launcher) as place:
         return _run(place, once=arguments.once)
 
 
@@ -163,7 +193,8 @@ def _watch(place: Place, lock: TaskLock, trainer: subprocess.Popen[bytes], runni
     config = place.config
     store = open_store(config.results, config.s3)
     plants = _plants(place)
-    patience = GIVE_UP_ON_S3_SECONDS if place.on_s3 else GIVE_UP_SECONDS
+    is_slow = place.on_s3 or config.worker.launcher != "subprocess"
+    patience = GIVE_UP_SLOWLY_SECONDS if is_slow else GIVE_UP_SECONDS
     deadline = time.monotonic() + patience
     planted = False
     found: list[status.CheckpointStatus] = []

@@ -83,12 +83,15 @@ def up() -> None:
 
     Every new checkpoint in the configured folders is evaluated by itself. Stays up until Ctrl-C.
     """
+    from eval_platform import queueing
     from eval_platform import up as platform
     from eval_platform.terminal import err, say
 
     config, store = opened()
-    if not synced(config, store).lock.tasks:
+    lock = synced(config, store).lock
+    if not lock.tasks:
         raise ConfigError("there is nothing to ask: no task file works", remedy="see `eval-platform tasks sync`")
+    queueing.tiers(config.queue, config.suites, lock)  # what cannot be meant is said here, not in a sensor's tick
     err.print("starting Dagster …")
     with platform.platform(config, err.print) as running:
         say(f"UI        {running.url}")
@@ -210,15 +213,17 @@ def sql(
 ) -> None:
     """Ask in SQL (DuckDB), read-only, also while runs write.
 
-    Views: leaderboard, learning_curves, samples, newest_arrivals, held, failed, failed_arrivals.
-    Tables: arrivals, evaluations, scores, decisions, checks, tasks, datasets, problems.
+    Views: leaderboard, learning_curves, samples, newest_arrivals, held, failed, failed_arrivals, skipped,
+    reference_scores.
+    Tables: arrivals, evaluations, scores, decisions, checks, tasks, datasets, skips, problems.
     """
     from eval_platform import warehouse
 
     config, store = opened()
     warehouse.refresh(store, config.catalog_path)
     text = sys.stdin.read() if query == "-" else query
-    _write(warehouse.render(warehouse.query(config.catalog_path, store, text, timeout_s=timeout), output))
+    found = warehouse.query(config.catalog_path, store, text, timeout_s=timeout, references=config.reference_keys)
+    _write(warehouse.render(found, output))
 
 
 @app.command(epilog=example("eval-platform leaderboard --format markdown"))

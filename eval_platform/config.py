@@ -6,7 +6,8 @@ folder of the file (without one: to the working directory). `docs/configuration.
 
 Environment variables win over the file: EVAL_PLATFORM_RESULTS, EVAL_PLATFORM_STATE, EVAL_PLATFORM_DEVICE,
 EVAL_PLATFORM_DTYPE, EVAL_PLATFORM_WEBHOOK. In the environment alone stands EVAL_PLATFORM_DATA, the folder of public
-datasets that `tasks sync` looks in (`tasks/catalogue/`): no configuration should carry it to another machine.
+datasets that `tasks sync` looks in (`tasks/catalogue/`): no configuration should carry it to another machine; and
+EVAL_PLATFORM_POSTGRES, where a team's Dagster keeps its runs (`instance.py`): it holds a password.
 """
 
 import os
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eval_platform.errors import ConfigError
-from eval_platform.identity import content_id
+from eval_platform.identity import content_id, escape_key
 from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.served import ServedModel
 from eval_platform.values import IMPORTED, RunSettings
@@ -34,6 +35,9 @@ class _Section(BaseModel):
 # A suite is a group of assets in Dagster; these are groups there already.
 RESERVED_SUITES = frozenset({"results", "boards", "checkpoints", "datasets", "maintenance"})
 SuiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+
+
+_DEVICE_NAME = re.compile(r"\d+|(?:GPU|MIG)-[A-Za-z0-9/-]+")
 
 
 # Off: published numbers of base models are without a template, and of many chat models too.
@@ -82,6 +86,31 @@ class Root(_Section):
         return self
 
 
+class Reference(_Section):
+    """A model that every curve is compared with: `[[references]]`, by `path` or, of one that is known, by `key`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="what its line is called")
+    path: str | None = Field(default=None, description="the checkpoint itself: a folder, s3:// or hf://...@revision")
+    key: str | None = Field(default=None, description="of a checkpoint or a served model that arrives anyway")
+
+    @model_validator(mode="after")
+    def _is_one_model(self) -> Self:
+        if (self.path is None) == (self.key is None):
+            raise ValueError(f"reference {self.name!r} must have a path, or the key of a known checkpoint; not both")
+        address = hub_address(self.path) if self.path is not None and self.path.startswith("hf:") else None
+        if self.path is not None and self.path.startswith("hf:") and (address is None or address[1] is None):
+            raise ValueError(f"path {self.path!r} must name one revision, like hf://org/model@main")
+        return self
+
+    @property
+    def known_as(self) -> str:
+        """The key that it is found under."""
+        if self.key is not None or self.path is None:
+            return self.key or self.name
+        address = hub_address(self.path)
+        return self.name if address is None or address[1] is None else f"{self.name}/{escape_key(address[1])}"
+
+
 class Tasks(_Section):
     """Which tasks every checkpoint is asked: `[tasks]`."""
 
@@ -127,7 +156,15 @@ class Chat(_Section):
 class Worker(_Section):
     """How work is shared out: `[worker]`."""
 
+    launcher: Literal["subprocess", "slurm"] = Field(
+        default="subprocess", description="what a worker is: a process of this machine, or a job of Slurm's (`[slurm]`)"
+    )
     slots: int = Field(default=1, ge=1, description="workers at once; each loads one checkpoint")
+    devices: tuple[str, ...] = Field(
+        default=(),
+        description="names for CUDA_VISIBLE_DEVICES, shared out evenly to the slots; empty: workers see what the "
+        "platform sees",
+    )
     lease_seconds: float = Field(default=30.0, gt=0, description="a worker silent for this long is taken over")
     retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
     nursery: bool = Field(
@@ -135,6 +172,111 @@ class Worker(_Section):
         description="`eval-platform up` keeps a process that has imported torch and forks workers: seconds less for "
         "every checkpoint, some 500 MB of memory",
     )
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, devices: Any) -> Any:
+        if not isinstance(devices, list | tuple):
+            return devices
+        return tuple(str(name) if type(name) is int else name for name in devices)
+
+    @model_validator(mode="after")
+    def _are_this_machines(self) -> Self:
+        if self.devices and self.launcher != "subprocess":
+            raise ValueError(f"devices: they are of this machine; with launcher = {self.launcher!r} leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _are_shared_out_evenly(self) -> Self:
+        for name in self.devices:
+            if not _DEVICE_NAME.fullmatch(name):
+                raise ValueError(f"devices: {name!r} is no device: give numbers, or names like GPU-... and MIG-...")
+        twice = sorted({name for name in self.devices if self.devices.count(name) > 1})
+        if twice:
+            raise ValueError(f"devices: {', '.join(twice)} stands there twice")
+        if len(self.devices) % self.slots:
+            raise ValueError(
+                f"devices: {len(self.devices)} devices cannot be shared out evenly to slots = {self.slots}; give a "
+                "number of slots that divides them"
+            )
+        return self
+
+    def devices_of(self, slot: int) -> tuple[str, ...]:
+        """What the slot of this number owns; empty where no devices are configured."""
+        share = len(self.devices) // self.slots
+        return self.devices[slot * share : (slot + 1) * share]
+
+
+# Tasks that no tier names have this one.
+OTHER_TIER = "other"
+
+
+class Tier(_Section):
+    """Some of the tasks, and the checkpoints that they are asked of: `[[queue.tiers]]`, the most urgent first."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="shown with every run of it")
+    tasks: tuple[str, ...] = Field(default=(), description="names of tasks; neither these nor suites: every task")
+    suites: tuple[str, ...] = Field(default=(), description="names of suites, shipped or of `[suites]`")
+    every: int | None = Field(default=None, ge=1, description="every k-th checkpoint of a run by step; default: each")
+    last: bool = Field(default=False, description="the last checkpoint of a run; without `every`, that one alone")
+
+
+class Queue(_Section):
+    """In which order checkpoints are evaluated, and what is asked of which of them: `[queue]`."""
+
+    tiers: tuple[Tier, ...] = ()
+    idle_minutes: float = Field(default=60.0, gt=0, description="a run without a new checkpoint for so long has ended")
+    skip_superseded_beyond: int | None = Field(
+        default=None,
+        ge=1,
+        description="when more than this many wait, older checkpoints of a run that has newer ones are passed over",
+    )
+
+    @field_validator("tiers")
+    @classmethod
+    def _tier_names_differ(cls, tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
+        names = [tier.name for tier in tiers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the name of every tier must be its own; there are two called {', '.join(twice)}")
+        if OTHER_TIER in names:
+            raise ValueError(f"no tier may be called {OTHER_TIER!r}: so the tasks are called that no tier names")
+        return tiers
+
+
+class Slurm(_Section):
+    """What a worker asks for as a job of Slurm, with `[worker] launcher = "slurm"`: `[slurm]`."""
+
+    partition: str | None = Field(default=None, description="as sbatch has it; default: the cluster's own")
+    account: str | None = Field(default=None, description="who pays, where the cluster wants to know")
+    gres: str | None = Field(default=None, description="GPUs of one worker, such as gpu:1 or gpu:h100:2")
+    time_limit: str | None = Field(default=None, description="minutes, H:MM:SS or D-HH:MM:SS; default: the partition's")
+    requeue: bool = Field(default=True, description="begin anew by itself after a node's failure or a preemption")
+    arguments: tuple[str, ...] = Field(default=(), description="further options of sbatch, each as --name=value")
+    variables: tuple[str, ...] = Field(default=(), description="further environment variables that workers need")
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_options(cls, arguments: tuple[str, ...]) -> tuple[str, ...]:
+        ours = {
+            *("--job-name", "--output", "--open-mode", "--export", "--parsable", "--wrap", "--array", "--ntasks"),
+            *("--partition", "--account", "--gres", "--time", "--requeue", "--no-requeue", "--chdir", "--clusters"),
+            *("--error", "--wait", "--test-only", "--export-file"),
+        }
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if not re.fullmatch(r"--[a-z][a-z-]+", name):
+                raise ValueError(f"{argument!r} must be one option written whole, such as '--mem=32G'")
+            if name in ours:
+                raise ValueError(f"{name} is set by the platform, or by a field of its own")
+        return arguments
+
+    @field_validator("partition", "account", "gres", "time_limit")
+    @classmethod
+    def _is_one_word(cls, value: str | None) -> str | None:
+        if value is not None and (not value or any(sign.isspace() for sign in value)):
+            raise ValueError("must be one word")
+        return value
 
 
 class Sandbox(_Section):
@@ -217,16 +359,29 @@ class Config(_Section):
     state: str = Field(default=".eval_platform", description="this machine's own: Dagster home, catalog, cache, logs")
     checkpoints: tuple[Root, ...] = (Root(name="checkpoints", path="checkpoints"),)
     served: tuple[ServedModel, ...] = ()
+    references: tuple[Reference, ...] = ()
     tasks: Tasks = Tasks()
     suites: dict[SuiteName, tuple[str, ...]] = Field(default={}, description="suites of your own: name = [tasks]")
     engine: Engine = Engine()
     chat: Chat = Chat()
     worker: Worker = Worker()
+    slurm: Slurm = Slurm()
+    queue: Queue | None = Field(default=None, description="without the section every checkpoint is asked every task")
     sandbox: Sandbox = Sandbox()
     sensor: Sensor = Sensor()
     alerts: Alerts = Alerts()
     s3: S3 = S3()
     ui: Ui = Ui()
+
+    @model_validator(mode="after")
+    def _slots_use_their_devices(self) -> Self:
+        share = len(self.worker.devices_of(0))
+        if share > 1 and self.engine.device not in ("map", "cpu"):
+            raise ValueError(
+                f"worker.devices: each slot owns {share} devices, and with engine.device = {self.engine.device!r} a "
+                'model lies on one; set engine.device = "map", or as many slots as devices'
+            )
+        return self
 
     @field_validator("checkpoints")
     @classmethod
@@ -246,6 +401,20 @@ class Config(_Section):
             raise ValueError("the name of every [[served]] model must be its own")
         return served
 
+    @model_validator(mode="after")
+    def _reference_names_differ(self) -> Self:
+        names = [entry.name for entry in self.references]
+        taken = {"adhoc", SERVED_ROOT, IMPORTED, *(root.name for root in self.checkpoints)}
+        twice = sorted({name for name in names if names.count(name) > 1 or name in taken})
+        if twice:
+            raise ValueError(
+                f"references: {', '.join(twice)} is called so already; the name must be no other reference's and no "
+                f"root's, nor 'adhoc', '{SERVED_ROOT}' or '{IMPORTED}'"
+            )
+        if len(self.reference_keys) < len(self.references):
+            raise ValueError("references: two of them are the same key; one line can have one name")
+        return self
+
     @field_validator("suites")
     @classmethod
     def _suites_named(cls, suites: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -255,6 +424,30 @@ class Config(_Section):
             if not tasks:
                 raise ValueError(f"suite {name!r} names no task")
         return suites
+
+    @property
+    def roots(self) -> tuple[Root, ...]:
+        """Where checkpoints are looked for: the watched roots, and each reference as a root that is a checkpoint."""
+        own = (Root(name=entry.name, path=entry.path) for entry in self.references if entry.path is not None)
+        return (*self.checkpoints, *own)
+
+    @property
+    def reference_keys(self) -> dict[str, str]:
+        """Key -> what the reference is called."""
+        return {entry.known_as: entry.name for entry in self.references}
+
+    def beside_reference(self, key: str) -> str | None:
+        """Why nothing can be taken up under this key, where it lies below a reference and is not it."""
+        for entry in self.references:
+            if entry.path is not None and key.partition("/")[0] == entry.name and key != entry.known_as:
+                return f"path of [[references]] {entry.name!r} must be the checkpoint itself, not a folder above it"
+        return None
+
+    @property
+    def _gives_gpus(self) -> bool:
+        """Whether each worker is given GPUs by name or number."""
+        asked = (self.slurm.gres or "", *(one for one in self.slurm.arguments if one.startswith("--gpu")))
+        return bool(self.worker.devices) or (self.worker.launcher == "slurm" and any("gpu" in one for one in asked))
 
     @property
     def state_dir(self) -> Path:
@@ -311,7 +504,8 @@ class Config(_Section):
             system_prompt=(self.chat.system_prompt if system_prompt is None else system_prompt) if apply else None,
             shots_as_turns=self.chat.shots_as_turns if apply else None,
             dtype=engine.dtype,
-            device=engine.device,
+            # Who names GPUs wants them used: where one is gone, a worker must not go on with the CPU in silence.
+            device="cuda" if self._gives_gpus and engine.device == "auto" else engine.device,
             max_length=engine.max_length,
             seed=engine.seed,
             limit=limit,
@@ -416,6 +610,10 @@ def load_config(path: str | Path | None = None) -> Config:
             "state": _absolute(config.state, folder),
             "checkpoints": tuple(
                 root.model_copy(update={"path": _absolute(root.path, folder)}) for root in config.checkpoints
+            ),
+            "references": tuple(
+                entry if entry.path is None else entry.model_copy(update={"path": _absolute(entry.path, folder)})
+                for entry in config.references
             ),
             "tasks": config.tasks.model_copy(
                 update={"folders": tuple(_absolute(text, folder) for text in config.tasks.folders)}

@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.boards import told_boards
 from assets.checks import look_at_tasks, tasks_valid
-from assets.maintenance import compact_records, record_bundles
+from assets.maintenance import compact_records, forget_old_runs, record_bundles, run_logs
 from assets.results import EVALUATE_JOB, dataset_specs, evaluate_asset
 from eval_platform.config import Config, load_config
 from eval_platform.identity import content_id
@@ -34,10 +34,10 @@ def gather(config: Config) -> dg.Definitions:
     boards = told_boards(lock)
     store = StoreResource(config_file=str(config.file or ""))
     return dg.Definitions(
-        assets=dg.with_source_code_references([*dataset_specs(lock), results, boards, record_bundles]),
+        assets=dg.with_source_code_references([*dataset_specs(lock), results, boards, record_bundles, run_logs]),
         asset_checks=[tasks_valid],
         jobs=[job],
-        schedules=[look_at_tasks, compact_records],
+        schedules=[look_at_tasks, compact_records, forget_old_runs],
         sensors=[
             new_checkpoints_sensor(lock, config.sensor.interval_seconds),
             reconciliation_sensor(lock),

@@ -11,13 +11,16 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_platform import __version__
+from eval_platform import __version__, queueing
 from eval_platform.config import S3, Config, Root, load_config
+from eval_platform.devices import missing_devices
 from eval_platform.errors import EvalPlatformError
+from eval_platform.instance import postgres_place
 from eval_platform.sandbox import describe as describe_sandbox
 from eval_platform.served import ServedModel
 from eval_platform.store import Store, layout, open_store, read_record
 from eval_platform.tasks import check_tasks, read_lock
+from eval_platform.values import IMPORTED
 
 PACKAGES = ("dagster", "dagster-webserver", "torch", "transformers", "duckdb", "great-expectations", "pyarrow")
 LOW_DISK_GB = 5.0
@@ -42,11 +45,41 @@ def examine(config_file: Path | None) -> list[Finding]:
     except EvalPlatformError as error:
         return [*findings, Finding("configuration", False, str(error), "mend the file, then look again")]
     findings.append(Finding("configuration", True, str(config.file or "defaults (no eval_platform.toml here)")))
-    findings += [_root(root, config.s3) for root in config.checkpoints]
+    findings += _worker_devices(config)
+    findings += [_root(root, config.s3) for root in config.roots]
+    findings += _queue(config)
+    findings += _references(config)
     findings += [_writable("results", config.results, config.s3), state := _writable("state", config.state)]
     if state.ok:
-        findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config)]
+        findings += [_disk("state", config.state_dir), _links(config), _dagster_home(config), *_postgres()]
     return [*findings, *_tasks(config), _sandbox(config), *(_served(entry) for entry in config.served)]
+
+
+def _queue(config: Config) -> list[Finding]:
+    """Whether the tiers of [queue] mean tasks of the lock; nothing where there is no such section."""
+    if config.queue is None:
+        return []
+    try:
+        found = queueing.tiers(config.queue, config.suites, read_lock(config.lock_path))
+    except EvalPlatformError as error:
+        return [Finding("queue", False, str(error), error.remedy or "")]
+    said = "; ".join(f"{tier.name}: {len(tier.tasks)} tasks of {tier.told}" for tier in found)
+    return [Finding("queue", True, said or "no tasks yet")]
+
+
+def _references(config: Config) -> list[Finding]:
+    """[[references]] by a key under which nothing can arrive: their lines would be missing without a word."""
+    arriving = {"adhoc", IMPORTED, *(root.name for root in config.checkpoints)}
+    return [
+        Finding(
+            f"reference {entry.name}",
+            False,
+            f"nothing arrives under the key {entry.key}",
+            "a key begins with the name of a [[checkpoints]] root, or is that of a [[served]] model; see `status`",
+        )
+        for entry in config.references
+        if entry.key is not None and entry.key.partition("/")[0] not in arriving and config.served_at(entry.key) is None
+    ]
 
 
 def _served(entry: ServedModel) -> Finding:
@@ -94,6 +127,19 @@ def _device() -> Finding:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         return Finding("device", True, names)
     return Finding("device", True, f"no GPU seen; CPU with {torch.get_num_threads()} threads")
+
+
+def _worker_devices(config: Config) -> list[Finding]:
+    """Whether the GPUs that [worker] names are there, as far as NVIDIA's driver tells."""
+    names = config.worker.devices
+    if not names or config.engine.device == "cpu":
+        return []
+    found = missing_devices(names)
+    if found is None:
+        return [Finding("worker devices", False, "no NVIDIA driver answers here", "mend it, or leave out `devices`")]
+    missing, count = found
+    told = f"{', '.join(names)} of {count} GPUs" if not missing else f"{', '.join(missing)} not among {count} GPUs"
+    return [Finding("worker devices", not missing, told, "name in [worker] devices what `nvidia-smi -L` shows")]
 
 
 def _root(root: Root, s3: S3) -> Finding:
@@ -198,3 +244,13 @@ def _dagster_home(config: Config) -> Finding:
         return Finding("Dagster home", True, f"{home} (made by `eval-platform up`)")
     there = (home / "dagster.yaml").is_file()
     return Finding("Dagster home", there, str(home), f"{home} has no dagster.yaml: remove it, `up` makes it anew")
+
+
+def _postgres() -> list[Finding]:
+    """Where a team's runs are kept; nothing to say of one box, whose SQLite files are in Dagster's home."""
+    what = "Dagster storage"
+    try:
+        place = postgres_place()
+    except EvalPlatformError as error:
+        return [Finding(what, False, str(error).splitlines()[0], error.remedy or "")]
+    return [Finding(what, True, f"PostgreSQL, {place}")] if place else []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from eval_platform import adopt, launch, quality, warehouse
+from eval_platform import adopt, launching, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.plan import Plan
@@ -41,7 +41,8 @@ def drive(
     """One Outcome per planned task, each as soon as it is known; tasks that no message spoke of come last, failed.
 
     The worker is stopped when the iterator is closed or an error passes through it. Tasks that cannot be asked of the
-    model come after the others, skipped.
+    model come after the others, skipped. `on_message` is told what the worker says (docs/launchers.md), and besides
+    `slot` (waiting: there is no room yet), `launched` (folder: the worker's) and `log` (text: what it printed).
     """
     if plan.tasks:
         yield from _asked(plan, config, store, actor, on_message)
@@ -53,9 +54,10 @@ def _asked(
 ) -> Iterator[Outcome]:
     quality.warm()  # Great Expectations takes seconds to import: meanwhile the worker starts
     left = {task.name for task in plan.tasks}
-    handle = launch.launch(plan, config, lambda: on_message({"type": "slot", "waiting": True}))
+    handle = launching.launch(plan, config, lambda: on_message({"type": "slot", "waiting": True}))
+    on_message({"type": "launched", "folder": str(handle.folder)})
     whole: dict[str, Any] | None = None  # a failure of the arrival itself
-    last_failure: dict[str, str] = {}
+    last_failure: dict[str, dict[str, Any]] = {}
     waiting: set[str] = set()
     try:
         for messages in handle.messages():
@@ -72,7 +74,7 @@ def _asked(
                     case "failed" if task is None:
                         whole = message
                     case "failed":
-                        last_failure[message["task"]] = message["reason"]
+                        last_failure[message["task"]] = message
                     case "waiting":
                         waiting.add(message["task"])
         code = handle.poll()
@@ -81,10 +83,11 @@ def _asked(
     for task in plan.tasks:
         if task.name not in left:
             continue
-        if whole is not None:
+        own = last_failure.get(task.name)
+        if own is not None and (whole is None or own["class"] != "infrastructure"):
+            yield Outcome(task.name, "failed", (own["reason"],))
+        elif whole is not None:  # also of what would have been tried once more
             yield Outcome(task.name, "failed", (whole["reason"],))
-        elif task.name in last_failure:
-            yield Outcome(task.name, "failed", (last_failure[task.name],))
         elif task.name in waiting:
             yield Outcome(task.name, "waiting", ("another worker is answering it",))
         else:

@@ -82,8 +82,45 @@ class ServerError(EvalPlatformError):
     class_ = "infrastructure"
 
 
+class NoDevice(EvalPlatformError):
+    """A GPU that this process was to use is not there. No checkpoint's fault: such a try does not count."""
+
+    class_ = "infrastructure"
+
+
+class DeviceFailed(EvalPlatformError):
+    """A GPU failed in the middle of its work, and nothing in this process can use it any more."""
+
+    class_ = "infrastructure"
+
+
 class QueryError(EvalPlatformError):
     """A user's SQL was refused or failed."""
+
+
+# What torch, CUDA and HIP say of a GPU that cannot be used, in place of one that failed at its work.
+_NOT_THERE = (
+    "No CUDA GPUs are available",
+    "no CUDA-capable device",
+    "no ROCm-capable device",
+    "invalid device ordinal",
+    "busy or unavailable",
+    "driver on your system is too old",
+)
+
+
+def as_device_error(error: BaseException) -> NoDevice | DeviceFailed | None:
+    """torch's error of a GPU in our words; None for any other, memory that is full among them. Imports no torch."""
+    text = " ".join(str(error).split())
+    ours = type(error).__name__ == "AcceleratorError" or text.startswith(("CUDA error", "CUDA driver", "HIP error"))
+    if any(words in text for words in _NOT_THERE) and isinstance(error, RuntimeError):
+        return NoDevice(f"the GPU cannot be used: {text[:300]}", remedy="see what `nvidia-smi` says on that machine")
+    if not ours:
+        return None
+    return DeviceFailed(
+        f"the GPU failed: {text[:300]}",
+        remedy="see `nvidia-smi` and the kernel's log (Xid) on that machine; what was answered is kept",
+    )
 
 
 def classify(error: BaseException) -> ErrorClass:

@@ -6,7 +6,7 @@ Importing torch and transformers takes 3-10 s of one core, a fork takes millisec
 running; `launch` asks it first and starts a worker the ordinary way when there is none, or when the one that is there
 would not do the same: it has imported older code, or its environment differs in a variable that is read at import.
 
-One Unix socket, one connection a worker, whole packets of JSON: the request, with the locked slot's descriptor beside
+One Unix socket, one connection a worker, whole packets of JSON: the request, with the locked slot's descriptors beside
 it; the child's answer `{"pid": n}` or the nursery's `{"refused": why}`; later signals to pass on, and at the end the
 exit code. Only the nursery signals its children, so no number of an ended process is ever used. A worker whose
 nursery was killed goes on to its end, like one whose driver was killed.
@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ log = logging.getLogger("eval_platform.nursery")
 
 _SOCKET = "nursery.sock"
 _PACKET_BYTES = 1 << 20
+_MOST_LOCKS = 65  # of a slot and its devices; the kernel passes on 253 at once
 _ANSWER_SECONDS = 5.0
 # What no worker can be without; each takes a tenth of a second or more, and none of them starts to compute.
 _MODULES = (
@@ -61,7 +62,7 @@ _READ_AT_IMPORT = (
     *("TORCH_", "PYTORCH_", "CUDA_", "NVIDIA_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_"),
     *("GLIBC_TUNABLES", "MALLOC_", "LD_", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED"),
 )
-_READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES"})  # when the first thing is put on a device
+_READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"})  # when the first thing is put on a device
 
 
 # ------------------------------------------------------------------------------------------------ who asks for a worker
@@ -69,7 +70,7 @@ _READ_LATE = frozenset({"CUDA_VISIBLE_DEVICES"})  # when the first thing is put 
 
 @dataclass
 class Child:
-    """A worker that the nursery forked, with the part of `subprocess.Popen`'s face that `launch.Handle` uses."""
+    """A worker that the nursery forked, with the part of `subprocess.Popen`'s face that `launching` uses."""
 
     connection: socket.socket
     record: dict[str, Any]
@@ -123,11 +124,11 @@ class Child:
                     os.kill(self.pid, number)
 
 
-def fork_worker(nursery: Path, folder: Path, slot: int, env: Mapping[str, str]) -> Child | None:
+def fork_worker(nursery: Path, folder: Path, locks: Sequence[int], env: Mapping[str, str]) -> Child | None:
     """A worker for `folder`, forked by the nursery whose socket is in the folder `nursery`; None when there is none.
 
     Args:
-        slot: the descriptor of the locked slot; the worker holds the lock from then on.
+        locks: descriptors of the locked slot and its devices; the worker holds these locks from then on.
         env: the worker's whole environment.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -143,7 +144,7 @@ def fork_worker(nursery: Path, folder: Path, slot: int, env: Mapping[str, str]) 
     try:
         with _short_path(nursery) as path:
             connection.connect(path)
-        socket.send_fds(connection, [json.dumps(request).encode()], [slot])
+        socket.send_fds(connection, [json.dumps(request).encode()], list(locks))
         answer = json.loads(connection.recv(_PACKET_BYTES) or b'{"refused": "it ended"}')
     except (OSError, json.JSONDecodeError):  # no nursery, or one that is ending or stuck
         connection.close()
@@ -190,9 +191,9 @@ class _Nursery:
         connection, _ = self.listener.accept()
         connection.settimeout(_ANSWER_SECONDS)
         request: dict[str, Any] = {}
-        slots: list[int] = []
+        locks: list[int] = []
         try:
-            packet, slots, _, _ = socket.recv_fds(connection, _PACKET_BYTES, 1)
+            packet, locks, _, _ = socket.recv_fds(connection, _PACKET_BYTES, _MOST_LOCKS)
             request = json.loads(packet)
             reason = self._unfit(request)
             if reason is not None:
@@ -203,10 +204,10 @@ class _Nursery:
             pid = None
         if pid == 0:
             self._leave_behind()
-            # The slot's lock is the worker's as long as its copy is open.
-            return {**request, "slot": slots.pop(), "connection": connection}
-        for slot in slots:
-            os.close(slot)
+            # The slot is the worker's as long as its copies of the locks are open.
+            return {**request, "locks": locks, "connection": connection}
+        for lock in locks:
+            os.close(lock)
         if pid is None:
             connection.close()
             return None

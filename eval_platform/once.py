@@ -60,13 +60,13 @@ def evaluate_folder(
     """
     found = checkpoints.locate(
         folder,
-        config.checkpoints,
+        config.roots,
         config.cache_dir,
         lambda done, total: on_message(_staging(done, total)),
         config.s3,
     )
     open_root(store)
-    for root in config.checkpoints:
+    for root in config.roots:
         register_root(store, root.name, root.path)
     yield from _evaluate(config, store, found, wanted, actor, on_message)
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from eval_platform import __version__
 from eval_platform.config import Config
 from eval_platform.errors import ConfigError, SchemaError
+from eval_platform.identity import content_id
 from eval_platform.sandbox import Mode
 from eval_platform.served import ROOT, ServedModel, why_not
 from eval_platform.store import Store, arrivals, layout, records
@@ -17,6 +18,11 @@ from eval_platform.tasks.sections import did_you_mean
 from eval_platform.values import IMPORTED, Arrival, RunSettings, Served
 
 PLAN_VERSION = 1
+_ONE_RELEASE = "install the same eval-platform for the platform and its workers"
+
+
+class OtherRelease(SchemaError):
+    """A plan that another release of the platform wrote: what it asks may mean something else here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +79,59 @@ class Plan:
     s3: Mapping[str, Any] = field(default_factory=dict)  # [s3] as configured; never a credential
     skipped: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, Any] | None = None
+    platform: str = __version__  # the release that made it
+    keep_hold: bool = False  # another tier of [queue] may ask more of the arrival, whose folder may be gone by then
 
     def to_json(self) -> str:
-        return json.dumps({"plan_version": PLAN_VERSION, "platform": __version__, **asdict(self)}, indent=1)
+        return json.dumps({"plan_version": PLAN_VERSION, **asdict(self)}, indent=1)
+
+    def refuse_other_release(self) -> None:
+        """Raises OtherRelease when another release than this one made it."""
+        if self.platform != __version__:
+            raise OtherRelease(
+                f"the plan is of eval-platform {self.platform}, this worker of {__version__}", remedy=_ONE_RELEASE
+            )
 
     def served_model(self) -> ServedModel | None:
         return None if self.served is None else ServedModel(**self.served)
 
 
+def launch_id(plan: Plan) -> str:
+    """16 hex digits of what the plan asks, by which a cluster's job is named: whoever comes again finds it running.
+
+    The same for two plans of the same tasks, settings, arrival and results root; leases and caches are not part of it.
+    """
+    asked = {
+        "arrival": [plan.arrival.key, plan.arrival.n],
+        "tasks": sorted(task.task_id for task in plan.tasks),
+        "settings": asdict(plan.settings),
+        "store": plan.store,
+    }
+    return content_id(asked)[:16]
+
+
 def read_plan(path: Path) -> Plan:
-    """Raises SchemaError when the plan was written by a newer platform."""
+    """Raises OtherRelease when the plan's form, or that of a part of it, is another's than this release's."""
     body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     version = body.pop("plan_version", None)
-    platform = body.pop("platform", "?")
-    if version != PLAN_VERSION:
-        raise SchemaError(
-            f"{path}: plan version {version} of eval-platform {platform}; this worker is {__version__} and reads "
-            f"version {PLAN_VERSION}",
-            remedy="install the same eval-platform for the platform and its workers",
+    unknown = sorted(body.keys() - {one.name for one in fields(Plan)})
+    if version != PLAN_VERSION or unknown:
+        more = f" with fields unknown here ({', '.join(unknown)})" if unknown else ""
+        raise OtherRelease(
+            f"{path}: plan version {version} of eval-platform {body.get('platform', '?')}{more}; this worker is "
+            f"{__version__} and reads version {PLAN_VERSION}",
+            remedy=_ONE_RELEASE,
         )
-    body["arrival"] = arrivals.read_arrival(body["arrival"])
-    body["tasks"] = tuple(PlannedTask(**task) for task in body["tasks"])
-    body["settings"] = RunSettings(**body["settings"])
-    return Plan(**body)
+    try:
+        body["arrival"] = arrivals.read_arrival(body["arrival"])
+        body["tasks"] = tuple(PlannedTask(**task) for task in body["tasks"])
+        body["settings"] = RunSettings(**body["settings"])
+        return Plan(**body)
+    except (KeyError, TypeError) as error:
+        raise OtherRelease(
+            f"{path}: of eval-platform {body.get('platform', '?')}, and not as {__version__} writes them: {error}",
+            remedy=_ONE_RELEASE,
+        ) from error
 
 
 def plan(arrival: Arrival, wanted: Wanted, config: Config, store: Store) -> Plan:
@@ -163,6 +199,7 @@ def plan_of(
         s3=config.s3.model_dump(exclude_none=True),
         skipped=skipped,
         served=served_entry(config, arrival),
+        keep_hold=config.queue is not None and bool(config.queue.tiers),
     )
 
 

@@ -1,10 +1,11 @@
 """Where is every checkpoint on the road? Waiting, queued, running, published, held or failed, and why."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
-from eval_platform import launch, warehouse
+from eval_platform import launching, queueing, warehouse
 from eval_platform.checkpoints import Watch, discover
 from eval_platform.config import Config
 from eval_platform.plan import not_asked
@@ -12,12 +13,13 @@ from eval_platform.store import Store
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Incomplete
 
-# missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had, or a
-# served model cannot be asked it.
+# missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had, a
+# served model cannot be asked it, its tier is not for this checkpoint, or the queue passed it over.
 State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed", "missing", "skipped"]
 
 _TASKS = """
-    select a.key, a.n, a.run, a.step, e.task, e.status, e.reasons, e.seconds, e.evaluation_id, e.attempt,
+    select a.key, a.n, a.run, a.step, a.arrived_at, coalesce(a.tags['last'] = 'true', false) as is_last,
+        e.task, e.status, e.reasons, e.seconds, e.evaluation_id, e.attempt,
         e.status = 'held' and not exists (
             select 1 from decisions d where d.evaluation_id = e.evaluation_id and d.attempt = e.attempt
         ) as undecided
@@ -33,6 +35,7 @@ _TASKS = """
 """
 
 _FAILED_ARRIVALS = "select key, n, reason from failed_arrivals"
+_PASSED_OVER = "select key, tier, tasks, reason from skipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class TaskStatus:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStatus:
-    """One key; `state` is the one of its tasks that most wants attention."""
+    """One key; `state` is the one of its tasks that most wants attention. where: its worker's machine and devices."""
 
     key: str
     state: State
@@ -60,6 +63,7 @@ class CheckpointStatus:
     step: int | None = None
     arrival: int | None = None
     tasks: tuple[TaskStatus, ...] = ()
+    where: str = ""
 
 
 _ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published", "skipped")
@@ -71,14 +75,18 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
     with warehouse.connect(config.catalog_path, store, samples=False) as con:
         rows = con.sql(_TASKS).to_arrow_table().to_pylist()
         failed = con.sql(_FAILED_ARRIVALS).to_arrow_table().to_pylist()
+        over = con.sql(_PASSED_OVER).to_arrow_table().to_pylist()
     broken = {(row["key"], row["n"]): row["reason"] for row in failed}
     usual = {row["task"]: row["seconds"] for row in rows if row["seconds"] is not None}
-    at_work = {one.plan.arrival.key: one for one in launch.running(config)}
+    at_work: dict[str, list[launching.Running]] = {}
+    for one in launching.running(config):
+        at_work.setdefault(one.plan.arrival.key, []).append(one)
     by_key: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_key.setdefault(row["key"], []).append(row)
+    unasked = _unasked(config, lock, by_key, over)
     found = [
-        _one(key, group, lock, broken, at_work.get(key), usual, not_asked(config, lock, store, key))
+        _one(key, group, lock, broken, at_work.get(key, []), usual, not_asked(config, lock, store, key), unasked[key])
         for key, group in by_key.items()
     ]
     return [*found, *sorted(_not_arrived(config, set(by_key)), key=lambda one: (one.run or "", one.step or 0, one.key))]
@@ -89,9 +97,11 @@ def _not_arrived(config: Config, known: set[str]) -> Iterator[CheckpointStatus]:
         if entry.key not in known:
             reason = f"configured, not asked yet: `eval-platform run --served {entry.name}` does it at once"
             yield CheckpointStatus(entry.key, "waiting", reason, entry.run or entry.name, entry.step)
-    for candidate in discover(config.checkpoints, dict.fromkeys(known, ""), Watch(), s3=config.s3):
+    for candidate in discover(config.roots, dict.fromkeys(known, ""), Watch(), s3=config.s3):
         if isinstance(candidate, Incomplete):
             yield CheckpointStatus(candidate.key, "refused" if candidate.refused else "waiting", candidate.reason)
+        elif (beside := config.beside_reference(candidate.key)) is not None:
+            yield CheckpointStatus(candidate.key, "refused", beside)
         else:
             reason = "found, not taken up yet: `eval-platform up` does it by itself, `eval-platform run` at once"
             yield CheckpointStatus(candidate.key, "waiting", reason, candidate.run, candidate.step)
@@ -102,9 +112,10 @@ def _one(
     rows: Sequence[dict[str, Any]],
     lock: TaskLock,
     broken: dict[tuple[str, int], str],
-    worker: launch.Running | None,
+    workers: Sequence[launching.Running],
     usual: dict[str, float],
     impossible: dict[str, str],
+    unasked: dict[str, str],
 ) -> CheckpointStatus:
     first = rows[0]
     known = {row["task"]: row for row in rows if row["task"] is not None}
@@ -114,7 +125,7 @@ def _one(
         if name in impossible:
             tasks.append(TaskStatus(name, "skipped", impossible[name]))
         elif name in known and known[name]["undecided"]:
-            gated: State = "running" if worker else "queued"
+            gated: State = "running" if workers else "queued"
             tasks.append(TaskStatus(name, gated, "answered, not through the gate yet"))
         elif name in known:
             row = known[name]
@@ -123,8 +134,10 @@ def _one(
             tasks.append(TaskStatus(name, row["status"], reasons, evaluation_id=evaluation_id, attempt=attempt))
         elif reason:
             tasks.append(TaskStatus(name, "failed", reason))
-        elif worker is not None and name in {task.name for task in worker.plan.tasks}:
+        elif (worker := _whose(workers, name)) is not None:
             tasks.append(_running(name, worker, usual))
+        elif name in unasked:
+            tasks.append(TaskStatus(name, "skipped", unasked[name]))
         else:
             # Others are answered, or it came by hand: no run will come back to it for this task.
             left: State = "missing" if known or key.startswith("adhoc/") else "queued"
@@ -133,11 +146,65 @@ def _one(
     states = {task.state for task in tasks}
     no_tasks: State = "queued"
     worst = min(states, key=_ATTENTION.index) if states else no_tasks
-    return CheckpointStatus(key, worst, reason, first["run"], first["step"], first["n"], tuple(tasks))
+    told = set(unasked.values())
+    if worst == "skipped" and len(told) == 1:  # not in its tasks alone, which are shown when they are asked for
+        reason = told.pop()
+    where = "; ".join(dict.fromkeys(worker.where for worker in workers if worker.where))
+    return CheckpointStatus(key, worst, reason, first["run"], first["step"], first["n"], tuple(tasks), where)
 
 
-def _running(name: str, worker: launch.Running, usual: dict[str, float]) -> TaskStatus:
-    started = next((m for m in worker.messages if m["type"] == "started" and m["task"] == name), None)
+def _unasked(
+    config: Config, lock: TaskLock, by_key: Mapping[str, Sequence[dict[str, Any]]], over: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, str]]:
+    """Key -> task -> why the queue does not ask it of this checkpoint (yet): passed over, or its tier is not due."""
+    found: dict[str, dict[str, str]] = {key: {} for key in by_key}
+    if config.queue is None:
+        return found
+    roots = {root.name for root in config.checkpoints}
+    runs: dict[str, list[queueing.Point]] = {}
+    answered: dict[str, set[str]] = {}
+    for key, rows in by_key.items():
+        row = rows[0]
+        answered[key] = {row["task"] for row in rows if row["task"] is not None}
+        if key.partition("/")[0] in roots:
+            arrived = row["arrived_at"].isoformat() if row["arrived_at"] is not None else ""
+            point = queueing.Point(key, row["n"], row["step"], arrived, row["is_last"])
+            runs.setdefault(row["run"], []).append(point)
+    passed = {(row["key"], row["tier"]) for row in over}
+    now = datetime.now(UTC)
+    tiers = queueing.tiers(config.queue, config.suites, lock)
+    for tier in tiers:
+        for run in runs.values() if not tier.takes_all else ():
+            asked = {
+                p.key
+                for p in run
+                if p.key in config.reference_keys
+                or (p.key, tier.name) in passed
+                or queueing.was_asked(tier, tiers, answered[p.key])
+            }
+            ended = queueing.has_ended(run, config.queue.idle_minutes, now)
+            due = {point.key for point in queueing.points_of(run, tier, asked, ended=ended)}
+            for point in run:
+                if point.key not in asked | due:
+                    found[point.key] |= dict.fromkeys(tier.tasks, f"tier {tier.name} is for {tier.told}")
+    for row in over:
+        if row["key"] in found:
+            found[row["key"]] |= dict.fromkeys(row["tasks"], row["reason"])
+    return found
+
+
+def _whose(workers: Sequence[launching.Running], name: str) -> launching.Running | None:
+    """Of those that are to answer the task the one that is at it, if any: of a checkpoint's tiers each has its own."""
+    asked = [worker for worker in workers if any(task.name == name for task in worker.plan.tasks)]
+    return next((worker for worker in asked if _started(worker, name)), asked[-1] if asked else None)
+
+
+def _started(worker: launching.Running, name: str) -> dict[str, Any] | None:
+    return next((m for m in worker.messages if m["type"] == "started" and m["task"] == name), None)
+
+
+def _running(name: str, worker: launching.Running, usual: dict[str, float]) -> TaskStatus:
+    started = _started(worker, name)
     if started is None:
         return TaskStatus(name, "queued", seconds_left=usual.get(name))
     progress = [m for m in worker.messages if m["type"] == "progress" and m["task"] == name]

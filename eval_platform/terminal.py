@@ -155,8 +155,9 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
         if one.reason:
             _told(one.reason, one.state)
         left = [task.seconds_left for task in one.tasks if task.seconds_left is not None]
-        if one.state == "running" and left:
-            _told(f"about {sum(left):.0f} s left", one.state)
+        if one.state == "running" and (one.where or left):
+            about = [f"about {sum(left):.0f} s left"] if left else []
+            _told("; ".join([*([f"on {one.where}"] if one.where else []), *about]), one.state)
         if all_tasks:
             _print_tasks(one)
             continue
@@ -562,7 +563,8 @@ def _show(progress: Progress, bars: dict[str, TaskID], message: Message) -> None
         case "checkpoint":
             bars.clear()
         case "slot":
-            bar("slot", "waiting for a free device slot")
+            reason = message.get("reason", "waiting for a free device slot")
+            progress.update(bar("slot", reason), description=escape(reason))
         case "staging":
             progress.update(bar("staging", "reading the checkpoint"), completed=message["done"], total=message["total"])
         case "started":

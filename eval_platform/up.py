@@ -7,7 +7,6 @@ that a later `up` ends what a power cut or a kill -9 left of them, by process id
 import fcntl
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -18,13 +17,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-from eval_platform import launch
+from eval_platform import launching
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
+from eval_platform.instance import postgres_place, write_instance
 from eval_platform.store.process import known_dead, process_record, same_machine
 
 START_SECONDS = 120.0
@@ -46,7 +45,7 @@ class Platform:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
-        env = {**launch.WORKER_ENV, **self.env} if name == "nursery" else self.env
+        env = {**launching.WORKER_ENV, **self.env} if name == "nursery" else self.env
         logs = self.config.state_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{name}.log").open("ab") as output:
@@ -88,7 +87,7 @@ class Platform:
                 process.wait()
                 _until_gone(process.pid)  # a run that is still on its way out has no orphan yet
         # Runs end with the servers; without them a worker would go on for nobody to see.
-        launch.stop_orphans(self.config)
+        launching.stop_orphans(self.config)
         _up_file(self.config).unlink(missing_ok=True)
 
     def _remember(self) -> None:
@@ -123,8 +122,8 @@ def _lives(process: dict[str, Any]) -> bool:
 def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> Iterator[Platform]:
     """Start the platform, wait until the web server answers, and stop it at the end.
 
-    Raises EvalPlatformError when one runs already, when the state folder or DAGSTER_HOME in it cannot be written, or
-    when it does not come up; the error names the folder or the log.
+    Raises EvalPlatformError when one runs already, when the state folder or DAGSTER_HOME in it cannot be written, when
+    a team's PostgreSQL cannot be used, or when it does not come up; the error names the folder, the server or the log.
     """
     try:
         config.state_dir.mkdir(parents=True, exist_ok=True)
@@ -142,9 +141,10 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
         ) from None
     with lock:
         _end_leftovers(config, say)
+        postgres_place()  # a server that is not there is told before anything starts, not by a log
         ports = {"code_server": _free_port(), "webserver": config.ui.port or _free_port()}
         try:
-            _instance_folder(config)
+            write_instance(config)
             (config.dagster_home / "workspace.yaml").write_text(_workspace(ports["code_server"]), encoding="utf-8")
         except OSError as error:
             raise _unwritable(config.dagster_home, error) from error
@@ -238,7 +238,7 @@ def _commands(config: Config, ports: dict[str, int]) -> dict[str, list[str]]:
             *("-h", config.ui.host, "-p", str(ports["webserver"])),
         ],
     }
-    if config.worker.nursery and sys.platform == "linux":
+    if config.worker.nursery and config.worker.launcher == "subprocess" and sys.platform == "linux":
         found["nursery"] = [python, "-m", "eval_platform.nursery", str(config.state_dir)]
     return found
 
@@ -258,16 +258,6 @@ def _environment(config: Config) -> dict[str, str]:
     if config.file is not None:
         found["EVAL_PLATFORM_CONFIG"] = str(config.file)
     return found
-
-
-def _instance_folder(config: Config) -> None:
-    """DAGSTER_HOME with our dagster.yaml, unless the user has put one there or edited ours."""
-    config.dagster_home.mkdir(parents=True, exist_ok=True)
-    target = config.dagster_home / "dagster.yaml"
-    text = resources.files("eval_platform").joinpath("dagster.yaml").read_text(encoding="utf-8")
-    ours = re.escape(text).replace("EVALUATE_LIMIT", "[0-9]+")
-    if not target.exists() or re.fullmatch(ours, target.read_text(encoding="utf-8")):
-        target.write_text(text.replace("EVALUATE_LIMIT", str(config.worker.slots)), encoding="utf-8")
 
 
 def _free_port() -> int:

@@ -2,16 +2,17 @@
 
     python -m eval_platform.worker <folder with plan.json>
 
-It appends messages to `messages.jsonl` in that folder, in Dagster Pipes' envelope (see docs/architecture.md), and
+It appends messages to `messages.jsonl` in that folder, in Dagster Pipes' envelope (see docs/launchers.md), and
 commits every task as it finishes. What was answered before a crash is read from the journal and not asked again; what
 another worker holds is done last. The exit codes are EXIT_*.
 """
 
+import argparse
 import gc
 import json
 import logging
 import os
-import signal
+import socket
 import sys
 import time
 import traceback
@@ -20,13 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import pyarrow as pa
 
-from eval_platform import checkpoints, scoring, tasks
+from eval_platform import __version__, checkpoints, scoring, stopping, tasks
 from eval_platform.config import S3
+from eval_platform.devices import peak_memory_bytes, visible_devices
 from eval_platform.engine import (
     ChatTemplate,
     Engine,
@@ -39,10 +40,20 @@ from eval_platform.engine import (
     resolve_settings,
 )
 from eval_platform.engine import load as load_engine
-from eval_platform.errors import CheckpointChanged, ErrorClass, EvalPlatformError, SamplesPruned, classify
+from eval_platform.errors import (
+    CheckpointChanged,
+    DeviceFailed,
+    ErrorClass,
+    EvalPlatformError,
+    NoDevice,
+    SamplesPruned,
+    as_device_error,
+    classify,
+)
 from eval_platform.identity import content_id, ordered_id
-from eval_platform.plan import Plan, PlannedTask, read_plan
+from eval_platform.plan import PLAN_VERSION, OtherRelease, Plan, PlannedTask, read_plan
 from eval_platform.sandbox import describe as describe_sandbox
+from eval_platform.stopping import Stopped
 from eval_platform.store import Store, arrivals, commits, decisions, journal, leases, open_store, tries, utc_now
 from eval_platform.store.process import process_record, this_process
 from eval_platform.values import Checkpoint, Failure, Item, Request, Response, RunSettings, known_sum
@@ -52,7 +63,11 @@ EXIT_FAILED = 1
 EXIT_FAULT = 70
 EXIT_TRY_AGAIN = 75
 EXIT_WAITING = 76
+EXIT_REFUSED = 78
 _WORST_FIRST = (EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_WAITING, EXIT_DONE)
+
+# After these no other task of the plan can be asked here either: the files or the GPU are not what they were.
+_ENDS_ALL = (CheckpointChanged, DeviceFailed, NoDevice)
 
 # In place of an id: a served model's tokenizer is its server's own, and no part of how prompts are written.
 _UNSEEN = "unseen"
@@ -65,10 +80,6 @@ Emit = Callable[[Message], None]
 Load = Callable[[Path, RunSettings], Engine]
 
 log = logging.getLogger("eval_platform.worker")
-
-
-class Stopped(BaseException):
-    """SIGTERM: flush and leave. Not an Exception, so that no task's handler takes it for a failure."""
 
 
 @dataclass
@@ -108,7 +119,8 @@ class _Model:
         if entry is not None:
             return load_served(entry, self.settings)
         assert self.path is not None
-        return self.load(self.path, self.settings)
+        with _on_device():
+            return self.load(self.path, self.settings)
 
     def prompt_lengths(self) -> PromptLengths:
         if self.path is None:
@@ -146,13 +158,13 @@ def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
         code = _failed(emit, None, error)
     finally:
         checkpoints.release(model.checkpoint)
-    if code == EXIT_DONE:
+    if code == EXIT_DONE and not plan.keep_hold:
         checkpoints.release_hold(plan.arrival, Path(plan.cache))
     return code
 
 
 def _all_tasks(model: _Model) -> int:
-    """Every planned task; the worst that happened is the exit code. Raises CheckpointChanged: then none goes on."""
+    """Every planned task; the worst that happened is the exit code. Raises _ENDS_ALL: then none goes on."""
     plan = model.plan
     codes = [EXIT_DONE]
     leased_elsewhere: list[PlannedTask] = []
@@ -210,6 +222,18 @@ def _told_of(staged: Path | None, uri: str) -> Iterator[None]:
 
 
 @contextmanager
+def _on_device() -> Iterator[None]:
+    """A GPU's errors in our words: they say whose fault it is not."""
+    try:
+        yield
+    except Exception as error:
+        known = as_device_error(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+@contextmanager
 def _arrival_try(store: Store, plan: Plan) -> Iterator[None]:
     """What fails before any task can be asked is recorded under the arrival."""
     subject = tries.arrival_subject(plan.arrival)
@@ -222,10 +246,13 @@ def _recorded(a_try: tries.Try, *, done: tries.Outcome | None) -> Iterator[None]
     """End the try as `done`, or with the class and reason of what was raised."""
     try:
         yield
-    except Stopped:
+    except (Stopped, NoDevice):
         a_try.end("interrupted")
         raise
     except Exception as error:
+        if stopping.was_asked():  # it is what some library made of the stop
+            a_try.end("interrupted")
+            raise Stopped from error
         a_try.end("failed", Failure(classify(error), str(error)), detail=traceback.format_exc())
         raise
     if done:
@@ -268,12 +295,12 @@ def _ask_id(model: _Model, task: PlannedTask) -> str:
 def _one_task(model: _Model, task: PlannedTask, watch: leases.LeaseWatch | None = None) -> int:
     """Answer one task unless someone has, or is at it. Returns EXIT_DONE, _FAILED, _TRY_AGAIN or _WAITING.
 
-    `watch` has looked at the lease before and so can tell a silent holder. Raises CheckpointChanged.
+    `watch` has looked at the lease before and so can tell a silent holder. Raises _ENDS_ALL.
     """
     ids = _identify(model, task)
     try:
         return _leased(model, task, ids, watch or leases.LeaseWatch(model.store, ids.evaluation_id))
-    except CheckpointChanged:  # of no use to the other tasks either, nor to another try of this arrival
+    except _ENDS_ALL:
         raise
     except Exception as error:  # noqa: BLE001 -- one task's failure never takes the others with it
         code = _failed(model.emit, task.name, error)
@@ -387,9 +414,9 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     )
     stored = _stored_answers(store, planned, ids, task, items)
     origin = "asked" if stored is None else "rescored"
-    answer_seconds = 0.0
+    answer_seconds, asked_tokens = 0.0, 0
     if stored is None:
-        answers, answer_seconds = _ask(model, planned, ids, lease, a_try, requests)
+        answers, answer_seconds, asked_tokens = _ask(model, planned, ids, lease, a_try, requests)
     else:
         answers = stored
 
@@ -404,6 +431,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     )
     info = model.engine.info if model.engine is not None else None
     responses = [answers[request.request_id, request.repeat] for request in requests]
+    seconds = time.monotonic() - started
     record = {
         **_subject_fields(model, planned, ids),
         "evaluation_id": ids.evaluation_id,
@@ -422,8 +450,10 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "versions": (dict(info.versions) if info else {}) | tasks.package_versions(task.definition) | ran_in,
         "started_at": started_at,
         "finished_at": utc_now(),
-        "seconds": time.monotonic() - started,
+        "seconds": seconds,
         "answer_seconds": answer_seconds,
+        "tokens_per_second": asked_tokens / answer_seconds if asked_tokens and answer_seconds else None,
+        **_device_cost(model, seconds),
         "n_requests": len(requests),
         "n_tokens": known_sum(response.n_tokens for response in responses),
         "truncated": sum(response.truncated_left_tokens > 0 for response in responses),
@@ -515,8 +545,11 @@ def _ask(
     lease: leases.Lease,
     a_try: tries.Try,
     requests: Sequence[Request],
-) -> tuple[dict[tuple[str, int], Response], float]:
-    """All answers, and the seconds spent inside the engine. Journals as it goes."""
+) -> tuple[dict[tuple[str, int], Response], float, int]:
+    """All answers, the seconds spent inside the engine, and the tokens (`Response.n_tokens`) that came of them.
+
+    What an earlier try has answered costs neither, and None counts for nothing. Journals as it goes.
+    """
     book = journal.Journal(model.store, ids.answers_id, ids.attempt, a_try.try_id)
     wanted = {(request.request_id, request.repeat) for request in requests}
     # A rerun truly asks again, also when another evaluation that asks the same has been rerun before it.
@@ -525,18 +558,19 @@ def _ask(
     answers = {key: response for key, response in book.finished(whose).items() if key in wanted}
     missing = [request for request in requests if (request.request_id, request.repeat) not in answers]
     if not missing:
-        return answers, 0.0
+        return answers, 0.0, 0
     running = model.loaded()
     answer_seconds, pending, flushed = 0.0, [], time.monotonic()
 
     def flush() -> None:
         nonlocal flushed
-        if pending:
-            # The journal outlives this try, and a checkpoint may come back with the same content: no answer of a
-            # model that was overwritten meanwhile may be found there.
-            checkpoints.verify_unchanged(model.checkpoint)
-            book.append(pending)
-            pending.clear()
+        with stopping.held_back():  # what is in the journal is pending no more
+            if pending:
+                # The journal outlives this try, and a checkpoint may come back with the same content: no answer of a
+                # model that was overwritten meanwhile may be found there.
+                checkpoints.verify_unchanged(model.checkpoint)
+                book.append(pending)
+                pending.clear()
         flushed = time.monotonic()
         progress = {"task": planned.name, "done": len(answers), "total": len(requests)}
         lease.progress = progress
@@ -545,19 +579,31 @@ def _ask(
     flush()
     replies = running.answer(missing)
     try:
-        while True:
-            before = time.monotonic()
-            response = next(replies, None)
-            answer_seconds += time.monotonic() - before
-            if response is None:
-                break
-            answers[response.request_id, response.repeat] = response
-            pending.append(response)
-            if len(pending) >= FLUSH_RESPONSES or time.monotonic() - flushed > FLUSH_SECONDS:
-                flush()
+        with _on_device():
+            while True:
+                before = time.monotonic()
+                response = next(replies, None)
+                answer_seconds += time.monotonic() - before
+                if response is None:
+                    break
+                answers[response.request_id, response.repeat] = response
+                pending.append(response)
+                if len(pending) >= FLUSH_RESPONSES or time.monotonic() - flushed > FLUSH_SECONDS:
+                    flush()
     finally:
         flush()
-    return answers, answer_seconds
+    asked = known_sum(answers[request.request_id, request.repeat].n_tokens for request in missing)
+    return answers, answer_seconds, asked or 0
+
+
+def _device_cost(model: _Model, seconds: float) -> dict[str, Any]:
+    """What an evaluation of `seconds` cost here: nothing where no model was loaded, or a server has it."""
+    if model.engine is None or model.path is None:
+        return {"device_seconds": 0.0, "peak_memory_bytes": None}
+    device = model.engine.info.device
+    # The GPUs that it was given, used or not; without any the ones it uses, or the one CPU.
+    count = max(len(visible_devices() or ()), device.count("cuda:"), 1)
+    return {"device_seconds": seconds * count, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
 def _bill(plan: Plan, responses: Sequence[Response]) -> dict[str, Any]:
@@ -593,10 +639,6 @@ def pipes_line(message: Mapping[str, Any]) -> str:
     return json.dumps(envelope) + "\n"
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise Stopped
-
-
 def _load_for_good(path: Path, settings: RunSettings) -> Engine:
     """The engine, taken out of the garbage collector's sight together with all that was imported.
 
@@ -609,28 +651,57 @@ def _load_for_good(path: Path, settings: RunSettings) -> Engine:
 
 def main(folder: Path, driver: Mapping[str, Any]) -> int:
     """The program: plan.json in, messages.jsonl out. `driver` is the record of the process that asked for it."""
-    signal.signal(signal.SIGTERM, _stop)
+    stopping.obey_sigterm(EXIT_TRY_AGAIN)
+    try:
+        return _main(folder, driver)
+    except Stopped:  # in its first steps, or its last
+        return EXIT_TRY_AGAIN
+
+
+def _main(folder: Path, driver: Mapping[str, Any]) -> int:
     processes = {"worker": this_process(), "driver": driver}
-    told = folder / "process.json.new"  # whoever looks (`launch.running`) sees it whole or not at all
+    told = folder / "process.json.new"  # whoever looks (`launching.running`) sees it whole or not at all
     told.write_text(json.dumps(processes), encoding="utf-8")
     told.rename(folder / "process.json")
-    with (folder / "messages.jsonl").open("a", encoding="utf-8") as messages:
+    file = folder / "messages.jsonl"
+    is_torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by an earlier life, whose machine failed
+    with file.open("a", encoding="utf-8") as messages:
+        messages.write("\n" if is_torn else "")
 
         def emit(message: Message) -> None:
             messages.write(pipes_line({**message, "time": time.time()}))
             messages.flush()
 
         try:
+            emit(_hello())
             plan = read_plan(folder / "plan.json")
+            plan.refuse_other_release()
             code = work(plan, open_store(plan.store, S3(**plan.s3)), emit, load=_load_for_good)
         except Stopped:
             log.warning("stopped; what was answered is in the journal")
             code = EXIT_TRY_AGAIN
+        except OtherRelease as error:  # nothing of it is recorded: the checkpoint can do nothing about it
+            _failed(emit, None, error)
+            code = EXIT_REFUSED
+        except EvalPlatformError as error:  # a results root that does not answer
+            code = _failed(emit, None, error)
         except Exception as error:  # noqa: BLE001 -- the last word of a process: say it, end with its code
             _failed(emit, None, error)
             code = EXIT_FAULT
         emit({"type": "end", "code": code})
     return code
+
+
+def _hello() -> Message:
+    """Who works here: what a driver on another machine cannot see. devices: null where nobody gave it any."""
+    return {
+        "type": "hello",
+        "platform": __version__,
+        "plan_version": PLAN_VERSION,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "devices": visible_devices(),
+    }
 
 
 def leave(code: int) -> NoReturn:
@@ -641,6 +712,39 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+_HELP = f"""\
+Answers one plan and ends: stages the checkpoint, loads the model once, asks what is not answered yet, commits every
+task as it finishes. Started by the platform; by hand it does the same, for whoever wants to look.
+
+files in FOLDER:
+  plan.json        read: the arrival, the tasks, the settings, where the results go
+  messages.jsonl   written: a line for everything that happens, in Dagster Pipes' envelope; the first is `hello`
+  process.json     written: who this process is, and who asked for it
+Results and the journal go straight to the results root. Credentials come from the environment, never from the plan.
+
+CUDA_VISIBLE_DEVICES says which GPUs are its own. SIGTERM: what is answered is journalled, the lease released, and it
+leaves, within 10 s; after SIGKILL the answers of at most a second, or {FLUSH_RESPONSES} of them, are asked again.
+
+exit codes:
+  {EXIT_DONE}    everything asked is committed
+  {EXIT_FAILED}    something failed for good
+  {EXIT_FAULT}   a fault of the platform's own
+  {EXIT_TRY_AGAIN}   something failed that may pass by itself, or it was told to stop
+  {EXIT_WAITING}   another worker is answering what is left
+  {EXIT_REFUSED}   the plan is of another release of eval-platform than this worker
+"""
+
+
+def _folder_named(arguments: Sequence[str]) -> Path:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval_platform.worker",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the worker's own, with plan.json in it")
+    return parser.parse_args(arguments).folder
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    leave(main(Path(sys.argv[1]), process_record(os.getppid())))
+    leave(main(_folder_named(sys.argv[1:]), process_record(os.getppid())))

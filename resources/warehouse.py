@@ -18,5 +18,12 @@ class WarehouseResource(dg.ConfigurableResource):
 
     def query(self, sql: str) -> pa.Table:
         """Ask the catalog as it is; `refresh` first. For statements of our own: strangers' go through the library's."""
-        with warehouse.connect(self.store.config().catalog_path, self.store.open(), samples=False) as con:
-            return con.execute(sql).to_arrow_table()
+        return self.queries(sql)[0]
+
+    def queries(self, *statements: str) -> list[pa.Table]:
+        """`query` of each, of one and the same catalog: to open it costs more than most statements."""
+        config = self.store.config()
+        with warehouse.connect(
+            config.catalog_path, self.store.open(), samples=False, references=config.reference_keys
+        ) as con:
+            return [con.execute(sql).to_arrow_table() for sql in statements]

@@ -1,7 +1,7 @@
 """A new checkpoint in a watched folder -> an arrival, a partition and a run, in one tick."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -10,16 +10,26 @@ import dagster as dg
 
 from assets.partitions import checkpoints
 from assets.results import ARRIVAL_TAG, CHECKPOINT, EVALUATE_JOB, SUMMARY, TASKS_TAG, arrival_name, results_key
+from eval_platform import queueing
 from eval_platform.checkpoints import Found, Watch, as_found, discover, hold
 from eval_platform.config import Config
 from eval_platform.store import Store, arrivals, open_root, register_root, watcher_id
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Arrival, Incomplete
 from resources.store import StoreResource
+from sensors.queue import at_once, in_order, of_tiers
+
+# For listing the folders of a bucket: with thousands of runs a tick would take longer than Dagster lets it.
+_PATIENCE_SECONDS = 0.75
 
 
-def run_request(arrival: Arrival, lock: TaskLock, tasks: Collection[str], *, suffix: str = "") -> dg.RunRequest:
-    """A run for one arrival on `tasks`. run_keys last for ever, so that a repair needs another: `suffix`."""
+def run_request(
+    arrival: Arrival, lock: TaskLock, tasks: Collection[str], *, suffix: str = "", more: Mapping[str, str] | None = None
+) -> dg.RunRequest:
+    """A run for one arrival on `tasks`. run_keys last for ever, so that a repair needs another: `suffix`.
+
+    more: tags beyond those that every run has.
+    """
     name = arrival_name(arrival.key, arrival.n)
     selection = None
     if set(tasks) != set(lock.tasks):
@@ -37,6 +47,7 @@ def run_request(arrival: Arrival, lock: TaskLock, tasks: Collection[str], *, suf
             "dagster/priority": str(int(datetime.fromisoformat(arrival.arrived_at).timestamp()))
             if arrival.arrived_at
             else "0",
+            **(more or {}),
         },
     )
 
@@ -68,10 +79,11 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
         if not memory.is_open:
             open_root(opened)
             memory.is_open = True
-        for root in config.checkpoints:
+        for root in config.roots:
             if (root.name, root.path) not in memory.roots:
                 register_root(opened, root.name, root.path)
                 memory.roots.add((root.name, root.path))
+        tiers = queueing.tiers(config.queue, config.suites, lock)
         cursor = json.loads(context.cursor or "{}")
         watch = Watch.from_json(cursor.get("watch"))
         keys = sorted(context.instance.get_dynamic_partitions(str(checkpoints.name)))
@@ -83,16 +95,18 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
 
         found: list[Found] = []
         waiting: list[Incomplete] = []
-        for candidate in discover(config.checkpoints, known, watch, sweep, config.s3):
-            if isinstance(candidate, Found):
-                found.append(candidate)
-            else:
+        for candidate in discover(config.roots, known, watch, sweep, config.s3, _PATIENCE_SECONDS):
+            if isinstance(candidate, Incomplete):
                 waiting.append(candidate)
+            elif (beside := config.beside_reference(candidate.key)) is not None:
+                waiting.append(Incomplete(candidate.key, candidate.uri, beside, refused=True))
+            else:
+                found.append(candidate)
         found += _configured(config, opened, known)
         watcher = watcher_id(config.state_dir)
         requests, events, added = [], [], []
         for one in _in_turn(found):
-            if len(requests) >= config.sensor.new_per_tick:
+            if len(events) >= config.sensor.new_per_tick:
                 break
             arrival, is_new = arrivals.register(opened, watcher=watcher, **asdict(one))
             if one.key not in known:
@@ -102,7 +116,8 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
                 continue  # another watcher's arrival, or a sweep of what has not changed
             # A trainer may delete the folder while the run waits in the queue.
             held = hold(arrival, config.cache_dir)
-            requests.append(run_request(arrival, lock, lock.tasks))
+            for part in of_tiers(config, tiers, arrival.key, at_once(config, tiers, lock, arrival.key)):
+                requests.append(run_request(arrival, lock, part.tasks, suffix=part.suffix, more=part.tags(arrival)))
             events.append(
                 dg.AssetObservation(
                     CHECKPOINT,
@@ -114,10 +129,12 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
             "watch": watch.to_json(),
             "position": position,
             "known": len(known),
-            "backlog": len(found) - len(requests),
+            "backlog": len(found) - len(events),
             "waiting": [f"{w.key}: {w.reason}" for w in waiting[:20]],
         }
         skip = None
+        if requests:  # what waits has kept its order else
+            requests = in_order(context.instance, config, opened, requests)
         if not requests:
             skip = "no new checkpoint" + "".join(f"; {w.key} waits: {w.reason}" for w in waiting[:5])
         return dg.SensorResult(

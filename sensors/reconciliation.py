@@ -21,14 +21,27 @@ from assets.results import (
     dataset_key,
     results_key,
 )
-from assets.standing import Standing, Unfinished, marks, standing, unfinished
+from assets.standing import (
+    Skipped,
+    Standing,
+    Unfinished,
+    marks,
+    queue,
+    reference_scores,
+    standing,
+    unfinished,
+)
+from eval_platform import queueing
 from eval_platform.checkpoints import held
 from eval_platform.config import Config
+from eval_platform.queueing import Point
 from eval_platform.store import Store, arrivals, commits, decisions
 from eval_platform.tasks import TaskLock
 from resources.store import StoreResource
 from resources.warehouse import WarehouseResource
+from sensors.queue import in_order
 from sensors.repairs import Repairs, is_busy, release_holds, repairs, reruns
+from sensors.tiers import Look, gaps, later_tiers, may_be_last
 
 MIRRORED_KEYS_PER_TICK = 25
 
@@ -40,6 +53,10 @@ class _Memory:
     catalog: tuple[int, ...] = ()
     marks: dict[str, str] = field(default_factory=dict)
     unfinished: list[Unfinished] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    curves: dict[str, list[Point]] = field(default_factory=dict)
+    asked: set[tuple[str, str]] = field(default_factory=set)  # arrival, tier that it has had a run of
+    settled: dict[Skipped, float] = field(default_factory=dict)  # passed over, not to be taken up -> when seen
     shown: dict[str, str] = field(default_factory=dict)  # key -> mark that Dagster shows
     datasets: dict[str, str] = field(default_factory=dict)
     repairs: Repairs = field(default_factory=Repairs)
@@ -68,19 +85,28 @@ def reconciliation_sensor(lock: TaskLock) -> dg.SensorDefinition:
         cursor = json.loads(context.cursor or "{}")
 
         events: list[Any] = list(_datasets(instance, lock, memory.datasets))
-        mirrored = _unseen(instance, memory)
+        mirrored = _unseen(instance, memory, queued=config.queue is None)
+        lines = reference_scores(warehouse) if mirrored else {}
         for key, results in standing(warehouse, lock, mirrored).items():
             if results:
-                events += _mirror(instance, opened, key, results, memory.marks[key])
+                events += _mirror(instance, opened, key, results, memory.marks[key], lines)
         added = sorted(set(mirrored) - known)
         known.update(added)
 
-        requests = list(repairs(instance, config, opened, lock, memory.unfinished, known, memory.repairs))
+        tiers = queueing.tiers(config.queue, config.suites, lock)
+        requests = list(
+            repairs(instance, config, opened, lock, memory.unfinished, known, memory.repairs, tiers, memory.skipped)
+        )
         asked_again, cursor["reruns_since"] = reruns(
-            instance, opened, lock, known, cursor.get("reruns_since"), memory.repairs
+            instance, config, opened, lock, known, cursor.get("reruns_since"), memory.repairs
         )
         requests += asked_again
-        release_holds(instance, config, holds, memory.unfinished, memory.repairs)
+        look = Look(instance, config, opened, lock, tiers, memory.unfinished, memory.skipped, known)
+        requests += later_tiers(look, memory.curves, memory.asked)
+        if not requests:
+            requests += gaps(look, memory.settled)
+        requests = in_order(instance, config, opened, requests)
+        release_holds(instance, config, holds, memory.unfinished, memory.repairs, may_be_last(look, memory.curves))
         return dg.SensorResult(
             run_requests=requests,
             asset_events=events,
@@ -101,11 +127,16 @@ def _look(memory: _Memory, config: Config, warehouse: WarehouseResource, lock: T
         return
     memory.marks = marks(warehouse, lock)
     memory.unfinished = unfinished(warehouse, lock)
+    if config.queue is not None:
+        memory.curves, memory.skipped = queue(warehouse)
     memory.catalog = seen
 
 
-def _unseen(instance: dg.DagsterInstance, memory: _Memory) -> list[str]:
-    """Keys of which Dagster shows something else than what stands, what was decided last first."""
+def _unseen(instance: dg.DagsterInstance, memory: _Memory, *, queued: bool) -> list[str]:
+    """Keys of which Dagster shows something else than what stands, what was decided last first.
+
+    queued: leave those alone that a queued run will report; with `[queue]` that may be long from now.
+    """
     differ = [key for key, mark in memory.marks.items() if memory.shown.get(key) != mark]
     if not differ:
         return []
@@ -122,7 +153,7 @@ def _unseen(instance: dg.DagsterInstance, memory: _Memory) -> list[str]:
             break
         if latest.get(key, {}).get(metadata.DATA_VERSION) == memory.marks[key]:
             memory.shown[key] = memory.marks[key]
-        elif not is_busy(instance, key):  # else its own run reports it
+        elif not is_busy(instance, key, queued=queued):  # else its own run reports it
             found.append(key)
     return found
 
@@ -136,8 +167,18 @@ def _tags(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str | None)
     return records[0].asset_materialization.tags or {}
 
 
-def _mirror(instance: dg.DagsterInstance, store: Store, key: str, results: list[Standing], mark: str) -> Iterator[Any]:
-    """Events for what Dagster does not show of a key; `summary` last, so that what a crash cuts off is still owed."""
+def _mirror(
+    instance: dg.DagsterInstance,
+    store: Store,
+    key: str,
+    results: list[Standing],
+    mark: str,
+    lines: Mapping[str, Mapping[str, float]],
+) -> Iterator[Any]:
+    """Events for what Dagster does not show of a key; `summary` last, so that what a crash cuts off is still owed.
+
+    lines: task -> name of a reference -> its score.
+    """
     arrival = arrivals.get(store, key, results[0].n)
     if arrival is None:
         raise RuntimeError(f"{key}@{results[0].n}: the catalog knows an arrival that the store has lost")
@@ -161,7 +202,7 @@ def _mirror(instance: dg.DagsterInstance, store: Store, key: str, results: list[
             results_key(one.task),
             partition=key,
             description=f"{decision.action} by {decision.actor}",
-            metadata=metadata.result_metadata(store, record, decision),
+            metadata=metadata.result_metadata(store, record, decision, lines.get(one.task, {})),
             tags=tags,
         )
         metadata.report_check(instance, dg.AssetCheckKey(results_key(one.task), GATE), key, decision)

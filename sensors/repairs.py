@@ -9,14 +9,17 @@ from datetime import UTC, date, datetime, timedelta
 import dagster as dg
 
 from assets.results import ARRIVAL_TAG, TASKS_TAG, arrival_name, results_key
-from assets.standing import Unfinished
+from assets.standing import Skipped, Unfinished
+from eval_platform import queueing
 from eval_platform.checkpoints import hold, release_other_holds
 from eval_platform.config import Config
 from eval_platform.plan import not_asked
+from eval_platform.queueing import Tier
 from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.store import Store, arrivals, commits, layout, log, tries
 from eval_platform.tasks import TaskLock
 from sensors.arrivals import run_request
+from sensors.queue import TIER_TAG, Part, at_once, is_apart, of_tiers
 
 REPAIRS_PER_TICK = 25
 LOOKED_AT_PER_TICK = 200
@@ -44,10 +47,20 @@ class Repairs:
     looked: set[str] = field(default_factory=set)  # log entries
 
 
-def is_busy(instance: dg.DagsterInstance, key: str) -> bool:
-    """Whether a run for the key waits or works."""
-    where = dg.RunsFilter(tags={"dagster/partition": key}, statuses=_GOING_ON)
+def is_busy(instance: dg.DagsterInstance, key: str, *, queued: bool = True) -> bool:
+    """Whether a run for the key works, or waits where `queued`."""
+    statuses = [one for one in _GOING_ON if queued or one != dg.DagsterRunStatus.QUEUED]
+    where = dg.RunsFilter(tags={"dagster/partition": key}, statuses=statuses)
     return instance.get_runs_count(where) > 0
+
+
+def _under_way(instance: dg.DagsterInstance, config: Config, lock: TaskLock, key: str) -> frozenset[str]:
+    """Tasks that runs for the key are about to answer: all, where a run is; but of one that waits in a queue with tiers
+    its own, since it may wait for days and must keep nothing else waiting."""
+    runs = instance.get_runs(dg.RunsFilter(tags={"dagster/partition": key}, statuses=_GOING_ON))
+    if runs and (config.queue is None or any(run.status != dg.DagsterRunStatus.QUEUED for run in runs)):
+        return frozenset(lock.tasks)
+    return frozenset(task for run in runs for task in _asked_of(run, lock))
 
 
 def repairs(
@@ -58,16 +71,23 @@ def repairs(
     unfinished: Sequence[Unfinished],
     known: set[str],
     memory: Repairs,
+    tiers: Sequence[Tier],
+    skipped: Collection[Skipped] = (),
 ) -> Iterator[dg.RunRequest]:
     """Runs for newest arrivals that have none, or whose runs ended without a result or a final failure of a task.
 
     What is asked of an arrival is what its runs were asked for, and what a changed task makes due (`_due`). Each
-    further run of an arrival waits twice as long.
+    further run of an arrival waits twice as long. What was passed over is nobody's due: it has its turn when nothing
+    waits.
     """
+    over: dict[tuple[str, int], frozenset[str]] = {}
+    for each in skipped:
+        over[each.key, each.n] = over.get((each.key, each.n), frozenset()) | each.tasks
     recently = datetime.now(UTC) - timedelta(seconds=RECENT_SECONDS)
     for record in instance.get_run_records(dg.RunsFilter(updated_after=recently)):
         memory.settled.pop(record.dagster_run.tags.get(ARRIVAL_TAG, ""), None)
-    roots = {root.name for root in config.checkpoints}
+    roots = {root.name for root in config.roots}
+    later = {tier.name for tier in tiers if not tier.takes_all}  # a run of these is not an arrival's first
     looked = count = 0
     for one in unfinished:
         name = arrival_name(one.key, one.n)
@@ -79,7 +99,8 @@ def repairs(
         if looked == LOOKED_AT_PER_TICK or count == REPAIRS_PER_TICK:
             return
         looked += 1
-        if is_busy(instance, one.key):
+        under_way = _under_way(instance, config, lock, one.key)
+        if under_way >= one.missing:
             continue
         records = [
             record
@@ -88,11 +109,17 @@ def repairs(
         ]
         if any(_will_be_retried(record, records) for record in records):
             continue
+        passed = over.get((one.key, one.n), frozenset())
         asked = {task for record in records for task in _asked_of(record.dagster_run, lock)}
-        if not records and (is_served or one.key.partition("/")[0] in roots):
-            asked = set(lock.tasks)  # `eval-platform run` asks its own checkpoints what it was told to ask, no more
+        had_first = any(record.dagster_run.tags.get(TIER_TAG) not in later for record in records)
+        if not had_first and (is_served or one.key.partition("/")[0] in roots):
+            # `eval-platform run` asks its own checkpoints what it was told to ask, no more.
+            asked |= at_once(config, tiers, lock, one.key) - passed
         impossible = not_asked(config, lock, store, one.key).keys()
-        owed = (asked | _due(config, one)) & one.missing - impossible
+        due = _due(config, tiers, one) - passed
+        owed = (asked | due) & one.missing - impossible - under_way
+        if not owed and under_way:
+            continue
         if not owed:
             memory.settled[name] = one
             continue
@@ -104,8 +131,11 @@ def repairs(
         count += 1
         hold(arrival, config.cache_dir)  # the tick that registered it may have been cut off before
         # Of a first run everything is asked: what is answered already costs nothing, and is shown.
-        tasks = owed if records else asked - impossible | owed
-        yield run_request(arrival, lock, tasks, suffix=f"#{len(records)}" if records else "")
+        tasks = owed if records else (asked - impossible - under_way) | owed
+        again = f"#{len(records)}" if records else ""
+        # What its runs were asked for keeps its place; what is due only since it changed comes after all others.
+        for part in of_tiers(config, tiers, one.key, tasks & asked, tasks - asked):
+            yield run_request(arrival, lock, part.tasks, suffix=part.suffix + again, more=part.tags(arrival))
 
 
 def release_holds(
@@ -114,14 +144,17 @@ def release_holds(
     held: Collection[str],
     unfinished: Sequence[Unfinished],
     memory: Repairs,
+    also: Collection[tuple[str, int]] = (),
 ) -> None:
     """Let go of checkpoints that nothing waits for any more: superseded, failed for good, or done.
 
-    held: the holds there were before the catalog was asked; a worker lets go only of what it finished.
+    held: the holds there were before the catalog was asked; a worker lets go only of what it finished. also: arrivals
+    (key, n) that may be asked for more.
     """
     if not held:
         return
     wanted = {(one.key, one.n) for one in unfinished if memory.settled.get(arrival_name(one.key, one.n)) != one}
+    wanted.update(also)
     for run in instance.get_runs(dg.RunsFilter(statuses=_GOING_ON)):
         key, _, n = run.tags.get(ARRIVAL_TAG, "").rpartition("@")
         if key:
@@ -131,6 +164,7 @@ def release_holds(
 
 def reruns(
     instance: dg.DagsterInstance,
+    config: Config,
     store: Store,
     lock: TaskLock,
     known: set[str],
@@ -157,7 +191,9 @@ def reruns(
         open_since = min(open_since, entry["time"][:10])
         arrival = arrivals.get(store, before["key"], before["arrival"])
         task = next((name for name, locked in lock.tasks.items() if locked.task_id == before["task_id"]), None)
-        if arrival is None or arrival.key not in known or task is None or is_busy(instance, arrival.key):
+        if arrival is None or arrival.key not in known or task is None:
+            continue
+        if task in _under_way(instance, config, lock, arrival.key):
             continue
         subjects = tries.evaluation_subject(evaluation_id, attempt), tries.arrival_subject(arrival)
         if any(tries.state(store, subject) is not None for subject in subjects):
@@ -166,16 +202,27 @@ def reruns(
         records = list(instance.get_run_records(dg.RunsFilter(tags={RERUN_TAG: name})))
         if _too_soon(records) or any(_will_be_retried(record, records) for record in records):
             continue
-        asked = run_request(arrival, lock, [task], suffix=f"#rerun-{name}#{len(records)}")
+        part = Part(frozenset([task]), place=None if config.queue is None else queueing.BY_HAND)
+        suffix = f"#rerun-{name}#{len(records)}"
+        asked = run_request(arrival, lock, part.tasks, suffix=suffix, more=part.tags(arrival))
         found.append(asked.with_replaced_attrs(tags={**asked.tags, RERUN_TAG: name}))
     folders = tuple(layout.log_folder(day) for day in days)
     memory.looked = {key for key in memory.looked if key.startswith(folders)}
     return found, (date.fromisoformat(open_since) - timedelta(days=1)).isoformat()
 
 
-def _due(config: Config, one: Unfinished) -> frozenset[str]:
-    """Tasks that a new definition makes due: those that need scoring only, always; the others if so configured."""
-    return one.missing if config.tasks.on_task_change == "backfill" else one.answered
+def _due(config: Config, tiers: Sequence[Tier], one: Unfinished) -> frozenset[str]:
+    """Tasks that a new definition makes due: those that need scoring only, always; the others if so configured, and if
+    their tier asks this checkpoint: each does, or another task of it was asked. A reference is asked everything."""
+    if one.key in config.reference_keys:
+        return one.missing
+    if config.tasks.on_task_change != "backfill":
+        return one.answered
+    if is_apart(config, one.key):
+        return one.missing
+    answered = {task for tier in tiers for task in tier.tasks} - one.missing
+    asks = [tier.tasks for tier in tiers if tier.takes_all or queueing.was_asked(tier, tiers, answered)]
+    return one.answered | one.missing & frozenset[str]().union(*asks)
 
 
 def _asked_of(run: dg.DagsterRun, lock: TaskLock) -> list[str]:

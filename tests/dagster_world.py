@@ -13,6 +13,7 @@ from typing import Any
 
 import dagster as dg
 from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.test_utils import create_run_for_test
 from warehouse_world import World
 
@@ -40,6 +41,10 @@ max_length = 256
 [worker]
 retry_wait_seconds = 0.1
 """
+
+
+# Where a run in Dagster's queue says that its code is; nothing is ever loaded from there.
+_ORIGIN = RemoteJobOrigin(RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("tests"), "repository"), "evaluate")
 
 
 def locked(task_id: str, ask_id: str = "ask", dataset_id: str = "data") -> LockedTask:
@@ -147,6 +152,7 @@ class DagsterWorld(World):
             tags=tags,
             parent_run_id=parent,
             root_run_id=parent,
+            remote_job_origin=_ORIGIN,
             asset_selection=frozenset(request.asset_selection) if request.asset_selection else None,
         )
 

@@ -31,11 +31,12 @@ from typing import Any, ClassVar
 
 from tiny_models import make_checkpoint
 
-from eval_platform import checkpoints, launch, warehouse, worker
+from eval_platform import checkpoints, warehouse, worker
 from eval_platform.config import Config, Root, Tasks
 from eval_platform.config import Engine as EngineConfig
 from eval_platform.config import Worker as WorkerConfig
 from eval_platform.drive import Outcome, drive
+from eval_platform.launching import local
 from eval_platform.plan import Wanted, plan
 from eval_platform.store import LocalStore, arrivals, journal, layout, watcher_id
 from eval_platform.store.process import process_record
@@ -139,10 +140,10 @@ class Place:
         todo = plan(arrival, Wanted(read_lock(config.lock_path), tasks), config, self.store)
         return list(drive(todo, config, self.store, actor="test"))
 
-    def launch(self, arrival: Arrival, *, state: str = "state") -> launch.Handle:
+    def launch(self, arrival: Arrival, *, state: str = "state") -> local.LocalHandle:
         """A worker alone, nobody listening."""
         config = self.config(state)
-        return launch.launch(plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store), config)
+        return local.launch(plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store), config)
 
     def command(self, name: str, value: object = "") -> None:
         """Give the workers an order; see the module's text."""
@@ -326,8 +327,8 @@ class Forked:
 def forked(place: "Place") -> Iterator[None]:
     """Within, `launch` forks its workers, and they obey `place`. None of them outlives it."""
     _import_all_that_a_worker_needs()
-    popen, control = launch.subprocess, os.environ.get(CONTROL)
-    launch.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[assignment]
+    popen, control = local.subprocess, os.environ.get(CONTROL)
+    local.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[assignment]
     os.environ[CONTROL] = str(place.control)
     try:
         yield
@@ -336,7 +337,7 @@ def forked(place: "Place") -> Iterator[None]:
             left.kill()
             left.wait()
         Forked.started.clear()
-        launch.subprocess = popen
+        local.subprocess = popen
         if control is None:
             del os.environ[CONTROL]
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fault_tools import until
 
-from eval_platform import launch
+from eval_platform import launching
 
 SOCKET = "nursery.sock"
 _READY_SECONDS = 120.0
@@ -26,7 +26,7 @@ def lend(state: Path) -> None:
 def start(folder: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A nursery whose socket is in `folder`, once it is ready."""
     command = [sys.executable, "-m", "eval_platform.nursery", str(folder)]
-    process = subprocess.Popen(command, env={**launch.WORKER_ENV, **env})
+    process = subprocess.Popen(command, env={**launching.WORKER_ENV, **env})
     until(lambda: (folder / SOCKET).exists() or process.poll() is not None, "the nursery to be ready", _READY_SECONDS)
     assert process.poll() is None
     return process

@@ -20,6 +20,7 @@ from wire import Answer, Cut, Wire
 from eval_platform.checkpoints import Found, Watch, discover, downloads, release, stage
 from eval_platform.checkpoints.buckets import bucket_listing, inspect_bucket
 from eval_platform.checkpoints.inspection import inspect
+from eval_platform.checkpoints.turns import Turns
 from eval_platform.config import S3, Root
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone
 from eval_platform.store.s3 import S3Store
@@ -225,6 +226,82 @@ def test_runs_most_of_whose_checkpoints_are_known_are_not_listed_whole(bucket, s
     assert [one.key for one in look(bucket, settings, known)] == ["b/f/3"]
     listings = [request for request in wire.requests if "list-type" in request]
     assert len(listings) <= 2 + 2 + 6 + 1, listings  # the top, the attempt, each run, the new one
+
+
+def test_a_look_that_has_no_time_left_goes_on_the_next_time(model, bucket, settings, wire, monkeypatch):
+    from eval_platform.checkpoints import buckets
+    from eval_platform.store import s3
+
+    monkeypatch.setattr(s3, "PAGE_KEYS", 4)  # as if a run had as many objects as a page has
+    monkeypatch.setattr(buckets, "PAGE_KEYS", 4)
+    runs = [f"run-{n:02}" for n in range(11)]
+    for run in runs:
+        for step in range(4):
+            bucket.put(f"{run}/{step}/config.json", b"{}")
+    upload(bucket, model, "run-05/new")
+    bucket.put("config.json", b"{}")  # the training's own: no checkpoint, whoever of its runs has been looked at
+    known = {f"b/{run}/{step}": "as it was" for run in runs for step in range(4)}
+    roots, watch = [Root(name="b", path=bucket.uri, quiet_seconds=0)], Watch()
+    looks = []
+    for _ in range(6):
+        wire.requests.clear()
+        found = {one.key for one in discover(roots, known, watch, (), settings, patience=0.0)}
+        listed = {request.partition(" HTTP")[0] for request in wire.requests if "list-type" in request}
+        looks.append((found, {run for run in runs if any(f"{run}%2F&" in one or f"{run}/&" in one for one in listed)}))
+        watch = Watch.from_json(watch.to_json())  # as a sensor's cursor carries it
+    assert set().union(*(entered for _, entered in looks[:3])) == set(runs)  # a round
+    first = next(n for n, (found, _) in enumerate(looks) if found)
+    assert all(found == ({"b/run-05/new"} if n >= first else set()) for n, (found, _) in enumerate(looks))
+    assert all("run-05" in entered for _, entered in looks[first:])  # where something is new it is looked at each time
+    # What a sweep asks for is looked at, whoever's turn it is.
+    swept = {one.key for one in discover(roots, known, watch, ["b/run-09/1"], settings, patience=0.0)}
+    assert "b/run-09/1" in swept
+
+
+def test_a_sweep_of_many_runs_never_keeps_a_new_run_from_being_found(bucket, settings, monkeypatch):
+    """On a server so slow that the sweep alone takes all the time there is; and a run that is broken for ever."""
+    from eval_platform.checkpoints import buckets
+    from eval_platform.store import s3
+
+    monkeypatch.setattr(s3, "PAGE_KEYS", 4)
+    monkeypatch.setattr(buckets, "PAGE_KEYS", 4)
+    swept = [f"run-{n:02}" for n in range(12)]
+    for run in swept:
+        for step in range(4):
+            bucket.put(f"{run}/{step}/config.json", b"{}")
+    others = [f"x-{n:02}" for n in range(8)]
+    for run in others:
+        bucket.put(f"{run}/1/config.json", b"{}")
+    known = {f"b/{run}/{step}": "as it was" for run in swept for step in range(4)}
+    roots, watch, found = [Root(name="b", path=bucket.uri, quiet_seconds=0)], Watch(), set()
+    for _ in range(4):
+        sweep = [key for key in known if key.endswith("/1")]
+        found |= {one.key for one in discover(roots, known, watch, sweep, settings, patience=0.0)}
+        watch = Watch.from_json(watch.to_json())
+    assert {f"b/{run}/1" for run in others} <= found
+
+
+def test_a_round_goes_on_where_it_was_when_one_look_had_no_time_for_it():
+    turns = Turns()
+    level, folders = "b", [f"b/{n}" for n in range(6)]
+    turns.looked(level, turns.order(level, folders, ())[1], {"b/0", "b/1"})
+    turns.looked(level, turns.order(level, folders, ())[1], ())
+    assert turns.order(level, folders, ())[1][0] == "b/2"
+
+
+def test_many_new_folders_are_read_page_by_page_while_there_is_time(bucket, settings, wire, monkeypatch):
+    from eval_platform.checkpoints import buckets
+    from eval_platform.store import s3
+
+    monkeypatch.setattr(s3, "PAGE_KEYS", 8)
+    monkeypatch.setattr(buckets, "PAGE_KEYS", 8)
+    for step in range(10, 40):
+        bucket.put(f"r/{step}/config.json", b"{}")
+    roots, watch, seen = [Root(name="b", path=bucket.uri, quiet_seconds=0)], Watch(), []
+    for _ in range(6):
+        seen.append({one.key for one in discover(roots, {}, watch, (), settings, patience=0.0)})
+    assert all(0 < len(one) < 30 for one in seen[:2])
+    assert set().union(*seen) == {f"b/r/{step}" for step in range(10, 40)}
 
 
 def test_an_upload_under_way_waits(model, bucket, settings):

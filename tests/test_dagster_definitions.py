@@ -13,6 +13,7 @@ from dagster_world import DagsterWorld, dagster_world, write_task
 
 from eval_platform import up
 from eval_platform.errors import EvalPlatformError
+from eval_platform.instance import write_instance
 
 pytestmark = pytest.mark.dagster
 
@@ -51,7 +52,7 @@ def test_loads_without_tasks_and_with_them_but_never_the_models_libraries(world:
     assert found["heavy"] == []
     assert found["assets"] == sorted(
         [
-            *("checkpoint", "summary", "leaderboard", "learning_curves", "record_bundles"),
+            *("checkpoint", "summary", "leaderboard", "learning_curves", "record_bundles", "run_logs"),
             *("results/a", "results/dotted.name-2", "datasets/a", "datasets/dotted.name-2"),
         ]
     )
@@ -106,15 +107,15 @@ def test_a_broken_task_file_fails_a_check_and_nothing_else(world: DagsterWorld) 
 
 
 def test_up_makes_its_home_and_keeps_it_in_step_with_the_configuration(world: DagsterWorld) -> None:
-    up._instance_folder(world.config)
+    write_instance(world.config)
     home = world.config.dagster_home / "dagster.yaml"
     assert "limit: 1}" in home.read_text()
     world.file.write_text(world.file.read_text() + "slots = 3\n")
-    up._instance_folder(world.config)
+    write_instance(world.config)
     assert "limit: 3}" in home.read_text()
     home.write_text(home.read_text() + "# mine\n")
     world.file.write_text(world.file.read_text().replace("slots = 3", "slots = 4"))
-    up._instance_folder(world.config)
+    write_instance(world.config)
     assert "limit: 3}" in home.read_text()
 
 

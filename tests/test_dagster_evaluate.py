@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,6 +127,17 @@ def test_what_nobody_can_evaluate_fails_in_words(world: DagsterWorld) -> None:
     assert not result.success
     failure = result.failure_data_for_node("evaluate_checkpoint")
     assert "nothing has arrived under runs/nothing" in failure.user_failure_data.description
+
+    # Deleted before a worker could read it: the error says where all that the worker said lies.
+    folder = make_checkpoint(world.checkpoints / "c" / "step_1", seed=4)
+    key = arrive(world, "c/step_1")
+    shutil.rmtree(folder)
+    failure = evaluate(world, key).failure_data_for_node("evaluate_checkpoint")
+    assert f"{key}: larger failed" in failure.user_failure_data.description
+    log = Path(failure.user_failure_data.metadata["worker's log"].value)
+    assert log.name == "worker.log"
+    assert log.is_relative_to(world.config.state_dir)
+    assert log.exists()
 
     # A task was edited and synced elsewhere: this lock is older than the results root.
     lock = world.config.lock_path

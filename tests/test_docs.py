@@ -59,11 +59,13 @@ def sections() -> dict[str, type[BaseModel]]:
     """Heading -> its model."""
     found: dict[str, type[BaseModel]] = {"Top of the file": Config}
     for name, field in Config.model_fields.items():
-        if name in ("checkpoints", "served"):
-            found[f"[[{name}]]"] = {"checkpoints": config.Root, "served": config.ServedModel}[name]
+        if name in ("checkpoints", "served", "references"):
+            kinds = {"checkpoints": config.Root, "served": config.ServedModel, "references": config.Reference}
+            found[f"[[{name}]]"] = kinds[name]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found[f"[{name}]"] = field.annotation
-    return found
+    # These may be left out as a whole, which is a value of its own.
+    return {**found, "[queue]": config.Queue, "[[queue.tiers]]": config.Tier}
 
 
 def shown(value: Any) -> str:
@@ -95,9 +97,14 @@ def test_every_field_of_the_configuration_is_documented_with_its_default() -> No
         fields = {
             name: shown(field.default)
             for name, field in model.model_fields.items()
-            if model is not Config
+            if model not in (Config, config.Queue)
+            or (model is config.Queue and name != "tiers")
             # Those left out have a page each.
-            or (name not in ("folder", "file", "checkpoints", "served") and f"[{name}]" not in models)
+            or (
+                model is Config
+                and name not in ("folder", "file", "checkpoints", "served", "references", "queue")
+                and f"[{name}]" not in models
+            )
         }
         assert told == fields, heading
     variables = set(re.findall(r"EVAL_PLATFORM_\w+", (ROOT / "eval_platform" / "config.py").read_text()))

@@ -10,6 +10,7 @@ from engine_oracle import ask, check_completed, check_scored, subject
 from model_families import FAMILIES, Family, make_family
 
 from eval_platform.engine import kernels
+from eval_platform.engine.products import Linear
 from eval_platform.values import Generation, Request, make_request
 
 # Families that go the plain path, and a part of the reason that the log gives. All others go through the tree.
@@ -104,9 +105,9 @@ def test_a_family_has_right_numbers_with_onednns_packed_products(
     """Models this small keep torch's products by themselves, and large ones do where nothing else is faster."""
     (family,) = [family for family in FAMILIES if family.name == name]
     monkeypatch.setattr(kernels, "_SMALL_MODEL", 0)
-    monkeypatch.setattr(kernels, "_choose", lambda samples, seconds: dict.fromkeys(samples, "onednn-packed"))
+    monkeypatch.setattr(kernels, "choose", lambda samples, seconds: dict.fromkeys(samples, "onednn-packed"))
     tiny = subject(make_family(tmp_path, family), "tree")
-    assert any(type(module) is kernels.Linear for module in tiny.engine._model.modules())  # type: ignore[attr-defined]
+    assert any(type(module) is Linear for module in tiny.engine._model.modules())  # type: ignore[attr-defined]
     answered, completed = ask(tiny.engine, SCORED), ask(tiny.engine, COMPLETED)
     for request in SCORED:
         check_scored(tiny, request, answered[request.request_id, 0])

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from warm import run_warm
 
 from eval_platform.engine import EngineInfo, kernels, load, placement
-from eval_platform.errors import CheckpointError, ConfigError, classify
+from eval_platform.errors import CheckpointError, ConfigError, NoDevice, classify
 from eval_platform.values import Generation, RunSettings, make_request
 
 CPU = RunSettings(device="cpu")
@@ -136,10 +136,20 @@ def test_a_tied_head_is_not_missing(architecture: Any, tmp_path: Path) -> None:
     load(path, CPU)
 
 
-@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99", "no such thing"])
-def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["tpu", "meta", "no such thing"])
+def test_what_is_no_device(device: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="device"):
         load(make_checkpoint(tmp_path), RunSettings(device=device))
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may have it, so that the checkpoint is not to blame."""
+    path = make_checkpoint(tmp_path)
+    with pytest.raises(NoDevice, match="cuda:99"):
+        load(path, RunSettings(device="cuda:99"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "98,99")
+    with pytest.raises(NoDevice, match=r"given the GPUs 98, 99, and torch .* sees 0 of them"):
+        load(path, RunSettings(device="cuda"))
 
 
 def test_only_local_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +345,7 @@ def test_products_that_give_other_numbers_send_a_fresh_model_down_the_plain_path
     assert engine.info.engine_path == "plain"
     assert list(engine.answer(asked)) == [right]
     assert "takes the plain path: with threads" in caplog.text
+    assert engine.info.versions["why_plain"].startswith("with threads")
     with pytest.raises(ConfigError, match="cannot run so: with threads"):
         load(checkpoint, RunSettings(device="cpu", engine_path="tree"))
 

@@ -529,6 +529,6 @@ def test_an_infinite_logit_is_no_prediction() -> None:
         def get_output_embeddings(self) -> torch.nn.Linear:
             return self.layer
 
-    value, greedy = Head(Model(), "torch").score(torch.tensor([[1.0, 1.0]]), [0, 0], [0, 1])  # type: ignore[arg-type]
+    value, greedy = Head(Model(), "torch", "torch").score(torch.tensor([[1.0, 1.0]]), [0, 0], [0, 1])  # type: ignore[arg-type]
     assert value.isnan().all()
     assert not greedy.any()

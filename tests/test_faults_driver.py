@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_tools import CONTROL, WORDS, Driver, Place, die_at_write, forked, sitecustomize, until
 
-from eval_platform import launch, warehouse
+from eval_platform import launching, warehouse
 from eval_platform.adopt import adopt
 from eval_platform.drive import drive
 from eval_platform.plan import Wanted, plan
@@ -87,7 +87,7 @@ def test_kill_9_of_the_driver_leaves_a_worker_that_commits_and_keeps_its_slot(pl
     )
     second.start()
     until(lambda: {"type": "slot", "waiting": True} in said, "the second driver to wait for the slot")
-    (only,) = launch.running(config)
+    (only,) = launching.running(config)
     assert (only.pid, only.is_orphan) == (worker, True)
     assert place.commits() == []
 

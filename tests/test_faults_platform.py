@@ -1,5 +1,6 @@
-"""A power cut under a whole running platform, and its daemon killed between tick and run: all goes on by itself."""
+"""A power cut under a whole running platform, its daemon killed between tick and run, a run ended by a person."""
 
+import fcntl
 import json
 import os
 import signal
@@ -74,17 +75,34 @@ class Up:
             process.kill()
         assert not alive, "SIGTERM left processes behind"
 
-    def runs(self, arrival: str) -> list[str]:
-        """Statuses of Dagster's runs for one arrival, newest first."""
-        query = f"""{{ runsOrError(filter: {{tags: [{{key: "eval/arrival", value: "{arrival}"}}]}}) {{
-            ... on Runs {{ results {{ status }} }} }} }}"""
+    def ask(self, query: str) -> dict:
+        """What the web server answers, as the UI asks it."""
         request = urllib.request.Request(
             f"{self.known()['url']}/graphql",
             json.dumps({"query": query}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return [run["status"] for run in json.load(answer)["data"]["runsOrError"]["results"]]
+            return json.load(answer)["data"]
+
+    def runs(self, arrival: str) -> dict[str, str]:
+        """Dagster's runs for one arrival, newest first, and their statuses."""
+        query = f"""{{ runsOrError(filter: {{tags: [{{key: "eval/arrival", value: "{arrival}"}}]}}) {{
+            ... on Runs {{ results {{ runId status }} }} }} }}"""
+        return {run["runId"]: run["status"] for run in self.ask(query)["runsOrError"]["results"]}
+
+    def end_run(self, run: str) -> None:
+        """As the UI's button does it."""
+        query = f'mutation {{ terminateRun(runId: "{run}", terminatePolicy: SAFE_TERMINATE) {{ __typename }} }}'
+        assert self.ask(query)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+
+    def printed(self, run: str) -> str:
+        """The standard output that the run's page shows."""
+        query = f"""{{ logsForRun(runId: "{run}") {{ ... on EventConnection {{ events {{
+            ... on LogsCapturedEvent {{ fileKey }} }} }} }} }}"""
+        (key,) = [event["fileKey"] for event in self.ask(query)["logsForRun"]["events"] if "fileKey" in event]
+        query = f'{{ capturedLogs(logKey: ["{run}", "compute_logs", "{key}"]) {{ stdout }} }}'
+        return self.ask(query)["capturedLogs"]["stdout"]
 
 
 @pytest.fixture
@@ -127,11 +145,21 @@ def decided(place):
     return [entry.key for entry in place.store.list("decisions/")]
 
 
-def ended(statuses):
+def ended(runs):
+    statuses = list(runs.values())
     return bool(statuses) and set(statuses) <= {"SUCCESS", "FAILURE", "CANCELED"} and statuses[0] == "SUCCESS"
 
 
-def test_power_cut_in_mid_task_and_daemon_killed_between_tick_and_run(place, up):
+def is_slot_free(place):
+    with (place.config().state_dir / "slots" / "0").open("ab") as slot:
+        try:
+            fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ended_by_a_person(place, up):
     first = drop(place, 1)
     place.command("pause_answer", PAUSE)
     before = up()
@@ -157,6 +185,20 @@ def test_power_cut_in_mid_task_and_daemon_killed_between_tick_and_run(place, up)
     until(lambda: len(decided(place)) == 2, "the second checkpoint to be decided", PATIENCE_S)
     assert after.known()["processes"]["daemon"]["pid"] != killed
     until(lambda: ended(after.runs(f"{second}@1")), "no run to be left as started", PATIENCE_S, every_s=2)
+    assert "threads" in after.printed(next(iter(after.runs(f"{second}@1"))))  # of the worker's own log
+
+    # Ended by a person in the UI: the worker is gone and its slot free within 10 s, and what it answered is kept.
+    third = drop(place, 3)
+    journaled = len(place.journaled())
+    place.command("pause_answer", PAUSE)
+    worker = place.paused(PATIENCE_S)
+    assert not is_slot_free(place)
+    (run,) = after.runs(f"{third}@1")
+    after.end_run(run)
+    until(lambda: is_slot_free(place) and not psutil.pid_exists(worker), "the worker to leave", 10.0)
+    until(lambda: after.runs(f"{third}@1") == {run: "CANCELED"}, "the run to be cancelled", PATIENCE_S)
+    place.revoke("pause_answer")
+    assert len(place.journaled()) == journaled + PAUSE
 
     rows = place.sql(
         "select a.key, a.n, attempt, status, evaluation_id from evaluations e "
@@ -174,5 +216,5 @@ def test_power_cut_in_mid_task_and_daemon_killed_between_tick_and_run(place, up)
         for row in rows
     ]
     assert outcomes == [[None, "committed"], ["committed"]]
-    assert len(place.asked()) == asked + 80 - 64 + 80
+    assert len(place.asked()) == asked + 80 - 64 + 80 + 80
     assert place.problems(state="onlooker") == []

@@ -11,7 +11,8 @@ import pytest
 from fault_tools import CONTROL, Place, sitecustomize, until
 from shared_nursery import start
 
-from eval_platform import launch, nursery
+from eval_platform import launching, nursery
+from eval_platform.launching.local import LocalHandle
 from eval_platform.store.process import known_dead
 from eval_platform.worker import EXIT_DONE, EXIT_TRY_AGAIN
 
@@ -31,7 +32,7 @@ class World:
     def serve(self) -> None:
         self.server = start(self.state, os.environ)
 
-    def worker(self, *, pauses: bool = False) -> launch.Handle:
+    def worker(self, *, pauses: bool = False) -> LocalHandle:
         """A forked worker on a new checkpoint; with `pauses` it waits after its first answer."""
         self.count += 1
         name = f"a/step_{self.count}"
@@ -65,19 +66,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         one.server.wait()
 
 
-def said(handle: launch.Handle) -> list[str]:
+def said(handle: LocalHandle) -> list[str]:
     return [message["type"] for messages in handle.messages() for message in messages]
 
 
 def test_a_forked_worker_does_the_whole_work_and_its_exit_code_is_known(world: World) -> None:
     handle = world.worker()
-    kinds = [kind for kind in said(handle) if kind not in {"staging", "progress"}]
-    assert kinds == ["staged", "started", "loaded", "committed", "end"]
+    kinds = [kind for kind in said(handle) if kind not in {"log", "staging", "progress"}]
+    assert kinds == ["hello", "staged", "started", "loaded", "committed", "end"]
     assert handle.poll() == EXIT_DONE == handle.process.wait()
     processes = json.loads((handle.folder / "process.json").read_text())
     assert processes["worker"]["pid"] == handle.process.pid
     assert processes["driver"]["pid"] == os.getpid()
-    assert "threads" in handle.log_path.read_text()
+    assert "threads" in (handle.folder / "worker.log").read_text()
     assert world.is_slot_free()
 
 
@@ -113,8 +114,8 @@ def test_a_worker_whose_driver_is_gone_works_to_its_end(world: World) -> None:
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "HF_HOME"])
 def test_a_worker_with_another_environment_is_refused(world: World, name: str, tmp_path: Path) -> None:
     with (tmp_path / "slot").open("ab") as slot:
-        env = {**launch.WORKER_ENV, **os.environ, name: "3"}
-        assert nursery.fork_worker(world.state, tmp_path, slot.fileno(), env) is None
+        env = {**launching.WORKER_ENV, **os.environ, name: "3"}
+        assert nursery.fork_worker(world.state, tmp_path, [slot.fileno()], env) is None
     assert list(tmp_path.iterdir()) == [tmp_path / "slot"]
 
 
@@ -125,12 +126,12 @@ def test_a_worker_that_nobody_waits_for_does_nothing(
     world.server.send_signal(signal.SIGSTOP)
     monkeypatch.setattr(nursery, "_ANSWER_SECONDS", 0.2)
     with (tmp_path / "slot").open("ab") as slot:
-        env = {**launch.WORKER_ENV, **os.environ}
-        assert nursery.fork_worker(world.state, tmp_path, slot.fileno(), env) is None
+        env = {**launching.WORKER_ENV, **os.environ}
+        assert nursery.fork_worker(world.state, tmp_path, [slot.fileno()], env) is None
         world.server.send_signal(signal.SIGCONT)
         monkeypatch.undo()
         # One after the other: when this is refused, the one before was forked.
-        assert nursery.fork_worker(world.state, tmp_path, slot.fileno(), {**env, "HF_HOME": "3"}) is None
+        assert nursery.fork_worker(world.state, tmp_path, [slot.fileno()], {**env, "HF_HOME": "3"}) is None
     children = Path(f"/proc/{world.server.pid}/task/{world.server.pid}/children")
     until(lambda: not children.read_text(), "the worker to leave")
     assert list(tmp_path.iterdir()) == [tmp_path / "slot"]
@@ -138,14 +139,15 @@ def test_a_worker_that_nobody_waits_for_does_nothing(
 
 def test_no_nursery_no_child(tmp_path: Path) -> None:
     with (tmp_path / "slot").open("ab") as slot:
-        assert nursery.fork_worker(tmp_path, tmp_path, slot.fileno(), os.environ) is None
+        assert nursery.fork_worker(tmp_path, tmp_path, [slot.fileno()], os.environ) is None
 
 
 def test_newer_code_retires_the_nursery_but_not_its_workers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = world.worker(pauses=True)
     monkeypatch.setattr(nursery, "_made_of", lambda: "newer")
     with (world.state / "slot").open("ab") as slot:
-        assert nursery.fork_worker(world.state, world.state, slot.fileno(), {**launch.WORKER_ENV, **os.environ}) is None
+        env = {**launching.WORKER_ENV, **os.environ}
+        assert nursery.fork_worker(world.state, world.state, [slot.fileno()], env) is None
     world.place.revoke("pause_answer")
     assert handle.process.wait() == EXIT_DONE
     assert world.server.wait(10) == 0

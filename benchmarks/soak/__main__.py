@@ -6,7 +6,8 @@ Two machines (state folders of their own; neither can know whether a process of 
 root in a bucket of moto's server, and checkpoints go on arriving in another. Workers are the platform's own program,
 started by `launch`; an engine that answers from the weights' bytes stands in place of the model. They are killed at
 random moments and at aimed ones (see `killer`), until there were so many kills; then all that arrived must be
-published, and `audit` counts. With --dagster so many more are killed under `eval-platform up`.
+published, and `audit` counts. With --dagster so many more are killed under `eval-platform up`. Ctrl-C ends the killing,
+not the counting: what was killed until then is drained and audited, and the exit code says that it was not all.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +31,7 @@ from benchmarks.soak.killer import Killer
 from benchmarks.soak.report import progress, report
 from benchmarks.soak.stub import lines
 from benchmarks.soak.world import World, world
-from eval_platform import launch
+from eval_platform import launching
 from eval_platform.config import Config
 
 MACHINES = ("north", "south")
@@ -53,9 +55,14 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a `timeout` ends all that was started
     wrong: list[str] = []
+    enough = threading.Event()
     if arguments.kills:
+        usual = signal.signal(signal.SIGINT, lambda *_: enough.set())
         with tempfile.TemporaryDirectory(prefix="soak-") as folder, world(Path(folder) / "soak") as one:
-            wrong += soak(one, kills=arguments.kills, seed=arguments.seed).wrong
+            wrong += soak(one, kills=arguments.kills, seed=arguments.seed, enough=enough).wrong
+        signal.signal(signal.SIGINT, usual)
+    if enough.is_set():
+        return 1
     if arguments.dagster:
         from benchmarks.soak.dagster import soak_dagster
 
@@ -72,8 +79,9 @@ def soak(
     machines: Sequence[str] = MACHINES,
     ahead: int = AHEAD,
     mean_wait: float = MEAN_WAIT,
+    enough: threading.Event | None = None,
 ) -> Count:
-    """Until there were `kills`, then until all is published; what was counted, and printed."""
+    """Until there were `kills`, or `enough` is set; then until all is published; what was counted, and printed."""
     began = time.monotonic()
     configs = [one.machine(name, slots=SLOTS, lease_seconds=LEASE_SECONDS) for name in machines]
     killer = Killer(one.control, random.Random(seed), mean_wait)
@@ -87,7 +95,7 @@ def soak(
             if (len(published), dead) != told:
                 news, told = time.monotonic(), (len(published), dead)
                 progress(console, dead, kills, len(published), len(one.dropped), began)
-            if dead >= kills:
+            if dead >= kills or (enough is not None and enough.is_set()):
                 break
             if len(one.dropped) - len(published) < ahead:
                 one.drop(configs[0])
@@ -128,7 +136,7 @@ def _machines(one: World, configs: Sequence[Config], seed: int) -> Iterator[subp
             + [str(config.folder) for config in configs],
             stdout=output,
             stderr=output,
-            env={**launch.WORKER_ENV, **os.environ},
+            env={**launching.WORKER_ENV, **os.environ},
             start_new_session=True,
         )
     try:

@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.soak.stub import append, lines, obey
-from eval_platform import launch, nursery, once
+from eval_platform import nursery, once
 from eval_platform.checkpoints import Found, Watch, discover
 from eval_platform.config import Config, load_config
 from eval_platform.drive import drive
 from eval_platform.errors import EvalPlatformError
+from eval_platform.launching import local
 from eval_platform.plan import Wanted, plan
 from eval_platform.quality import suites
 from eval_platform.store import Store, arrivals, open_root, open_store, process, register_root, watcher_id
@@ -55,7 +56,7 @@ def main(control: Path, seed: int, homes: Sequence[Path]) -> int:
     nursery._made_of = lambda: _MADE_OF
     nursery._forks_may_use_gpus = lambda: True  # nothing here has heard of one
     nursery._MODULES = ("eval_platform.worker", "eval_platform.store.s3", "boto3", "pyarrow.parquet")
-    launch._start = _refuse  # a fresh interpreter would load a model, and not be seen
+    local._start = _refuse  # a fresh interpreter would load a model, and not be seen
     for module in nursery._MODULES:
         importlib.import_module(module)
     suites._batch_definition()

@@ -49,8 +49,9 @@ def append(file: Path, record: dict[str, Any]) -> None:
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """What `append` wrote so far."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """What `append` wrote so far; not the line that is being written."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class _Life:

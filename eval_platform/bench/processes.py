@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval_platform.errors import EvalPlatformError
-from eval_platform.launch import WORKER_ENV
+from eval_platform.launching import WORKER_ENV
 
 Side = Literal["ours", "lm-eval"]
 Progress = Callable[[int, int], None]

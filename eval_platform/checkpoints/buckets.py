@@ -7,8 +7,9 @@ checkpoint in a bucket and its copy in a folder are whole, refused and described
 
 import errno
 import tempfile
+import time
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from eval_platform.store.s3 import PAGE_KEYS, S3Store
 _READ = ("config.json", "tokenizer_config.json", "adapter_config.json", *DESCRIBING)
 _HEADER_GUESS_BYTES = 1 << 16  # holds the headers of most shards, so that one request a file is enough
 _READS_AT_ONCE = 8
+_READS_BEFORE_A_LOOK = 4  # at the clock, where there is a time limit: a slow server answers them one after the other
 _LIST_WHOLE = 4  # folders of ten files each, side by side: one request for a hundred of them instead of a hundred
 _PASSED_OVER = 10  # known folders of ten files each, between two others, that are listed again to save a request
 _FOLDERS_A_PAGE = 4  # a page of a thousand objects costs ten times one of a hundred folders: it must show some of them
@@ -131,25 +133,39 @@ class BucketTree:
             return self._listed.pop(prefix)
         return list(self.store.list(prefix, delimiter="/"))
 
-    def will_enter(self, prefix: str, folders: Collection[str], beside: Collection[str]) -> None:
-        """The walk is about to ask for these folders (prefixes), all directly below `prefix`. Raises StoreError.
+    def will_enter(
+        self, prefix: str, folders: Sequence[str], beside: Collection[str], until: float | None = None
+    ) -> list[str]:
+        """The walk is about to ask for these folders (prefixes), all directly below `prefix`, the first ones first.
 
-        beside: all folders that there are, those among them.
+        beside: all folders that there are, those among them. Returns those that it may enter now: after the time
+        `until` (of `time.monotonic`) no more are read, but for a few at least. Raises StoreError.
         """
-        if len(folders) < 2 or any(folder in self._listed for folder in folders):
-            return
-        singly: list[str] = []
-        for stretch in _stretches(folders, beside):
-            found = self._whole(prefix, stretch) if len(stretch) >= _LIST_WHOLE else None
+        unread = [folder for folder in folders if folder not in self._listed]
+        if len(unread) < 2:
+            return list(folders)
+        in_order: list[str] = []
+        for n, stretch in enumerate(_stretches(sorted(unread) if until is None else unread, beside)):
+            if n and _is_past(until):
+                break
+            found = self._whole(prefix, stretch, until) if len(stretch) >= _LIST_WHOLE else None
             if found is None:
-                singly += stretch
+                in_order += stretch
             else:
                 self._listed |= found
-        with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            self._listed |= zip(singly, pool.map(self.level, singly), strict=True)
+        at_once = _READS_AT_ONCE if until is None else _READS_BEFORE_A_LOOK
+        with ThreadPoolExecutor(at_once) as pool:
+            for at in range(0, len(in_order), at_once):
+                if at and _is_past(until):
+                    break
+                some = in_order[at : at + at_once]
+                self._listed |= zip(some, pool.map(self.level, some), strict=True)
+        return [folder for folder in folders if folder in self._listed]
 
-    def _whole(self, prefix: str, folders: list[str]) -> dict[str, list[Entry]] | None:
-        """All levels from the first of `folders` to the last; None where a request for each folder costs less."""
+    def _whole(self, prefix: str, folders: list[str], until: float | None) -> dict[str, list[Entry]] | None:
+        """All levels from the first of `folders` to the last, or to the one that was reached by `until`; None where a
+        request for each folder costs less.
+        """
         tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
         last = folders[-1]
         for n, entry in enumerate(self.store.list(prefix, after=folders[0]), 1):
@@ -161,17 +177,29 @@ class BucketTree:
                 folder, (parent, _, _) = f"{parent}/", parent.rpartition("/")
                 tree.setdefault(f"{parent}/" if parent else "", {}).setdefault(folder, Entry(folder, 0, ""))
             pages, left = divmod(n, PAGE_KEYS)
-            if not left and pages > 1 + bisect_left(folders, entry.key) / _FOLDERS_A_PAGE:
+            if left:
+                continue
+            shown = bisect_left(folders, entry.key)
+            if pages > shown / _FOLDERS_A_PAGE:
                 return None
+            if shown > 1 and _is_past(until):
+                # The last one that the page shows may go on behind it.
+                unread = folders[shown - 1 :]
+                tree = {one: level for one, level in tree.items() if one < unread[0]}
+                break
         return {folder: list(entries.values()) for folder, entries in tree.items() if folder != prefix}
 
 
-def _stretches(folders: Collection[str], beside: Collection[str]) -> list[list[str]]:
-    """`folders` in order, parted where many others lie between two of them."""
+def _is_past(until: float | None) -> bool:
+    return until is not None and time.monotonic() > until
+
+
+def _stretches(folders: Sequence[str], beside: Collection[str]) -> list[list[str]]:
+    """`folders`, parted where many others lie between two of them or where a listing would have to go back."""
     places = {folder: place for place, folder in enumerate(sorted(beside))}
     stretches: list[list[str]] = []
-    for folder in sorted(folders):
-        if not stretches or places[folder] - places[stretches[-1][-1]] > _PASSED_OVER:
+    for folder in folders:
+        if not stretches or not 0 < places[folder] - places[stretches[-1][-1]] <= _PASSED_OVER:
             stretches.append([])
         stretches[-1].append(folder)
     return stretches

@@ -1,8 +1,8 @@
 """What has arrived? Walks the roots, skips what is known, and asks each new folder whether it is whole."""
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from eval_platform.checkpoints.files import (
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import identify
 from eval_platform.checkpoints.inspection import Inspection, inspect
+from eval_platform.checkpoints.turns import up_from
 from eval_platform.checkpoints.watch import Watch
 from eval_platform.config import S3, Root, hub_address
 from eval_platform.errors import CheckpointError, StoreError
@@ -75,7 +76,12 @@ class _Candidate:
 
 
 def discover(
-    roots: Sequence[Root], known: Mapping[str, str], watch: Watch, sweep: Collection[str] = (), s3: S3 | None = None
+    roots: Sequence[Root],
+    known: Mapping[str, str],
+    watch: Watch,
+    sweep: Collection[str] = (),
+    s3: S3 | None = None,
+    patience: float | None = None,
 ) -> Iterator[Found | Incomplete]:
     """Folders under `roots` that are new or differ from what is known, those changed last first.
 
@@ -88,6 +94,9 @@ def discover(
     Folders that cannot be listed, a missing root among them, are Incomplete and stop nothing else. Hidden folders and
     links to folders are passed over. A root s3://bucket/prefix is looked at alike, with the settings `s3`. Of a root
     hf://org/model every branch and tag is such a folder, its commit the fingerprint: whole, with no quiet period.
+
+    patience: seconds after which no more folders of a bucket are listed; None: all are, however long it takes. What is
+    left comes first the next time, after what is in `look` and where something was new lately (`Watch.turns`).
     Raises ConfigError for a root's malformed `pattern`.
     """
     for root in roots:
@@ -95,20 +104,25 @@ def discover(
             compile_pattern(root.pattern)
     look = {*sweep, *(key for key in known if key in watch)}
     candidates: list[_Candidate] = []
+    left: set[str] = set()
     for root in roots:
         if root.path.startswith("hf://"):
             yield from _revisions().look(root, known, look, s3 or S3())
             continue
-        for seen in _walk(root, known, look, s3):
+        for seen in _walk(root, known, look, s3, watch, patience, left):
             if isinstance(seen, Incomplete):
                 yield seen
             else:
                 candidates.append(seen)
-    watch.keep({candidate.key for candidate in candidates})
+    watch.keep({candidate.key for candidate in candidates}, left)
     candidates.sort(key=lambda candidate: (-candidate.changed_ns, candidate.key))
     for candidate in candidates:
         judged = _judge(candidate, known.get(candidate.key), watch, s3 or S3())
         if judged is not None:
+            # What stays broken or half written is no sign that its neighbours are worth a look.
+            is_lively = isinstance(judged, Found) or candidate.key in watch
+            if patience is not None and is_lively and candidate.key not in known:
+                watch.turns.was_new(candidate.key)
             yield judged
 
 
@@ -203,8 +217,9 @@ class _Seen:
 
 
 # Relative path -> what is there; and what the walk calls before it enters folders: where, which ones, all there are.
+# It says which of them can be entered now.
 _Scan = Callable[[str], _Seen]
-_WillEnter = Callable[[str, Collection[str], Collection[str]], None]
+_WillEnter = Callable[[str, Sequence[str], Collection[str]], Collection[str]]
 
 
 def _scan_folders(root: Root) -> tuple[_Scan, _WillEnter]:
@@ -216,15 +231,16 @@ def _scan_folders(root: Root) -> tuple[_Scan, _WillEnter]:
             names, folders = _split(entries)
         return _Seen(LocalPlace(folder), names, folders, folder.stat().st_mtime_ns)
 
-    return scan, lambda relative, folders, beside: None
+    return scan, lambda relative, folders, beside: folders
 
 
-def _scan_bucket(root: Root, s3: S3 | None) -> tuple[_Scan, _WillEnter]:
+def _scan_bucket(root: Root, s3: S3 | None, patience: float | None) -> tuple[_Scan, _WillEnter]:
     from eval_platform.checkpoints.buckets import BucketPlace, BucketTree  # botocore, only where a root is in a bucket
     from eval_platform.store.s3 import S3Store
 
     store = S3Store(root.path, s3)
     tree = BucketTree(store)
+    until = None if patience is None else time.monotonic() + patience
 
     def scan(relative: str) -> _Seen:
         prefix = f"{relative}/" if relative else ""
@@ -239,20 +255,32 @@ def _scan_bucket(root: Root, s3: S3 | None) -> tuple[_Scan, _WillEnter]:
             max((entry.modified_ns for entry in entries), default=0),
         )
 
-    def will_enter(relative: str, folders: Collection[str], beside: Collection[str]) -> None:
+    def will_enter(relative: str, folders: Sequence[str], beside: Collection[str]) -> Collection[str]:
         prefix = f"{relative}/" if relative else ""
-        # Where this listing fails each folder is listed on its own, and says so.
-        with suppress(StoreError):
-            tree.will_enter(prefix, [f"{folder}/" for folder in folders], [f"{prefix}{name}/" for name in beside])
+        all_there = [f"{prefix}{name}/" for name in beside]
+        try:
+            entered = tree.will_enter(prefix, [f"{folder}/" for folder in folders], all_there, until)
+        except StoreError:  # each folder is listed on its own then, and says so
+            return folders
+        return {folder.rstrip("/") for folder in entered}
 
     return scan, will_enter
 
 
 def _walk(
-    root: Root, known: Mapping[str, str], look: Collection[str], s3: S3 | None
+    root: Root,
+    known: Mapping[str, str],
+    look: Collection[str],
+    s3: S3 | None,
+    watch: Watch,
+    patience: float | None,
+    left: set[str],
 ) -> Iterator[_Candidate | Incomplete]:
-    """Candidates below `root`, without entering known folders (unless in `look`)."""
-    scan, will_enter = _scan_bucket(root, s3) if root.path.startswith("s3://") else _scan_folders(root)
+    """Candidates below `root`, without entering known folders (unless in `look`). `left` gets the keys of the folders
+    for which `patience` did not suffice.
+    """
+    scan, will_enter = _scan_bucket(root, s3, patience) if root.path.startswith("s3://") else _scan_folders(root)
+    towards = {above for key in look for above in up_from(key)}
     stack = [("", False)]  # relative path, lies inside a checkpoint
     above: set[str] = set()  # folders that have a checkpoint below them
     converted: set[str] = set()  # folders whose `hf` is a checkpoint
@@ -294,7 +322,7 @@ def _walk(
         elif signs == "config" and not inside:
             config_only.append(candidate)
 
-        entered: list[str] = []
+        entered: dict[str, str] = {}  # key -> relative path
         for name in seen.folders:
             child = f"{relative}/{name}" if relative else name
             try:
@@ -306,9 +334,19 @@ def _walk(
             if child_key in known and child_key not in look:
                 is_one(child)
             else:
-                entered.append(child)
-        will_enter(relative, entered, seen.folders)
-        stack += [(child, inside or signs == "weights") for child in entered]
+                entered[child_key] = child
+        wanted, others = watch.turns.order(key, entered, towards)
+        groups = [wanted + others] if patience is None else [wanted, others]  # so that neither takes all of the time
+        now = {
+            child for group in groups for child in will_enter(relative, [entered[one] for one in group], seen.folders)
+        }
+        watch.turns.looked(key, others, {one for one in others if entered[one] in now})
+        for one in wanted + others:
+            if entered[one] in now:
+                stack.append((entered[one], inside or signs == "weights"))
+            else:
+                left.add(one)
+                above.update(_ancestors(entered[one]))  # there may be a checkpoint below it
     for relative in distributed:
         parent, _, name = relative.rpartition("/")
         # transformers with FSDP keeps the shards of the model in a folder of the checkpoint, and those of the optimizer
@@ -338,9 +376,8 @@ def _split(entries: Iterator[os.DirEntry[str]]) -> tuple[list[str], list[str]]:
 
 
 def _ancestors(relative: str) -> Iterator[str]:
-    while relative:
-        relative = relative.rpartition("/")[0]
-        yield relative
+    """The folders above it, the root's own (an empty path) last."""
+    return (one.rpartition("/")[0] for one in up_from(relative))
 
 
 def _reported_key(root_name: str, relative: str) -> str:

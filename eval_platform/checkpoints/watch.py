@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Collection
 from typing import Self
 
+from eval_platform.checkpoints.turns import Turns, up_from
+
 # Only whole but not yet registered folders take a seat; the others of a large backlog wait their turn.
 CAPACITY = 200
+_TURNS = ""  # in place of a key, of which none is empty
 
 
 class Watch:
-    """Per key: what the folder looked like (`Listing.activity`) and when it was first seen like that.
+    """Per key: what the folder looked like (`Listing.activity`) and when it was first seen like that; and `turns`:
+    which folders of a bucket come first the next time.
 
     By the wall clock (seconds since the epoch), because the memory must outlive the process. A clock stepping back
     makes a folder wait again from then on; it never shortens the wait.
@@ -19,6 +23,7 @@ class Watch:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
+        self.turns = Turns()
         self._seen: dict[str, tuple[str, float]] = {}
 
     def __contains__(self, key: object) -> bool:
@@ -44,12 +49,17 @@ class Watch:
     def forget(self, key: str) -> None:
         self._seen.pop(key, None)
 
-    def keep(self, keys: Collection[str]) -> None:
-        """Forget all but `keys`."""
-        self._seen = {key: seen for key, seen in self._seen.items() if key in keys}
+    def keep(self, keys: Collection[str], below: Collection[str] = ()) -> None:
+        """Forget all but `keys` and what lies below one of the folders `below`, which nobody has looked at."""
+        self._seen = {
+            key: seen
+            for key, seen in self._seen.items()
+            if key in keys or any(above in below for above in up_from(key))
+        }
 
     def to_json(self) -> str:
-        return json.dumps(self._seen, separators=(",", ":"))
+        turns = self.turns.to_json()
+        return json.dumps({**self._seen, **({_TURNS: turns} if turns else {})}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | None, clock: Callable[[], float] = time.time) -> Self:
@@ -62,7 +72,10 @@ class Watch:
             seen = json.loads(text or "{}")
         except ValueError:
             seen = {}
-        for key, entry in seen.items() if isinstance(seen, dict) else ():
+        if not isinstance(seen, dict):
+            return watch
+        watch.turns = Turns.from_json(seen.pop(_TURNS, None))
+        for key, entry in seen.items():
             match entry:
                 case [str(activity), int() | float() as since] if math.isfinite(since) and not watch.full:
                     watch._seen[key] = (activity, float(since))

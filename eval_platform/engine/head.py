@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eval_platform.engine.kernels import Pages, product
+from eval_platform.engine.pages import Pages
+from eval_platform.engine.products import product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
 # The block of logits that is made at a time: 8 MiB of float32, about what two cores' caches hold.
 _ROWS = 512
 _VOCABULARY = 4096
+# Rows of a decoding step: 64 slots at most.
+FEW_ROWS = 64
+_Product = Callable[[Tensor], Tensor]
 
 
 class _Concatenated(nn.Module):
     """A head whose weight is held in blocks only."""
 
-    def __init__(self, products: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> None:
+    def __init__(self, products: Sequence[tuple[int, _Product]]) -> None:
         super().__init__()
         self._products = products
 
@@ -35,19 +39,23 @@ class Head:
     at load compares the result with the model's own logits, so that a model which does something else is seen.
     """
 
-    def __init__(self, model: "PreTrainedModel", kind: str) -> None:
-        """`kind`: the product to use, see `kernels.product`. The model's own head uses it too from then on, so that
-        a packed weight is not held twice.
+    def __init__(self, model: "PreTrainedModel", kind: str, kind_of_few: str) -> None:
+        """`kind`: the product to use, see `products.product`; `kind_of_few`: for the few rows of a decoding step, the
+        same where it is packed. The model's own head uses a packed one too from then on, so that it is not held twice.
         """
         layer: Any = model.get_output_embeddings()
         weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-        self._products: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+        self._products: list[tuple[int, _Product]] = []
+        self._of_few: list[tuple[int, _Product]] = []
         # A GPU takes the whole vocabulary at once: 256 MiB of logits at 128,000 tokens.
         width = _VOCABULARY if weight.device.type == "cpu" else weight.shape[0]
         for first in range(0, weight.shape[0], width):
             block = slice(first, first + width)
             part = None if bias is None else bias.detach()[block]
-            self._products.append((first, product(weight[block], part, kind)))
+            multiply = product(weight[block], part, kind)
+            self._products.append((first, multiply))
+            of_few = multiply if kind_of_few == kind else product(weight[block], part, kind_of_few)
+            self._of_few.append((first, of_few))
         self.device = weight.device
         if kind == "onednn-packed":
             where, size = weight.data_ptr(), weight.nbytes
@@ -127,7 +135,7 @@ class Head:
         return value, (picked == high[rows]) & ~value.isnan()
 
     def _blocks(self, hidden: Tensor) -> Any:
-        for first, multiply in self._products:
+        for first, multiply in self._of_few if len(hidden) <= FEW_ROWS else self._products:
             logits = multiply(hidden).float()
             if self._scale != 1.0:
                 logits = logits * self._scale

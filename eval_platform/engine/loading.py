@@ -4,6 +4,7 @@ import logging
 import platform
 import string
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from eval_platform.engine.encoding import encode_prompts, encode_prompts_apart
 from eval_platform.engine.face import Engine, EngineInfo
 from eval_platform.engine.lengths import PromptLengths
 from eval_platform.engine.settings import read_json_object, resolve_settings
-from eval_platform.errors import CheckpointError, ConfigError
+from eval_platform.errors import CheckpointError, ConfigError, as_device_error
 from eval_platform.importing import collector_paused
 from eval_platform.values import ADAPTER_FOLDER, RunSettings
 
@@ -87,6 +88,7 @@ def load(path: Path, settings: RunSettings) -> Engine:
                 f'[engine] path = "tree", but {path} cannot run so: {error}', remedy='set [engine] path = "auto"'
             ) from error
         _log.warning("%s takes the plain path: %s", path, error)
+        info = replace(info, versions={**info.versions, "why_plain": str(error)})
         is_changed = isinstance(error, WrongProducts)
     if is_changed:
         del model  # before another is loaded beside it
@@ -103,6 +105,7 @@ def _tree_engine(
     from eval_platform.engine.head import Head
     from eval_platform.engine.memory import token_budget
     from eval_platform.engine.narrowing import narrow
+    from eval_platform.engine.pages import settle_allocator
     from eval_platform.engine.tree import TreeEngine
 
     expected = support.reference(model)
@@ -110,8 +113,8 @@ def _tree_engine(
     budget = settings.batch_tokens or token_budget(model)
     tokens = expected.sequences[0][0]
     chosen = kernels.install(model, lambda: packed.find_reaches(tokens), deterministic=settings.deterministic)
-    head = Head(model, chosen.head)
-    kernels.settle_allocator()
+    head = Head(model, chosen.head, chosen.head_few)
+    settle_allocator()
     try:
         if not chosen.are_torchs:  # else nothing has changed since the model was set to packed attention
             support.check(packed, head, expected)
@@ -276,9 +279,11 @@ def _make_nan_visible(model: "PreTrainedModel", path: Path) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another try could succeed: memory, or the file system (transformers' own OSErrors have no errno)."""
+    """Whether another try could succeed: memory, a GPU, the file system (transformers' own OSErrors have no errno)."""
     from torch import OutOfMemoryError
 
+    if as_device_error(error) is not None:
+        return True
     if isinstance(error, MemoryError | OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return True
     return isinstance(error, OSError) and error.errno is not None

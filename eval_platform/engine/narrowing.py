@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eval_platform.engine.attention import current
-from eval_platform.engine.kernels import Linear
 from eval_platform.engine.packed import PackedModel
+from eval_platform.engine.products import Linear
 from eval_platform.engine.stream import Kept, forwards
 from eval_platform.engine.trie import Node
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval_platform.errors import ConfigError
+from eval_platform.devices import visible_devices
+from eval_platform.errors import ConfigError, NoDevice
 from eval_platform.values import RunSettings
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ MAP = "map"
 def device_map(settings: RunSettings) -> "dict[str, torch.device] | str | None":
     """transformers' `device_map`: where it puts each weight as it reads it. None is main memory.
 
-    Raises ConfigError for a device this machine does not have, for the tree engine over several devices, and where
-    accelerate is needed and not installed.
+    Raises NoDevice for a GPU that is not there, ConfigError for what is no device, for the tree engine over several
+    devices, and where accelerate is needed and not installed.
     """
     if settings.device == MAP:
         if settings.engine_path == "tree":
@@ -31,6 +32,7 @@ def device_map(settings: RunSettings) -> "dict[str, torch.device] | str | None":
                 remedy='set [engine] path = "auto"',
             )
         _must_have_accelerate(MAP)
+        _must_see_its_gpus()
         return "auto"
     device = _device(settings.device)
     if device.type == "cpu":
@@ -81,9 +83,24 @@ def _device(asked: str) -> "torch.device":
         raise ConfigError(f"{asked!r} is no device", remedy=remedy) from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"the engine does not run on {asked!r}", remedy=remedy)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {asked!r}: this machine has {torch.cuda.device_count()} CUDA devices", remedy=remedy)
+    if device.type == "cuda":
+        _must_see_its_gpus()
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise NoDevice(f"device {asked!r}: torch {torch.__version__} sees {count} GPUs here", remedy=remedy)
     return device
+
+
+def _must_see_its_gpus() -> None:
+    """CUDA leaves out the first GPU that is not there and all that are named after it, without a word."""
+    import torch
+
+    named, count = visible_devices(), torch.cuda.device_count()
+    if named is not None and count < len(named):
+        raise NoDevice(
+            f"this worker was given the GPUs {', '.join(named)}, and torch {torch.__version__} sees {count} of them",
+            remedy="see what `nvidia-smi` says there; mend [worker] devices, or whatever sets CUDA_VISIBLE_DEVICES",
+        )
 
 
 def _must_have_accelerate(device: str) -> None:

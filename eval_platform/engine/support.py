@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval_platform.engine import trie, varlen
 from eval_platform.engine.attention import IMPLEMENTATION, Group, Slots, Unsupported
-from eval_platform.engine.head import Head
+from eval_platform.engine.head import FEW_ROWS, Head
 from eval_platform.engine.packed import PackedModel
 from eval_platform.engine.plain import FIXED_ROPE, rope_types
 from eval_platform.engine.stream import Kept, forwards
@@ -115,7 +115,7 @@ def packed_model(model: "PreTrainedModel", expected: Expected) -> PackedModel:
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         packed = _packed(model, expected.sequences[0][0], original)
-        check(packed, Head(model, "torch"), expected)
+        check(packed, Head(model, "torch", "torch"), expected)
     except Exception as error:
         model.set_attn_implementation(original)
         if isinstance(error, Unsupported):
@@ -184,6 +184,12 @@ def check(packed: PackedModel, head: Head, expected: Expected) -> None:
         path = list(end.path())[::-1]
         ours = torch.cat([part for node in path for part in hidden_of[node]])
         _must_agree(packed, head, tokens, ours, hidden, logits, expected, "packed")
+    # The head may multiply many rows otherwise than few: the first sequence again, as often as makes many of it.
+    tokens, hidden, logits = expected.sequences[0]
+    ours = torch.cat([part for node in list(ends[0].path())[::-1] for part in hidden_of[node]])
+    times = 1 + FEW_ROWS // len(ours)
+    ours, hidden, logits = (states.repeat(times, 1) for states in (ours, hidden, logits))
+    _must_agree(packed, head, tokens * times, ours, hidden, logits, expected, "many rows")
     _compare_decoding(packed, head, expected, ends, kept)
     packed.forwards = packed.tokens = 0
 

@@ -22,6 +22,8 @@ def announcement(key: str) -> tuple[Kind, dict[str, Any]] | None:
             return "arrival", {"key": folder, "n": n}
         case "arrivals", (n, ".identity.json"):
             return "identity", {"key": folder, "n": n}
+        case "arrivals", (n, rest) if (tier := layout.parse_skipped(rest)) is not None:
+            return "skipped", {"key": folder, "n": n, "tier": tier}
         case "evaluations", (n, ".json"):
             return "evaluation", {"evaluation_id": folder, "attempt": n}
         case "evaluations", (n, ".pruned.json"):

@@ -181,6 +181,18 @@ def record_identity(store: Store, arrival: Arrival, checkpoint: Checkpoint) -> N
         )
 
 
+def record_skip(store: Store, key: str, n: int, tier: str, tasks: Collection[str], reason: str) -> bool:
+    """Remember that the n-th arrival of `key` was passed over in its turn for these tasks; False when it was before.
+
+    It says nothing of the checkpoint, and nothing stands in the way of asking it later.
+    """
+    if find_record(store, layout.arrival_skipped(key, n, tier)) is not None:
+        return False
+    log.write(store, "skipped", key=key, n=n, tier=tier)
+    record = {"tier": tier, "tasks": sorted(tasks), "reason": reason, "time": utc_now()}
+    return create_record(store, layout.arrival_skipped(key, n, tier), record)
+
+
 def identity(store: Store, key: str, n: int) -> Identity | None:
     """What the n-th arrival of `key` is; None until a worker has staged it."""
     record = find_record(store, layout.arrival_identity(key, n))

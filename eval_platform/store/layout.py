@@ -60,6 +60,16 @@ def arrival_seen(key: str, n: int, watcher: str) -> str:
     return f"{arrival_folder(key)}{n}.seen-{watcher}.json"
 
 
+def arrival_skipped(key: str, n: int, tier: str) -> str:
+    return f"{arrival_folder(key)}{n}.skipped-{tier}.json"
+
+
+def parse_skipped(rest: str) -> str | None:
+    """The tier, of what stands after the number in the name of an `arrival_skipped`; None for any other file."""
+    inner = rest.removeprefix(".skipped-").removesuffix(".json")
+    return inner if rest == f".skipped-{inner}.json" else None
+
+
 def parse_arrival(store_key: str) -> tuple[str, int] | None:
     """(key, n) of an arrival's own file; None for its companions."""
     match = _ARRIVAL.fullmatch(store_key)

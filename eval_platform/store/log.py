@@ -18,7 +18,7 @@ from eval_platform.store import layout
 from eval_platform.store.base import Store
 from eval_platform.store.records import create_record, read_record, utc_now
 
-Kind = Literal["arrival", "identity", "task", "try", "evaluation", "decision", "asked", "pruned"]
+Kind = Literal["arrival", "identity", "task", "try", "evaluation", "decision", "asked", "pruned", "skipped"]
 
 _LONGEST_NAME = 200  # bytes; file systems take 255
 _NUMBERS = ("attempt", "n")  # the fields that are no text

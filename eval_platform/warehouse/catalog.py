@@ -181,6 +181,8 @@ def _announced(entry: Mapping[str, Any]) -> tuple[Subject, str | None]:
         case "evaluation":
             evaluation_id = entry["evaluation_id"]
             return ("evaluation", evaluation_id), layout.evaluation(evaluation_id, entry["attempt"])
+        case "skipped":
+            return ("arrival", entry["key"]), layout.arrival_skipped(entry["key"], entry["n"], entry["tier"])
         case "decision":
             evaluation_id = entry["evaluation_id"]
             return ("evaluation", evaluation_id), layout.decision(evaluation_id, entry["attempt"], entry["n"])

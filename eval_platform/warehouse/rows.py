@@ -24,7 +24,7 @@ Rows = dict[str, list[Row]]  # table -> rows
 # For each kind of subject the tables that its rows stand in, and the column that names it there.
 OWNED: dict[str, tuple[tuple[str, str], ...]] = {
     "evaluation": tuple((table, "evaluation_id") for table in ("evaluations", "scores", "decisions", "checks")),
-    "arrival": (("arrivals", "key"),),
+    "arrival": (("arrivals", "key"), ("skips", "key")),
     "task": (("tasks", "name"),),
     "dataset": (("datasets", "dataset_id"),),
 }
@@ -113,7 +113,10 @@ def _arrival(store: Store, key: str) -> Reading:
     reading = Reading(("arrival", key), defaultdict(list))
     rows = reading.rows
     for entry in store.list(layout.arrival_folder(key), delimiter="/"):
-        arrival = layout.parse_arrival(entry.key)
+        numbered, arrival = layout.numbered(entry.key), layout.parse_arrival(entry.key)
+        if numbered is not None and layout.parse_skipped(numbered[1]) is not None:
+            record = read_record(store, entry.key)
+            rows["skips"].append({**record, "key": key, "n": numbered[0], "time": _time(record["time"])})
         if arrival is None or arrival[0] != key:
             continue
         n = arrival[1]

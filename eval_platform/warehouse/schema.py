@@ -35,6 +35,8 @@ TABLES: dict[str, pa.Schema] = {
             "failure_reason": _TEXT,
         }
     ),
+    # What the queue passed over, and why: nobody has judged it, it was only not asked in its turn.
+    "skips": pa.schema({"key": _TEXT, "n": pa.int32(), "tier": _TEXT, "tasks": _TEXTS, "reason": _TEXT, "time": _TIME}),
     "evaluations": pa.schema(
         {
             "evaluation_id": _TEXT,
@@ -77,6 +79,9 @@ TABLES: dict[str, pa.Schema] = {
             "finished_at": _TIME,
             "seconds": pa.float64(),
             "answer_seconds": pa.float64(),
+            "device_seconds": pa.float64(),  # `seconds` times the devices that its worker held; null in older records
+            "tokens_per_second": pa.float64(),  # of `n_tokens`, those asked in this try, by `answer_seconds`
+            "peak_memory_bytes": pa.int64(),  # of its worker up to then: on its GPUs, else in main memory
             "n_requests": pa.int64(),
             "n_tokens": pa.int64(),
             "truncated": pa.int64(),
@@ -201,6 +206,19 @@ VIEWS: dict[str, str] = {
     """,
     "failed_arrivals": """
         select key, n, run, step, failure_class, failure_reason as reason from arrivals where failed
+    """,
+    # Of newest arrivals, while one of the tasks has no result.
+    "skipped": """
+        with asked as (select key, n, tier, unnest(tasks) as task from skips),
+        open as (
+            select distinct q.key, q.n, q.tier from asked q
+            join arrivals a using (key, n)
+            left join evaluations e
+              on e.checkpoint_id = a.checkpoint_id and e.task = q.task and not e.stale and e.item_limit is null
+            where e.task is null and not a.failed and q.n = (select max(b.n) from arrivals b where b.key = q.key)
+        )
+        select key, n, a.run, a.step, tier, s.tasks, s.reason, s.time, a.arrived_at
+        from skips s join open using (key, n, tier) join arrivals a using (key, n)
     """,
     "held": """
         select a.key, a.run, a.step, e.task, e.reasons, e.warnings, e.primary_metric, e.primary_value, e.finished_at,

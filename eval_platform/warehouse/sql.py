@@ -3,8 +3,9 @@
 import difflib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -12,12 +13,17 @@ import pyarrow as pa
 from eval_platform.errors import QueryError
 from eval_platform.store import Store
 from eval_platform.warehouse.catalog import refresh
-from eval_platform.warehouse.connection import lock_down, open_catalog
+from eval_platform.warehouse.connection import literal, lock_down, open_catalog
 from eval_platform.warehouse.samples import LOST, define_samples
 from eval_platform.warehouse.schema import TABLES, VIEWS
 
 if TYPE_CHECKING:
     import duckdb
+
+REFERENCES = "reference_scores"
+NO_REFERENCES: Mapping[str, str] = MappingProxyType({})
+# Views that every connection defines for itself.
+_OF_CONNECTION = ("samples", REFERENCES)
 
 # A query that finds another refresh at work waits this long for it, then answers from the catalog as it is.
 _PATIENCE_SECONDS = 2.0
@@ -26,14 +32,18 @@ _SAMPLES = re.compile(r"samples", re.IGNORECASE)
 _EXPLAIN = re.compile(r"\s*explain\s+(analyze\s+)?(?=\S)", re.IGNORECASE)
 
 
-def connect(catalog: Path, store: Store, *, samples: bool = True) -> "duckdb.DuckDBPyConnection":
+def connect(
+    catalog: Path, store: Store, *, samples: bool = True, references: Mapping[str, str] = NO_REFERENCES
+) -> "duckdb.DuckDBPyConnection":
     """A locked-down connection to the catalog as it is (`refresh` first), for our own statements.
 
-    samples: also define the view `samples`, which costs time where there are many files. Text from outside belongs
-    in `query`. Raises QueryError when there is no catalog.
+    samples: also define the view `samples`, which costs time where there are many files. references: key -> name, of
+    which the view `reference_scores` is made. Text from outside belongs in `query`. Raises QueryError when there is no
+    catalog.
     """
     con = open_catalog(catalog)
     try:
+        _define_references(con, references)
         lock_down(con, define_samples(con, store, catalog.parent / "store_copies" / catalog.stem) if samples else [])
     except BaseException:
         con.close()
@@ -41,7 +51,24 @@ def connect(catalog: Path, store: Store, *, samples: bool = True) -> "duckdb.Duc
     return con
 
 
-def query(catalog: Path, store: Store, sql: str, *, timeout_s: float = 60) -> pa.Table:
+def _define_references(con: "duckdb.DuckDBPyConnection", references: Mapping[str, str]) -> None:
+    """The view REFERENCES on this connection: which models are pinned stands in the configuration, not in the store."""
+    named = ", ".join(f"({literal(key)}, {literal(name)})" for key, name in references.items())
+    pinned = f"values {named}" if named else "select '', '' where false"
+    con.execute(f"""
+        create view memory.main.{REFERENCES} as
+        select r.reference, b.* from catalog.main.leaderboard b join ({pinned}) r(key, reference) on r.key = b.key
+    """)
+
+
+def query(
+    catalog: Path,
+    store: Store,
+    sql: str,
+    *,
+    timeout_s: float = 60,
+    references: Mapping[str, str] = NO_REFERENCES,
+) -> pa.Table:
     """The answer to one SELECT (or DESCRIBE, SHOW TABLES, SUMMARIZE, EXPLAIN) over an up-to-date catalog.
 
     Anything that writes, reads elsewhere, loads, or changes a setting is refused, since the text is run as
@@ -53,7 +80,7 @@ def query(catalog: Path, store: Store, sql: str, *, timeout_s: float = 60) -> pa
     if not sql.strip().strip(";").strip():
         raise QueryError("the query is empty", remedy='try `eval-platform sql "select * from leaderboard"`')
     refresh(store, catalog, wait_seconds=_PATIENCE_SECONDS)
-    con = connect(catalog, store, samples=bool(_SAMPLES.search(sql)))
+    con = connect(catalog, store, samples=bool(_SAMPLES.search(sql)), references=references)
     try:
         return _within(timeout_s, con, lambda: _select(con, sql))
     except duckdb.Error as error:
@@ -114,7 +141,7 @@ def _explained(con: "duckdb.DuckDBPyConnection", sql: str, error: "duckdb.Error"
     import duckdb
 
     said = str(error).split("\n\nLINE 1: from query(?)")[0].replace("\nLINE 1: from query(?)", "").strip()
-    views, tables = sorted([*VIEWS, "samples"]), sorted(TABLES)
+    views, tables = sorted([*VIEWS, *_OF_CONNECTION]), sorted(TABLES)
     there = f"views: {', '.join(views)}; tables: {', '.join(tables)}; `describe leaderboard` lists columns"
     match error:
         case duckdb.ParserException() if "single SELECT" in said:
@@ -143,7 +170,7 @@ def _explained(con: "duckdb.DuckDBPyConnection", sql: str, error: "duckdb.Error"
 
 def _columns(con: "duckdb.DuckDBPyConnection", sql: str) -> str:
     """The columns of the views and tables that the text mentions."""
-    mentioned = [name for name in (*VIEWS, "samples", *TABLES) if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
+    mentioned = [name for name in (*VIEWS, *_OF_CONNECTION, *TABLES) if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
     rows = con.execute(
         """
         select table_name, string_agg(column_name, ', ' order by ordinal_position) from information_schema.columns

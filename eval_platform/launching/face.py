@@ -1,0 +1,31 @@
+"""What whoever starts a worker promises to whoever wants it: how it goes, what it says, its end."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Handle(Protocol):
+    """A worker that was started, wherever it runs. `folder` is its own (`folders.py`)."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that ended it), or None while it runs."""
+        ...
+
+    def messages(self) -> Iterator[list[dict[str, Any]]]:
+        """What was said since the last look, never empty; ends when the worker has ended and all is read.
+
+        Beside the worker's messages (docs/launchers.md) `{"type": "log", "text": ...}`: what it printed meanwhile.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Ask the worker to flush and leave; end it when it does not within 10 s. Harmless when it has ended."""
+        ...
+
+    def last_words(self, n: int = 20) -> str:
+        """The last `n` lines of the worker's log, for an error message."""
+        ...

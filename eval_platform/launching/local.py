@@ -1,0 +1,209 @@
+"""Starts a worker process on a free slot of this machine, with the slot's share of the configured devices.
+
+A slot is a locked file, and so is each of its devices: the worker inherits the locks, so the kernel frees them when the
+worker ends, however it ends, and not before. A worker whose parent was killed goes on and commits; the next one finds
+its work done. Devices have locks of their own because a slot may own others after the configuration was changed.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
+
+from eval_platform.config import Config
+from eval_platform.devices import missing_devices
+from eval_platform.errors import ConfigError
+from eval_platform.launching import folders
+from eval_platform.nursery import Child, fork_worker
+from eval_platform.plan import OtherRelease, Plan, read_plan
+from eval_platform.store.process import known_dead
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 10.0
+# Threads that wait for each other asleep, not spinning: beside a training run (or anything else) on the same cores a
+# spinning pair answered MMLU in 141 s instead of 35 s (docs/log.md). What the user has set wins.
+WORKER_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "true",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages: fewer page faults in every forward
+}
+# The platform's own secrets, a database's password and an address that whoever knows it may write to: no worker's,
+# which may run a checkpoint's own code.
+NEVER_SENT = frozenset({"EVAL_PLATFORM_POSTGRES", "EVAL_PLATFORM_WEBHOOK"})
+_POLL_SECONDS = 0.5
+
+
+@dataclass
+class LocalHandle:
+    """A worker that runs on this machine; see `face.Handle`."""
+
+    process: subprocess.Popen[bytes] | Child
+    folder: Path
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def messages(self) -> Iterator[list[dict[str, Any]]]:
+        return folders.follow(self.folder, lambda: self.poll() is not None)
+
+    def stop(self) -> None:
+        if self.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("worker %s did not leave in %s s: killed", self.process.pid, STOP_SECONDS)
+                self.process.kill()
+                self.process.wait()
+
+    def last_words(self, n: int = 20) -> str:
+        return folders.last_words(self.folder, n)
+
+
+def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: None) -> LocalHandle:
+    """Wait for a free slot (calling `waiting` now and then), then start a worker on it.
+
+    Raises ConfigError when more devices are configured than this machine has.
+    """
+    _must_be_there(config)
+    folder = folders.make_folder(plan, config)
+    slot = _free_slot(config, waiting)
+    with slot.locks:  # the worker has its own copies of them
+        mine = {name: value for name, value in os.environ.items() if name not in NEVER_SENT}
+        env = {**WORKER_ENV, **mine, **slot.env}
+        process = fork_worker(config.state_dir, folder, slot.descriptors, env) or _start(folder, slot, env)
+    return LocalHandle(process, folder)
+
+
+def _must_be_there(config: Config) -> None:
+    """Before a slot is waited for, not when its turn has come."""
+    devices = config.worker.devices
+    found = missing_devices(devices) if devices and config.engine.device != "cpu" else None
+    if found is not None and found[0]:
+        missing, count = found
+        raise ConfigError(
+            f"{config.file or 'the configuration'}: field worker.devices names {', '.join(missing)}; this machine has "
+            + (f"GPUs 0 to {count - 1}" if count else "no GPU"),
+            remedy="name only what `nvidia-smi -L` shows, and give [worker] slots a number that divides them",
+        )
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A slot that is this process's until `locks` is closed."""
+
+    locks: ExitStack
+    descriptors: tuple[int, ...]
+    env: dict[str, str]
+
+
+def _start(folder: Path, slot: _Slot, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A worker from nothing: the ordinary way, where no nursery runs."""
+    with (folder / "worker.log").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "eval_platform.worker", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=slot.descriptors,
+            # A group of its own: a Ctrl-C meant for the parent reaches the worker as our orderly stop.
+            start_new_session=True,
+            env=env,
+        )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A worker at work, as its folder tells it. pid: on the machine where it runs."""
+
+    plan: Plan
+    messages: tuple[dict[str, Any], ...]
+    pid: int
+    is_orphan: bool  # its driver was killed; it works on all the same
+    job: str | None = None  # of a cluster: "slurm 71"
+
+    @property
+    def where(self) -> str:
+        """For people: "box, device 2" or "node4, devices 0, 1, slurm 71"; empty until the worker has said so."""
+        hello = next((message for message in reversed(self.messages) if message["type"] == "hello"), None)
+        if hello is None:
+            return self.job or ""
+        names = hello["devices"] or ()
+        devices = f", device{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else ""
+        return hello["host"] + devices + (f", {self.job}" if self.job else "")
+
+
+def running(config: Config) -> list[Running]:
+    """The workers that this configuration has at work now, on this machine or as jobs of a cluster."""
+    found = []
+    for folder in sorted(folders.workers(config).glob("*")):
+        try:
+            processes = json.loads((folder / "process.json").read_text(encoding="utf-8"))
+            worker, driver = processes["worker"], processes["driver"]
+            if not folders.may_live(folder, worker):
+                continue
+            plan = read_plan(folder / "plan.json")
+            messages = tuple(folders.read_messages(folder))
+        except (FileNotFoundError, OtherRelease):  # not begun yet, or being forgotten; or from before an upgrade
+            continue
+        # A job may have ended once and be queued again: its last word counts.
+        if not messages or messages[-1]["type"] != "end":
+            found.append(Running(plan, messages, worker["pid"], known_dead(driver), folders.job(folder)))
+    return found
+
+
+def stop_orphans(config: Config) -> int:
+    """Ask the workers whose driver has ended to flush and leave; returns how many. What they did is not lost.
+
+    A cluster's jobs go on: whoever drives next finds them again.
+    """
+    orphans = [one for one in running(config) if one.is_orphan and one.job is None]
+    for one in orphans:
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(one.pid, signal.SIGTERM)
+    return len(orphans)
+
+
+def _free_slot(config: Config, waiting: Callable[[], None]) -> _Slot:
+    (config.state_dir / "slots").mkdir(parents=True, exist_ok=True)
+    while True:
+        for index in range(config.worker.slots):
+            slot = _locked(config, index)
+            if slot is not None:
+                return slot
+        waiting()
+        time.sleep(_POLL_SECONDS)
+
+
+def _locked(config: Config, index: int) -> _Slot | None:
+    """The slot with all its devices; None while a living worker has any of them."""
+    devices = config.worker.devices_of(index)
+    names = [str(index), *(f"device-{quote(name, safe='')}" for name in devices)]
+    with ExitStack() as taken:
+        files: list[IO[bytes]] = []
+        for name in names:
+            files.append(taken.enter_context((config.state_dir / "slots" / name).open("ab")))
+            try:
+                fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+        return _Slot(taken.pop_all(), tuple(file.fileno() for file in files), _env_of(devices))
+
+
+def _env_of(devices: tuple[str, ...]) -> dict[str, str]:
+    if not devices:
+        return {}
+    # The order in which nvidia-smi numbers them; CUDA's own begins with the fastest.
+    order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices), "CUDA_DEVICE_ORDER": order}

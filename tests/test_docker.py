@@ -1,0 +1,135 @@
+"""docker/ says what is so: files that are named exist, services fit one another, and no image gets more than it needs.
+
+`make lint-docker` asks the tools; this asks what they cannot know.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_worker_contract import NOT_THE_WORKERS
+
+from eval_platform.config import load_config
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "docker"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+OURS = {name: one for name, one in COMPOSE["services"].items() if "build" in one}
+VALUES = yaml.safe_load((DOCKER / "kubernetes" / "dagster-values.yaml").read_text())
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=\[]", one)[0] for one in requirements}
+
+
+def test_the_workers_group_is_what_the_package_asks_for_less_what_the_worker_never_imports() -> None:
+    wanted, groups = PROJECT["project"]["dependencies"], PROJECT["dependency-groups"]
+    assert set(groups["worker"]) < set(wanted)
+    assert groups["metrics"] == PROJECT["project"]["optional-dependencies"]["metrics"]
+    left_out = {name.replace("-", "_") for name in names(wanted) - names(groups["worker"])}
+    assert left_out <= set(NOT_THE_WORKERS)  # with which test_worker_contract.py runs a worker
+
+
+def test_every_service_of_ours_is_shut_in() -> None:
+    assert {"prepare", "code_location", "daemon", "webserver"} <= set(OURS)
+    for name, service in COMPOSE["services"].items():
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert "privileged" not in service
+        assert "healthcheck" in service or name in ("prepare", "proxy"), name
+    for name, service in [*OURS.items(), ("proxy", COMPOSE["services"]["proxy"])]:
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+    for name in ("platform", "worker"):
+        text = (DOCKER / f"{name}.Dockerfile").read_text()
+        assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
+        assert not re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|KEY|TOKEN)", text, re.MULTILINE)
+
+
+def test_nothing_is_reachable_from_elsewhere_but_the_proxy() -> None:
+    for name, service in COMPOSE["services"].items():
+        for port in service.get("ports", []):
+            assert name == "proxy" or port.startswith("127.0.0.1:"), (name, port)
+
+
+def test_secrets_come_from_the_environment_and_are_all_asked_for() -> None:
+    text = (DOCKER / "compose.yaml").read_text()
+    example = dict(re.findall(r"^(\w+)=(.*)$", (DOCKER / ".env.example").read_text(), re.MULTILINE))
+    required = set(re.findall(r"\$\{(\w+):\?", text))
+    assert required == {"POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"}
+    assert {example[name] for name in required} == {""}
+    for name, value in re.findall(r"^ +(\w*(?:PASSWORD|SECRET|KEY)\w*): (.*)$", text, re.MULTILINE):
+        assert value.startswith("${"), name
+
+
+def test_services_find_one_another() -> None:
+    services = COMPOSE["services"]
+    (server,) = yaml.safe_load((DOCKER / "workspace.yaml").read_text())["load_from"]
+    command = services["code_location"]["command"]
+    assert server["grpc_server"]["host"] in services
+    assert f"--port={server['grpc_server']['port']}" in command
+    assert f"--location-name={server['grpc_server']['location_name']}" in command
+    # Without it every healthy run would be called dead: its process is another namespace's.
+    assert services["daemon"]["pid"] == "service:code_location"
+    proxied = re.findall(r"proxy_pass http://([\w-]+):3000;", (DOCKER / "nginx.conf").read_text())
+    assert sorted(proxied) == ["webserver", "webserver-readonly"]
+    assert set(proxied) <= set(services)
+    assert "--read-only" in services["webserver-readonly"]["command"]
+    endpoint = load_config(DOCKER / "eval_platform.toml").s3.endpoint
+    assert endpoint is not None
+    assert endpoint.split("/")[2].split(":")[0] in services
+    for name, service in services.items():
+        assert set(service.get("depends_on", {})) <= set(services), name
+        for volume in service.get("volumes", []):
+            source = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", volume).split(":")[0]
+            made = ("./checkpoints", "./readers", "./operators")  # by who runs it
+            assert source in COMPOSE["volumes"] or source in made or (DOCKER / source).exists(), (name, volume)
+    assert set(yaml.safe_load((DOCKER / "compose.gpu.yaml").read_text())["services"]) == {"code_location"}
+
+
+def jobs() -> dict[str, dict[str, Any]]:
+    return {file.parent.name: yaml.safe_load(file.read_text()) for file in DOCKER.glob("kubernetes/*/job.yaml")}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "worker"])
+def test_a_job_is_shut_in_and_gives_up_only_where_another_try_would_say_the_same(name: str) -> None:
+    job = jobs()[name]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsUser"] == 10001
+    assert not pod["automountServiceAccountToken"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    (final,) = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    assert final["containerName"] == container["name"]
+    if name == "worker":
+        from eval_platform import worker
+
+        assert final["values"] == [worker.EXIT_FAILED, worker.EXIT_FAULT, worker.EXIT_REFUSED]
+    else:
+        from eval_platform import cli_shared as cli
+
+        assert final["values"] == [cli.EXIT_FAILED, cli.EXIT_USAGE, cli.EXIT_HELD]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_what_kubernetes_mounts_is_made() -> None:
+    folder = DOCKER / "kubernetes"
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    made = [one for file in kustomization["resources"] for one in yaml.safe_load_all((folder / file).read_text())]
+    claims = {one["metadata"]["name"] for one in made if one["kind"] == "PersistentVolumeClaim"}
+    accounts = {one["metadata"]["name"] for one in made if one["kind"] == "ServiceAccount"}
+    configs = {one["name"] for one in kustomization["configMapGenerator"]}
+    (ours,) = VALUES["dagster-user-deployments"]["deployments"]
+    for pod in (ours, *(job["spec"]["template"]["spec"] for job in jobs().values())):
+        for volume in pod["volumes"]:
+            assert volume.get("persistentVolumeClaim", {}).get("claimName") in {None, *claims}
+            assert volume.get("configMap", {}).get("name") in {None, *configs}
+        assert pod.get("serviceAccountName") in {None, *accounts}
+    config = load_config(folder / "eval_platform.toml")
+    assert config.lock_path.name in kustomization["configMapGenerator"][0]["files"]
+    assert VALUES["postgresql"]["postgresqlScheme"] == "postgresql+psycopg2"
+    assert not VALUES["generatePostgresqlPasswordSecret"]

@@ -1,0 +1,446 @@
+"""Workers as jobs of a real Slurm: nothing lost and nothing asked twice, whatever it does to them.
+
+`make test-slurm` runs these; elsewhere they are skipped. The workers are the platform's own program on a node of
+`slurm_cluster`; an engine that answers from the weights' bytes (the soak's) stands in place of the model, slowly enough
+to be interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_factory import make_checkpoint
+from fault_tools import Driver, Place, until
+from slurm_cluster import GPUS, REAL_CLUSTER, Cluster, slurm_cluster, why_not
+
+from benchmarks.soak import truth
+from benchmarks.soak.stub import CONTROL, lines
+from eval_platform import __version__, launching
+from eval_platform.config import Config, Slurm, Worker
+from eval_platform.drive import Outcome, drive
+from eval_platform.errors import ConfigError
+from eval_platform.launching import folders, launch, slurm
+from eval_platform.plan import Plan, Wanted, plan
+from eval_platform.store.process import same_machine
+from eval_platform.tasks import read_lock
+from eval_platform.values import Arrival
+from eval_platform.worker import EXIT_TRY_AGAIN, FLUSH_RESPONSES
+
+if REAL_CLUSTER not in os.environ:
+    pytest.skip("a real Slurm: `make test-slurm`", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+N_REQUESTS = 2 * truth.N_SUMS + truth.N_WORDS
+SECONDS_A_REQUEST = "EVAL_PLATFORM_TEST_SECONDS_A_REQUEST"
+
+
+class World(Place):
+    """A results root, checkpoints, and two tasks of which `truth` knows every answer."""
+
+    asks: Slurm = Slurm(gres="gpu:1")
+
+    def config(self, state: str = "state") -> Config:
+        config = super().config(state)
+        worker = Worker(launcher="slurm", lease_seconds=4.0, retry_wait_seconds=0.1)
+        return config.model_copy(update={"worker": worker, "slurm": self.asks})
+
+    def checkpoint(self, name: str = "a/step_1", *, seed: int = 0) -> Path:
+        return make_checkpoint(self.checkpoints / name, seed=seed, values=2_000)
+
+    def plan(self, arrival: Arrival) -> Plan:
+        config = self.config()
+        return plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
+
+    def launch(self, arrival: Arrival, *, state: str = "state") -> slurm.SlurmHandle:  # type: ignore[override]
+        handle = launch(self.plan(arrival), self.config())
+        assert isinstance(handle, slurm.SlurmHandle)
+        return handle
+
+    def driven(self, arrival: Arrival, on_message: Callable[[dict[str, Any]], None] = lambda _: None) -> list[Outcome]:
+        return list(drive(self.plan(arrival), self.config(), self.store, actor="test", on_message=on_message))
+
+    def arrived(self, seed: int) -> Arrival:
+        self.checkpoint(f"a/step_{seed}", seed=seed)
+        return self.arrive(f"a/step_{seed}")
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """What all workers said of this kind, by worker and in order."""
+        found = sorted(folders.workers(self.config()).glob("*"))
+        return [one for folder in found for one in folders.messages_from(folder, 0)[0] if one["type"] == kind]
+
+    def n_asked(self) -> int:
+        return len(lines(self.control / "asked.jsonl"))
+
+    def all_is_there(self, n: int, *, kills: int = 0, stops: int = 0) -> None:
+        """`n` checkpoints are on the leaderboard with the scores that their weights give, each committed once, and no
+        request was asked twice but what a kill may cost, and the one that was in hand when a worker was stopped."""
+        rows = self.sql("select key, task, value, attempt from leaderboard")
+        assert len(rows) == 2 * n
+        for row in rows:
+            weights = truth.weights_digest(self.checkpoints / row["key"].removeprefix("runs/"))
+            assert row["value"] == truth.expected_score(row["task"], weights)
+        assert len(self.commits()) == 2 * n
+        asked = Counter((line["weights"], *line["asked"]) for line in lines(self.control / "asked.jsonl"))
+        assert len(asked) == n * N_REQUESTS
+        assert asked.total() - len(asked) <= kills * FLUSH_RESPONSES + stops
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with slurm_cluster() as one:
+        yield one
+
+
+@pytest.fixture
+def world(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Its drivers are this process's threads or forks of it; its workers, on the cluster, obey it."""
+    one = World(tmp_path / "world")
+    for name, rows, body in truth.task_files():
+        (one.tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        definition = {**body, "task": name, "documents": {"file": f"{name}.jsonl"}}
+        (one.tasks / f"{name}.yaml").write_text(json.dumps(definition))  # JSON is YAML
+    one.sync()
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        'if "eval_platform.worker" in sys.orig_argv:\n'
+        "    from pathlib import Path\n"
+        "    from benchmarks.soak import stub\n"
+        f"    stub._SECONDS_A_REQUEST = float(os.environ[{SECONDS_A_REQUEST!r}])\n"
+        f"    stub.obey(Path(os.environ[{CONTROL!r}]))\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(root)]))
+    monkeypatch.setenv(CONTROL, str(one.control))
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.002")
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.setattr(slurm, "_ASK_SECONDS", (0.3, 1.0))
+    yield one
+    cluster.ask("scancel", f"--user={os.getuid()}")
+    until(lambda: not cluster.ask("squeue", "-h"), "the queue to be empty", 30)
+
+
+def jobs(cluster: Cluster) -> list[str]:
+    """Numbers of all jobs that Slurm remembers of this test and those before, the newest last."""
+    return sorted(cluster.ask("squeue", "-h", "--states=all", "-o", "%i").split(), key=int)
+
+
+def in_background(world: World, arrival: Arrival, said: list[dict[str, Any]]) -> "Future[list[Outcome]]":
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(world.driven, arrival, said.append)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def all_published(outcomes: list[Outcome]) -> bool:
+    assert [one.status for one in outcomes] == ["published"] * 2, outcomes
+    return True
+
+
+def test_checkpoints_run_at_once_on_gpus_of_their_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three that want two GPUs each on a node of four: two run, the third waits and says why."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.01")
+    world.asks = Slurm(gres="gpu:2", time_limit="10", arguments=("--mem=200M",))
+    arrivals = [world.arrived(seed) for seed in range(3)]
+    said: list[list[dict[str, Any]]] = [[], [], []]
+    running = [in_background(world, one, heard) for one, heard in zip(arrivals, said, strict=True)]
+    for one in running:
+        all_published(one.result(90))
+    world.all_is_there(3)
+    spans = []
+    for heard in said:
+        (hello,) = [one for one in heard if one["type"] == "hello"]
+        (end,) = [one for one in heard if one["type"] == "end"]
+        assert len(hello["devices"]) == 2
+        spans.append((hello["time"], end["time"], set(hello["devices"])))
+    spans.sort(key=lambda span: span[0])
+    (_, first_end, first), (second_begin, second_end, second), (third_begin, _, _) = spans
+    assert second_begin < first_end  # at once
+    assert first | second == {str(gpu) for gpu in range(GPUS)}
+    assert not first & second
+    assert third_begin > min(first_end, second_end) - 0.5  # not before devices were free
+    waited = {one["reason"] for heard in said for one in heard if one["type"] == "slot"}
+    assert any("Resources" in reason or "Priority" in reason for reason in waited), waited
+
+
+def test_a_time_limit_keeps_the_journal_and_the_next_run_asks_only_the_rest(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.2")  # Slurm looks at limits every so many seconds
+    arrival, said = world.arrived(1), list[dict[str, Any]]()
+    running = in_background(world, arrival, said)
+    until(lambda: world.n_asked() > 10, "answers", 60)
+    # Slurm counts limits in minutes; a job's end can be set to the second.
+    cluster.ask("scontrol", "update", f"JobId={jobs(cluster)[-1]}", "EndTime=now+1seconds")
+    outcomes = running.result(60)
+    assert {one.status for one in outcomes} == {"failed"}
+    assert all("time limit" in one.reasons[0] and "raise [slurm] time_limit" in one.reasons[0] for one in outcomes)
+    before = world.n_asked()
+    assert before < N_REQUESTS
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.002")
+    all_published(world.driven(arrival))
+    world.all_is_there(1, stops=1)
+
+
+def begin_now(cluster: Cluster, job: str) -> None:
+    """Let a job that was queued again begin: Slurm would wait for two minutes, and anew when a node comes back."""
+
+    def has_begun() -> bool:
+        state = cluster.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+        if state == "PENDING":
+            cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return state not in ("PENDING", "COMPLETING")
+
+    until(has_begun, "the job's new life", 90, every_s=1.0)
+
+
+def test_a_node_that_fails_is_no_loss(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job is queued again under its number, and its driver goes on reading."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
+    arrival, said = world.arrived(2), list[dict[str, Any]]()
+    running = in_background(world, arrival, said)
+    until(lambda: world.n_asked() > FLUSH_RESPONSES, "answers", 60)
+    job = jobs(cluster)[-1]
+    cluster.kill_node()
+    until(lambda: cluster.ask("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", "the job in the queue", 60)
+    cluster.start_node()
+    begin_now(cluster, job)
+    all_published(running.result(90))
+    world.all_is_there(1, kills=1)
+    assert len([one for one in said if one["type"] == "hello"]) == 2
+
+
+def test_a_more_urgent_job_goes_before_and_ours_goes_on_after_it(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
+    arrival, said = world.arrived(3), list[dict[str, Any]]()
+    running = in_background(world, arrival, said)
+    until(lambda: world.n_asked() > FLUSH_RESPONSES, "answers", 60)
+    job = jobs(cluster)[-1]
+    sleep = ("sbatch", "--parsable", "-p", "urgent", f"--gres=gpu:{GPUS}", "-o", "/dev/null", "--wrap", "sleep 1")
+    urgent = cluster.ask(*sleep).strip()
+    until(lambda: cluster.ask("squeue", "-h", "-t", "all", "-j", urgent, "-o", "%T").strip() == "COMPLETED", "it", 60)
+    begin_now(cluster, job)
+    all_published(running.result(90))
+    world.all_is_there(1, stops=1)
+    assert [one["code"] for one in said if one["type"] == "end"] == [EXIT_TRY_AGAIN, 0]
+
+
+def test_stopping_frees_the_gpus_within_ten_seconds(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that runs, and one that waits: the first leaves by itself with what it has answered."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
+    world.asks = Slurm(gres=f"gpu:{GPUS}")
+    works, waits = world.launch(world.arrived(4)), world.launch(world.arrived(5))
+    until(lambda: world.n_asked() > 10, "answers", 60)
+    for handle in (waits, works):
+        began = time.monotonic()
+        handle.stop()
+        assert time.monotonic() - began < 10
+    assert cluster.ask("squeue", "-h") == ""
+    assert works.poll() == EXIT_TRY_AGAIN
+    assert waits.poll() is not None
+    assert world.n_asked() - len(world.journaled()) <= 1  # the one in hand
+    assert [one for message in works.messages() for one in message if one["type"] == "failed"] == []
+    world.asks = Slurm(gres="gpu:1")
+    for seed in (4, 5):
+        all_published(world.driven(world.arrive(f"a/step_{seed}")))
+    world.all_is_there(2, stops=1)
+
+
+def test_a_worker_that_does_not_leave_is_killed_within_ten_seconds(world: World, cluster: Cluster) -> None:
+    handle = world.launch(world.arrived(6))
+    until(lambda: world.told("hello"), "a worker", 60)
+    (hello,) = world.told("hello")
+    os.kill(hello["pid"], signal.SIGSTOP)  # SIGTERM does not reach it, nor its own watchdog
+    began = time.monotonic()
+    handle.stop()
+    assert time.monotonic() - began < 12  # and one for Slurm to see that it is gone
+    assert not Path(f"/proc/{hello['pid']}/stat").exists()
+
+
+def test_a_driver_that_was_killed_finds_its_job_again(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
+    arrival = world.arrived(7)
+    before = jobs(cluster)
+    driver = Driver(lambda: world.driven(arrival))
+    until(lambda: world.n_asked() > 10, "answers", 60)
+    driver.kill()
+    said: list[dict[str, Any]] = []
+    all_published(world.driven(arrival, said.append))
+    world.all_is_there(1)
+    assert len(set(jobs(cluster)) - set(before)) == 1
+    assert "found again" in next(one["state"] for one in said if one["type"] == "slurm")
+    assert [one["type"] for one in said if one["type"] in ("hello", "end")] == ["hello", "end"]
+
+
+def test_a_job_that_ends_with_nobody_looking_is_not_shown_for_ever(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver is killed, then the worker: no word says that it has ended."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
+    arrival, config = world.arrived(18), world.config()
+    driver = Driver(lambda: world.driven(arrival))
+    until(lambda: world.n_asked() > 10, "answers", 60)
+    driver.kill()
+    (one,) = launching.running(config)
+    assert one.job == f"slurm {jobs(cluster)[-1]}"
+    os.kill(one.pid, signal.SIGKILL)
+    until(lambda: not cluster.ask("squeue", "-h"), "Slurm to see that it is gone", 30)
+    all_published(world.driven(arrival))
+    assert launching.running(config) == []
+
+
+def test_a_driver_killed_before_it_wrote_the_jobs_number_down_is_no_loss(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one whose job waits while another release is installed: that job would only refuse."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
+    world.asks = Slurm(gres=f"gpu:{GPUS}")
+    arrivals = world.arrived(19), world.arrived(20)
+    works, waits = (world.launch(one) for one in arrivals)
+    (works.folder / "job.json").unlink()
+    again = world.launch(arrivals[0])
+    assert (again.job, again.was_found) == (works.job, True)
+    assert folders.job(works.folder) == f"slurm {works.job}"
+    plan_file = waits.folder / "plan.json"
+    plan_file.write_text(plan_file.read_text().replace(f'"platform": "{__version__}"', '"platform": "0.0.1"'))
+    other = world.launch(arrivals[1])
+    assert other.job != waits.job
+    for handle in (waits, other, again):
+        handle.stop()
+
+
+def test_somebody_elses_scancel_is_told(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.1")
+    running = in_background(world, world.arrived(8), said := [])
+    until(lambda: world.n_asked() > 2, "answers", 60)
+    cluster.ask("scancel", jobs(cluster)[-1])
+    assert all("somebody cancelled job" in one.reasons[0] for one in running.result(60))
+    assert any(one["type"] == "failed" for one in said)
+
+
+def test_a_worker_that_is_killed_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.1")
+    running = in_background(world, world.arrived(9), [])
+    until(lambda: world.n_asked() > 2, "answers", 60)
+    os.kill(world.told("hello")[0]["pid"], signal.SIGKILL)
+    for one in running.result(60):
+        assert "was killed by signal 9 without a word" in one.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem", "remedy"),
+    [
+        (Slurm(partition="nowhere"), "Invalid partition name", "[slurm] partition"),
+        (Slurm(gres="gpu:5"), "Requested node configuration is not available", "lower [slurm] gres"),
+        (Slurm(gres="gpu:a100:1"), "Requested node configuration is not available", "lower [slurm] gres"),
+        (Slurm(time_limit="soon"), "Invalid --time specification", "[slurm] time_limit"),
+        (Slurm(arguments=("--no-such-option=1",)), "unrecognized option", "section [slurm]"),
+    ],
+)
+def test_what_slurm_refuses_is_told_with_the_remedy(world: World, asked: Slurm, problem: str, remedy: str) -> None:
+    world.asks = asked
+    with pytest.raises(ConfigError) as raised:
+        world.launch(world.arrived(10))
+    assert problem in str(raised.value)
+    assert remedy in str(raised.value)
+
+
+def test_a_job_that_would_wait_for_ever_is_given_up(world: World, cluster: Cluster) -> None:
+    """sbatch takes a limit beyond the partition's, and the job then waits until somebody changes one of them."""
+    world.asks = Slurm(time_limit="2:00:00")
+    outcomes = world.driven(world.arrived(11))
+    assert all("would never start" in one.reasons[0] for one in outcomes)
+    assert all("PartitionTimeLimit" in one.reasons[0] and "sinfo" in one.reasons[0] for one in outcomes)
+    assert cluster.ask("squeue", "-h") == ""
+
+
+def test_a_machine_without_slurm_is_told_so(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arrival = world.arrived(12)
+    with monkeypatch.context() as here:  # the cluster itself still has it
+        here.setenv("PATH", str(tmp_path))
+        with pytest.raises(slurm.SlurmError, match=r"there is no `squeue` on this machine(.|\n)*login node"):
+            world.launch(arrival)
+
+
+def test_a_controller_that_is_away_is_waited_for(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its restart costs nothing; while it is away nothing new can be submitted, which is told."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
+    running = in_background(world, world.arrived(13), [])
+    until(lambda: world.n_asked() > 10, "answers", 60)
+    away = cluster.running.pop("slurmctld")
+    away.terminate()
+    away.wait(30)
+    with pytest.raises(slurm.SlurmError, match="scontrol ping"):
+        world.launch(world.arrived(14))
+    cluster.start("slurmctld", "slurmctld", "-D", "-f", str(cluster.folder / "slurm.conf"))
+    all_published(running.result(90))
+    assert len(world.told("hello")) == 1
+
+
+def test_a_state_folder_that_the_node_cannot_see_is_told(world: World, cluster: Cluster) -> None:
+    """The node in a mount namespace of its own, where the state folder is another one, as a local disk is."""
+    state = world.config().state_dir
+    state.mkdir()
+    cluster.kill_node()
+    hide = f'mount -t tmpfs none {state} && exec "$@"'
+    cluster.start_node("unshare", "--mount", "sh", "-c", hide, "sh")
+    try:
+        outcomes = world.driven(world.arrived(15))
+        assert all("could not start job" in one.reasons[0] and "`state`" in one.reasons[0] for one in outcomes)
+    finally:
+        cluster.kill_node()
+        cluster.start_node()
+
+
+def test_an_installation_that_the_node_has_not_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
+    outcomes = world.driven(world.arrived(16))
+    assert all("ended with code 127" in one.reasons[0] and "no such Python" in one.reasons[0] for one in outcomes)
+
+
+def test_a_job_goes_over_with_what_it_needs_and_nothing_else(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials of the store are in the worker's environment, and nowhere that others can read."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-for-others, 'quoted' $HOME")
+    monkeypatch.setenv("MY_TOKEN", "asked for")
+    monkeypatch.setenv("SOMETHING_ELSE", "stays here")
+    monkeypatch.setenv("EVAL_PLATFORM_POSTGRES", "not-for-workers")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
+    world.asks = Slurm(gres="gpu:1", variables=("MY_TOKEN",))
+    handle = world.launch(world.arrived(17))
+    until(lambda: world.told("hello"), "a worker", 60)
+    (hello,) = world.told("hello")
+    assert same_machine(json.loads((handle.folder / "process.json").read_text())["worker"])
+    pairs = Path(f"/proc/{hello['pid']}/environ").read_bytes().decode().split("\0")
+    has = dict(pair.split("=", 1) for pair in pairs if pair)
+    assert has["AWS_SECRET_ACCESS_KEY"] == "not-for-others, 'quoted' $HOME"
+    assert has["MY_TOKEN"] == "asked for"
+    assert not {"SOMETHING_ELSE", "EVAL_PLATFORM_POSTGRES"} & has.keys()
+    assert has["CUDA_VISIBLE_DEVICES"] != "7"
+    open_to_all = cluster.ask("scontrol", "show", "job", handle.job)
+    open_to_all += "".join(file.read_text() for file in handle.folder.iterdir())
+    assert "not-for-others" not in open_to_all
+    handle.stop()

@@ -1,0 +1,48 @@
+"""What [slurm] may say, and what is kept of a job that waits: no Slurm is needed for these."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval_platform.config import load_config
+from eval_platform.errors import ConfigError
+from eval_platform.launching import folders
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[worker]\nlauncher = "lsf"', "worker.launcher"),
+        ('[worker]\nlauncher = "slurm"\ndevices = [0]', "devices: they are of this machine"),
+        ('[slurm]\narguments = ["--mem", "4G"]', "'4G' must be one option written whole"),
+        ('[slurm]\narguments = ["script.sh"]', "'script.sh' must be one option written whole"),
+        ('[slurm]\narguments = ["--export=NONE"]', "--export is set by the platform"),
+        ('[slurm]\narguments = ["--gres=gpu:1"]', "--gres is set by the platform, or by a field of its own"),
+        ('[slurm]\npartition = "gpu --wrap=x"', "must be one word"),
+        ("[slurm]\ngpus = 2", "slurm.gpus"),
+    ],
+)
+def test_a_section_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "eval_platform.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert problem in str(raised.value)
+
+
+def test_options_of_sbatch_go_through_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "eval_platform.toml"
+    file.write_text('[slurm]\narguments = ["--mem=64G", "--qos=low", "--exclusive"]\ntime_limit = "1-00:00:00"')
+    assert load_config(file).slurm.arguments == ("--mem=64G", "--qos=low", "--exclusive")
+
+
+def test_the_folder_of_a_job_that_waits_is_not_forgotten(tmp_path: Path) -> None:
+    names = [f"{number:020d}-worker" for number in range(folders.KEPT_WORKERS + 2)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for name in names[:2]:
+        (tmp_path / name / "job.json").write_text(json.dumps({"slurm": "7"}))
+    (tmp_path / names[1] / "ended.json").write_text("{}")
+    folders.forget_old(tmp_path)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [names[0], *names[2:]]
