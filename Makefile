@@ -32,14 +32,14 @@ test: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-s3-real: install
-	$(BIN)/python tests/ceph_gateway.py
+	$(BIN)/python -m tests.ceph_gateway
 
 test-postgres: install
-	$(BIN)/python tests/postgres_server.py
+	$(BIN)/python -m tests.postgres_server
 
 test-slurm: install
 	command -v slurmctld >/dev/null && command -v munged >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; }
-	$(BIN)/python tests/slurm_cluster.py
+	$(BIN)/python -m tests.slurm_cluster
 
 soak: install
 	$(BIN)/python -m benchmarks.soak $(if $(SEED),--seed $(SEED))

@@ -1,16 +1,14 @@
 """A real S3 server for tests: one node of Ceph with its gateway, on free ports of 127.0.0.1, its data in memory.
 
-    python tests/ceph_gateway.py            (`make test-s3-real`) the tests of buckets, on this gateway
-    python tests/ceph_gateway.py COMMAND    any command, told of the gateway as the tests are
+    python -m tests.ceph_gateway            (`make test-s3-real`) the tests of buckets, on this gateway
+    python -m tests.ceph_gateway COMMAND    any command, told of the gateway as the tests are
 
 Other than moto it asks who is asking, and its conditions are its own: nothing takes turns here. Whatever happens, its
 four processes end with this one: the kernel kills each when its parent dies.
 """
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s3_server import CREDENTIALS, REAL_SERVER
+from tests import servers
+from tests.s3_server import CREDENTIALS, REAL_SERVER
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd", "ceph-mgr", "ceph-common")
 PROGRAMS = ("radosgw", "ceph-mon", "ceph-osd", "ceph-mgr", "ceph", "monmaptool", "ceph-authtool", "radosgw-admin")
@@ -100,14 +99,11 @@ def ceph_gateway() -> Iterator[str]:
         try:
             yield _started(folder, running)
         finally:
-            for process in reversed(running):
-                process.kill()
-            for process in running:
-                process.wait(30)
+            servers.end(running)
 
 
 def _started(folder: Path, running: list[subprocess.Popen[bytes]]) -> str:
-    mon_port, port = _free_ports(2)
+    mon_port, port = servers.free_ports(2)
     fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
     for name in ("mon", "mgr", "osd", "rgw", "run", "log"):
         (folder / name).mkdir()
@@ -124,12 +120,8 @@ def _started(folder: Path, running: list[subprocess.Popen[bytes]]) -> str:
         return done.stdout
 
     def start(*command: str) -> None:
-        with (folder / "log" / f"{command[0]}.out").open("wb") as out:
-            running.append(
-                subprocess.Popen(
-                    command, cwd=folder, env=environment, stdout=out, stderr=out, preexec_fn=_die_with_parent
-                )
-            )
+        out = folder / "log" / f"{command[0]}.out"
+        running.append(servers.start(command, cwd=folder, env=environment, out=out))
 
     do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon_port}]", "monmap")
     do("ceph-authtool", "--create-keyring", "keyring", "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
@@ -158,19 +150,6 @@ def _started(folder: Path, running: list[subprocess.Popen[bytes]]) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _free_ports(n: int) -> list[int]:
-    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [one.getsockname()[1] for one in listening]
-    for one in listening:
-        one.close()
-    return ports
-
-
 def _listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -194,8 +173,7 @@ def main(command: list[str]) -> int:
     """The command's exit code; 2 where there is no gateway."""
     here = Path(__file__).parent
     tests = [sys.executable, "-m", "pytest", "-q", "-k", "not [folder]", *(str(here / name) for name in TESTS)]
-    # As any end, so that `finally` is reached.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    servers.end_on_sigterm()
     try:
         began = time.monotonic()
         with ceph_gateway() as endpoint:

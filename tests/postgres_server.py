@@ -1,7 +1,7 @@
 """A real PostgreSQL for tests, on a free port of 127.0.0.1, its data in a folder that goes with it.
 
-    python tests/postgres_server.py            (`make test-postgres`) the tests of a team's instance
-    python tests/postgres_server.py COMMAND    any command, told of the server as the tests are
+    python -m tests.postgres_server            (`make test-postgres`) the tests of a team's instance
+    python -m tests.postgres_server COMMAND    any command, told of the server as the tests are
 
 It asks for a password, as a team's does.
 """
@@ -10,13 +10,14 @@ import os
 import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests import servers
 
 # Names a server that runs already: what this program starts. Its user may make databases.
 SERVER = "TEST_POSTGRES"
@@ -50,7 +51,7 @@ def postgres_server() -> Iterator[str]:
                 shutil.chown(path, USER)
         begin = [*as_user, folder / "initdb", "-D", data, "-U", "tester", "--no-sync", "-E", "UTF8", "--locale=C"]
         _do([*begin, "--auth=scram-sha-256", f"--pwfile={said}"])
-        port = _free_port()
+        (port,) = servers.free_ports(1)
         options = f"-c listen_addresses=127.0.0.1 -p {port} -k {made} -c fsync=off -c shared_buffers=32MB"
         control = [*as_user, folder / "pg_ctl", "-D", data, "-w"]
         _do([*control, "-l", Path(made) / "log", "-o", options, "start"])
@@ -97,12 +98,6 @@ def _do(command: list[str | Path]) -> None:
         if done.returncode:
             output.seek(0)
             raise ServerError(f"{command[-1]} ended with {done.returncode}: {output.read().decode(errors='replace')}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:

@@ -1,14 +1,13 @@
 """A real Slurm for tests: one node on free ports of 127.0.0.1 with four GPUs that are none, in a temporary folder.
 
-    python tests/slurm_cluster.py            (`make test-slurm`) the tests of the launcher, on such clusters
-    python tests/slurm_cluster.py COMMAND    any command, on a cluster that ends with it: SLURM_CONF leads there
+    python -m tests.slurm_cluster            (`make test-slurm`) the tests of the launcher, on such clusters
+    python -m tests.slurm_cluster COMMAND    any command, on a cluster that ends with it: SLURM_CONF leads there
 
 munged, slurmctld and slurmd, without accounting and without cgroups; the scheduling, the requeueing, the limits and
 the devices' assignment are Slurm's own. Root is needed, for the device files. Whatever happens, the daemons end with
-this process: the kernel kills each when its parent dies; jobs are ended first.
+this process: the kernel kills each when its parent dies.
 """
 
-import ctypes
 import os
 import shutil
 import signal
@@ -21,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests import servers
 
 PACKAGES = ("slurm-wlm", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
@@ -97,10 +98,8 @@ class Cluster:
         return done.stdout
 
     def start(self, name: str, *command: str) -> None:
-        with (self.folder / "log" / f"{name}.out").open("ab") as out:
-            self.running[name] = subprocess.Popen(
-                command, env=self.environment, cwd=self.folder, stdout=out, stderr=out, preexec_fn=_die_with_parent
-            )
+        out = self.folder / "log" / f"{name}.out"
+        self.running[name] = servers.start(command, cwd=self.folder, env=self.environment, out=out)
 
     def start_node(self, *within: str) -> None:
         """Its slurmd, begun by the command `within`; returns when jobs can be had."""
@@ -148,11 +147,8 @@ class Cluster:
             time.sleep(0.05)
 
     def end(self) -> None:
-        """Jobs first, which would outlive the daemons."""
-        for process in reversed(self.running.values()):
-            process.kill()
-        for process in self.running.values():
-            process.wait(30)
+        """The daemons, then the jobs, which outlive them."""
+        servers.end(self.running.values())
         self.kill_jobs()
 
 
@@ -184,7 +180,7 @@ def _start(cluster: Cluster, forgets_after: int) -> None:
     for name in ("munge", "state", "spool", "log"):
         (folder / name).mkdir()
     folder.chmod(0o755)  # a socket that not everybody may reach is refused by munged
-    controller_port, node_port = _free_ports(2)
+    controller_port, node_port = servers.free_ports(2)
     settings = CONFIGURATION.format(
         host=_host(),
         folder=folder,
@@ -214,23 +210,9 @@ def _host() -> str:
     return socket.gethostname().partition(".")[0]
 
 
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _free_ports(n: int) -> list[int]:
-    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [one.getsockname()[1] for one in listening]
-    for one in listening:
-        one.close()
-    return ports
-
-
 def main(command: list[str]) -> int:
     """The command's exit code; 2 where there is no cluster."""
-    # As any end, so that `finally` is reached.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    servers.end_on_sigterm()
     reason = why_not()
     if reason is not None:
         print(reason, file=sys.stderr)
