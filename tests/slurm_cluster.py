@@ -30,13 +30,15 @@ GPUS = 4
 PATIENCE_S = 60
 # Two partitions on the one node: a job of `urgent` takes the place of one of `eval`, which is queued again. A node
 # that says nothing for SlurmdTimeout seconds is down. KillWait: from SIGTERM to SIGKILL when Slurm ends a job itself.
+# MinJobAge: so long it remembers a job that has ended. cred_expire: so long a job that was queued again waits at least;
+# 2 minutes where it is not set.
 CONFIGURATION = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=15
 CredType=cred/munge
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPort={controller_port}
@@ -63,7 +65,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 KillWait=5
-MinJobAge={forgets_after}
+MinJobAge=300
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=1
 DefMemPerCPU=100
 SlurmdParameters=config_overrides
@@ -161,21 +163,21 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def slurm_cluster(*, forgets_after: int = 300) -> Iterator[Cluster]:
-    """A cluster of this process's own; it forgets a job so many seconds after its end. Raises ClusterError."""
+def slurm_cluster() -> Iterator[Cluster]:
+    """A cluster of this process's own. Raises ClusterError."""
     reason = why_not()
     if reason is not None:
         raise ClusterError(reason)
     with tempfile.TemporaryDirectory(prefix="slurm-") as made:
         cluster = Cluster(Path(made))
         try:
-            _start(cluster, forgets_after)
+            _start(cluster)
             yield cluster
         finally:
             cluster.end()
 
 
-def _start(cluster: Cluster, forgets_after: int) -> None:
+def _start(cluster: Cluster) -> None:
     folder = cluster.folder
     for name in ("munge", "state", "spool", "log"):
         (folder / name).mkdir()
@@ -186,7 +188,6 @@ def _start(cluster: Cluster, forgets_after: int) -> None:
         folder=folder,
         controller_port=controller_port,
         node_port=node_port,
-        forgets_after=forgets_after,
         gpus=GPUS,
     )
     (folder / "slurm.conf").write_text(settings)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from checkpoint_factory import make_checkpoint
 from fault_tools import Driver, Place, until
+from running_platform import Up
 from slurm_cluster import GPUS, REAL_CLUSTER, Cluster, slurm_cluster, why_not
 
 from benchmarks.soak import truth
@@ -28,6 +29,7 @@ from eval_platform.config import Config, Slurm, Worker
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders, launch, slurm
+from eval_platform.launching import jobs as launched
 from eval_platform.plan import Plan, Wanted, plan
 from eval_platform.store.process import same_machine
 from eval_platform.tasks import read_lock
@@ -40,16 +42,18 @@ if REAL_CLUSTER not in os.environ:
 pytestmark = pytest.mark.slow
 N_REQUESTS = 2 * truth.N_SUMS + truth.N_WORDS
 SECONDS_A_REQUEST = "EVAL_PLATFORM_TEST_SECONDS_A_REQUEST"
+SLOW_IMPORT = "slow_import"  # a worker does not get beyond its imports while `control` has a file of this name
 
 
 class World(Place):
     """A results root, checkpoints, and two tasks of which `truth` knows every answer."""
 
     asks: Slurm = Slurm(gres="gpu:1")
+    shards = 1
 
     def config(self, state: str = "state") -> Config:
         config = super().config(state)
-        worker = Worker(launcher="slurm", lease_seconds=4.0, retry_wait_seconds=0.1)
+        worker = Worker(launcher="slurm", shards=self.shards, lease_seconds=4.0, retry_wait_seconds=0.1)
         return config.model_copy(update={"worker": worker, "slurm": self.asks})
 
     def checkpoint(self, name: str = "a/step_1", *, seed: int = 0) -> Path:
@@ -60,7 +64,7 @@ class World(Place):
         return plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
 
     def launch(self, arrival: Arrival, *, state: str = "state") -> slurm.SlurmHandle:  # type: ignore[override]
-        handle = launch(self.plan(arrival), self.config())
+        ((_, handle),) = launch(self.plan(arrival), self.config())
         assert isinstance(handle, slurm.SlurmHandle)
         return handle
 
@@ -111,12 +115,16 @@ def world(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> 
         definition = {**body, "task": name, "documents": {"file": f"{name}.jsonl"}}
         (one.tasks / f"{name}.yaml").write_text(json.dumps(definition))  # JSON is YAML
     one.sync()
-    site = tmp_path / "site"
+    site = one.folder / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
         "import os, sys\n"
         'if "eval_platform.worker" in sys.orig_argv:\n'
+        "    import time\n"
         "    from pathlib import Path\n"
+        f"    Path(os.environ[{CONTROL!r}], 'importing').touch()\n"
+        f"    while Path(os.environ[{CONTROL!r}], {SLOW_IMPORT!r}).exists():\n"
+        "        time.sleep(0.05)\n"
         "    from benchmarks.soak import stub\n"
         f"    stub._SECONDS_A_REQUEST = float(os.environ[{SECONDS_A_REQUEST!r}])\n"
         f"    stub.obey(Path(os.environ[{CONTROL!r}]))\n"
@@ -126,7 +134,7 @@ def world(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(CONTROL, str(one.control))
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.002")
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    monkeypatch.setattr(slurm, "_ASK_SECONDS", (0.3, 1.0))
+    monkeypatch.setattr(launched, "ASK_SECONDS", (0.3, 1.0))
     yield one
     cluster.ask("scancel", f"--user={os.getuid()}")
     until(lambda: not cluster.ask("squeue", "-h"), "the queue to be empty", 30)
@@ -134,7 +142,7 @@ def world(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> 
 
 def jobs(cluster: Cluster) -> list[str]:
     """Numbers of all jobs that Slurm remembers of this test and those before, the newest last."""
-    return sorted(cluster.ask("squeue", "-h", "--states=all", "-o", "%i").split(), key=int)
+    return sorted(cluster.ask("squeue", "-h", "--states=all", "-o", "%A").split(), key=int)
 
 
 def in_background(world: World, arrival: Arrival, said: list[dict[str, Any]]) -> "Future[list[Outcome]]":
@@ -195,18 +203,6 @@ def test_a_time_limit_keeps_the_journal_and_the_next_run_asks_only_the_rest(
     world.all_is_there(1, stops=1)
 
 
-def begin_now(cluster: Cluster, job: str) -> None:
-    """Let a job that was queued again begin: Slurm would wait for two minutes, and anew when a node comes back."""
-
-    def has_begun() -> bool:
-        state = cluster.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
-        if state == "PENDING":
-            cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return state not in ("PENDING", "COMPLETING")
-
-    until(has_begun, "the job's new life", 90, every_s=1.0)
-
-
 def test_a_node_that_fails_is_no_loss(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job is queued again under its number, and its driver goes on reading."""
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
@@ -217,10 +213,16 @@ def test_a_node_that_fails_is_no_loss(world: World, cluster: Cluster, monkeypatc
     cluster.kill_node()
     until(lambda: cluster.ask("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", "the job in the queue", 60)
     cluster.start_node()
-    begin_now(cluster, job)
-    all_published(running.result(90))
+    all_published(running.result(180))
     world.all_is_there(1, kills=1)
     assert len([one for one in said if one["type"] == "hello"]) == 2
+
+
+def run_urgent_job(cluster: Cluster) -> None:
+    """Before all of ours: it wants every GPU."""
+    sleep = ("sbatch", "--parsable", "-p", "urgent", f"--gres=gpu:{GPUS}", "-o", "/dev/null", "--wrap", "sleep 1")
+    job = cluster.ask(*sleep).strip()
+    until(lambda: cluster.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip() == "COMPLETED", "it", 60)
 
 
 def test_a_more_urgent_job_goes_before_and_ours_goes_on_after_it(
@@ -230,14 +232,38 @@ def test_a_more_urgent_job_goes_before_and_ours_goes_on_after_it(
     arrival, said = world.arrived(3), list[dict[str, Any]]()
     running = in_background(world, arrival, said)
     until(lambda: world.n_asked() > FLUSH_RESPONSES, "answers", 60)
-    job = jobs(cluster)[-1]
-    sleep = ("sbatch", "--parsable", "-p", "urgent", f"--gres=gpu:{GPUS}", "-o", "/dev/null", "--wrap", "sleep 1")
-    urgent = cluster.ask(*sleep).strip()
-    until(lambda: cluster.ask("squeue", "-h", "-t", "all", "-j", urgent, "-o", "%T").strip() == "COMPLETED", "it", 60)
-    begin_now(cluster, job)
-    all_published(running.result(90))
+    run_urgent_job(cluster)
+    all_published(running.result(180))
     world.all_is_there(1, stops=1)
     assert [one["code"] for one in said if one["type"] == "end"] == [EXIT_TRY_AGAIN, 0]
+
+
+def importing(world: World, seed: int, said: list[dict[str, Any]]) -> "tuple[Arrival, Future[list[Outcome]]]":
+    """A checkpoint whose driver waits for a worker that is importing, so that SIGTERM finds no handler yet."""
+    (world.control / SLOW_IMPORT).touch()
+    arrival = world.arrived(seed)
+    running = in_background(world, arrival, said)
+    until((world.control / "importing").exists, "a worker", 60)
+    return arrival, running
+
+
+def test_a_worker_that_is_told_to_leave_while_it_imports_is_no_failure(world: World, cluster: Cluster) -> None:
+    arrival, running = importing(world, 21, said := [])
+    cluster.ask("scancel", "--full", "--signal=TERM", jobs(cluster)[-1])
+    assert all(f"ended with code {EXIT_TRY_AGAIN}" in one.reasons[0] for one in running.result(60))
+    assert [one for one in said if one["type"] == "failed"] == []
+    world.revoke(SLOW_IMPORT)
+    all_published(world.driven(arrival))
+    world.all_is_there(1)
+
+
+def test_a_more_urgent_job_goes_before_one_that_imports(world: World, cluster: Cluster) -> None:
+    _, running = importing(world, 22, said := [])
+    run_urgent_job(cluster)
+    world.revoke(SLOW_IMPORT)
+    all_published(running.result(180))
+    world.all_is_there(1)
+    assert [one["code"] for one in said if one["type"] == "end"] == [0]
 
 
 def test_stopping_frees_the_gpus_within_ten_seconds(
@@ -272,6 +298,38 @@ def test_a_worker_that_does_not_leave_is_killed_within_ten_seconds(world: World,
     handle.stop()
     assert time.monotonic() - began < 12  # and one for Slurm to see that it is gone
     assert not Path(f"/proc/{hello['pid']}/stat").exists()
+
+
+def test_a_run_terminated_in_dagster_frees_its_gpu_within_ten_seconds(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the button on a run's page does it, on a platform that is up."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.2")
+    (world.folder / "eval_platform.toml").write_text("""
+        results = "results"
+        state = "state"
+        checkpoints = [{name = "runs", path = "checkpoints", quiet_seconds = 0}]
+        tasks = {folders = ["tasks"]}
+        engine = {device = "cpu", dtype = "float32", max_length = 256}
+        worker = {launcher = "slurm", lease_seconds = 4}
+        slurm = {gres = "gpu:1"}
+    """)
+    world.checkpoint("a/step_23", seed=23)
+    up = Up(world)
+    try:
+        until(lambda: world.n_asked() > 10, "answers", 180)
+        (run,) = up.runs("runs/a/step_23@1")
+        began = time.monotonic()
+        up.end_run(run)
+        until(lambda: not cluster.ask("squeue", "-h"), "the GPU to be free", 10)
+        assert time.monotonic() - began < 10
+        until(lambda: up.runs("runs/a/step_23@1") == {run: "CANCELED"}, "the end of the run", 30)
+    finally:
+        up.end()
+    assert [one["code"] for one in world.told("end")] == [EXIT_TRY_AGAIN]
+    assert world.n_asked() - len(world.journaled()) <= 1  # the one in hand
+    all_published(world.driven(world.arrive("a/step_23")))
+    world.all_is_there(1, stops=1)
 
 
 def test_a_driver_that_was_killed_finds_its_job_again(
@@ -444,3 +502,83 @@ def test_a_job_goes_over_with_what_it_needs_and_nothing_else(
     open_to_all += "".join(file.read_text() for file in handle.folder.iterdir())
     assert "not-for-others" not in open_to_all
     handle.stop()
+
+
+def shared_out(world: World, monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, int]) -> Arrival:
+    """A checkpoint whose two tasks two workers share out, since another of its run was asked before."""
+    all_published(world.driven(world.arrived(seeds[0])))
+    world.shards = 2
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
+    return world.arrived(seeds[1])
+
+
+def test_a_checkpoint_is_shared_out_as_an_array_that_is_found_again(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a driver that would share it out in another way: one submission, nothing asked twice."""
+    arrival = shared_out(world, monkeypatch, (30, 31))
+    before = set(jobs(cluster))
+    driver = Driver(lambda: world.driven(arrival))
+    until(lambda: len(world.told("started")) == 4 and world.n_asked() > N_REQUESTS + 20, "both at work", 60)
+    at_work = launching.running(world.config())
+    driver.kill()
+    world.shards = 1
+    said: list[dict[str, Any]] = []
+    all_published(world.driven(arrival, said.append))
+    world.all_is_there(2)
+    number = min(set(jobs(cluster)) - before, key=slurm._order).partition("_")[0]
+    elements = {f"{number}_0", f"{number}_1"}
+    assert set(jobs(cluster)) - before == elements
+    assert {one.job for one in at_work} == {f"slurm {element}" for element in elements}
+    assert {one["job"] for one in said if one["type"] == "slurm" and "found again" in one["state"]} == elements
+    first, second = [set(one["devices"]) for one in said if one["type"] == "hello"]
+    assert not first & second
+    (planned,) = [one for one in said if one["type"] == "planned"]
+    assert sorted(one["tasks"] for one in planned["shards"]) == [["sums"], ["words"]]
+    assert launching.running(world.config()) == []
+
+
+def test_all_of_an_array_is_stopped_within_ten_seconds(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrival = shared_out(world, monkeypatch, (32, 33))
+    begun: list[str] = []
+    stopped_at = 0.0
+
+    def hear(message: dict[str, Any]) -> None:
+        nonlocal stopped_at
+        begun.extend([message["task"]] if message["type"] == "started" else [])
+        if len(begun) == 2:
+            stopped_at = time.monotonic()
+            raise KeyError("cancelled")
+
+    with pytest.raises(KeyError):
+        world.driven(arrival, hear)
+    assert time.monotonic() - stopped_at < 10
+    assert cluster.ask("squeue", "-h") == ""
+    all_published(world.driven(arrival))
+    world.all_is_there(2, stops=2)
+
+
+def test_an_element_that_dies_takes_its_own_tasks_with_it_and_no_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrival = shared_out(world, monkeypatch, (34, 35))
+    killed: list[str] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if message["type"] == "progress" and message["done"] and not killed:
+            killed.append(message["task"])
+            (its,) = [
+                one for one in launching.running(world.config()) if killed == [task.name for task in one.plan.tasks]
+            ]
+            os.kill(its.pid, signal.SIGKILL)
+
+    outcomes = {one.task: one for one in world.driven(arrival, hear)}
+    (lost,) = killed
+    assert outcomes[lost].status == "failed"
+    assert "was killed by signal 9" in outcomes[lost].reasons[0]
+    assert [one.status for name, one in outcomes.items() if name != lost] == ["published"]
+    assert len(outcomes) == 2
+    all_published(world.driven(arrival))
+    world.all_is_there(2, kills=1)
