@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import pyarrow as pa
 
@@ -649,24 +649,18 @@ def _load_for_good(path: Path, settings: RunSettings) -> Engine:
     return engine
 
 
-def main(folder: Path, driver: Mapping[str, Any]) -> int:
-    """The program: plan.json in, messages.jsonl out. `driver` is the record of the process that asked for it."""
+def main(folder: Path, driver: Mapping[str, Any], *, on_stdout: bool = False) -> int:
+    """The program: plan.json in, messages.jsonl out, or standard output. `driver` is the record of the process that
+    asked for it."""
     stopping.obey_sigterm(EXIT_TRY_AGAIN)
     try:
-        return _main(folder, driver)
+        return _main(folder, driver, on_stdout)
     except Stopped:  # in its first steps, or its last
         return EXIT_TRY_AGAIN
 
 
-def _main(folder: Path, driver: Mapping[str, Any]) -> int:
-    processes = {"worker": this_process(), "driver": driver}
-    told = folder / "process.json.new"  # whoever looks (`launching.running`) sees it whole or not at all
-    told.write_text(json.dumps(processes), encoding="utf-8")
-    told.rename(folder / "process.json")
-    file = folder / "messages.jsonl"
-    is_torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by an earlier life, whose machine failed
-    with file.open("a", encoding="utf-8") as messages:
-        messages.write("\n" if is_torn else "")
+def _main(folder: Path, driver: Mapping[str, Any], on_stdout: bool) -> int:
+    with _standard_output() if on_stdout else _message_file(folder, driver) as messages:
 
         def emit(message: Message) -> None:
             messages.write(pipes_line({**message, "time": time.time()}))
@@ -690,6 +684,26 @@ def _main(folder: Path, driver: Mapping[str, Any]) -> int:
             code = EXIT_FAULT
         emit({"type": "end", "code": code})
     return code
+
+
+def _message_file(folder: Path, driver: Mapping[str, Any]) -> TextIO:
+    """Opened for more, beside the record of who writes it."""
+    processes = {"worker": this_process(), "driver": driver}
+    told = folder / "process.json.new"  # whoever looks (`launching.running`) sees it whole or not at all
+    told.write_text(json.dumps(processes), encoding="utf-8")
+    told.rename(folder / "process.json")
+    file = folder / "messages.jsonl"
+    is_torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by an earlier life, whose machine failed
+    messages = file.open("a", encoding="utf-8")
+    messages.write("\n" if is_torn else "")
+    return messages
+
+
+def _standard_output() -> TextIO:
+    """For messages alone: what libraries and children print to it goes to standard error from now on."""
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(ours, "w", encoding="utf-8")
 
 
 def _hello() -> Message:
@@ -720,6 +734,8 @@ files in FOLDER:
   plan.json        read: the arrival, the tasks, the settings, where the results go
   messages.jsonl   written: a line for everything that happens, in Dagster Pipes' envelope; the first is `hello`
   process.json     written: who this process is, and who asked for it
+With --messages stdout for who shares no folder with it, the messages go to standard output and FOLDER is only read; all
+else that is printed goes to standard error.
 Results and the journal go straight to the results root. Credentials come from the environment, never from the plan.
 
 CUDA_VISIBLE_DEVICES says which GPUs are its own. SIGTERM: what is answered is journalled, the lease released, and it
@@ -735,16 +751,18 @@ exit codes:
 """
 
 
-def _folder_named(arguments: Sequence[str]) -> Path:
+def _read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval_platform.worker",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the worker's own, with plan.json in it")
-    return parser.parse_args(arguments).folder
+    parser.add_argument("--messages", choices=("file", "stdout"), default="file", help="where they go; default: file")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    leave(main(_folder_named(sys.argv[1:]), process_record(os.getppid())))
+    given = _read_arguments(sys.argv[1:])
+    leave(main(given.folder, process_record(os.getppid()), on_stdout=given.messages == "stdout"))

@@ -168,6 +168,28 @@ def test_the_next_life_of_a_job_begins_on_a_line_of_its_own(started: tuple[Place
     assert (said(folder)[0]["type"], said(folder)[-1]["type"]) == ("hello", "end")
 
 
+def test_on_standard_output_it_says_messages_alone_and_its_folder_is_only_read(
+    started: tuple[Place, Plan, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, _, folder = started
+    reading, writing = os.pipe()
+
+    def run() -> None:
+        os.dup2(writing, 1)
+        worker.load_engine = load_stub(lambda batch: os.write(1, b"from a library\n") and None)  # type: ignore[assignment]
+        os._exit(worker.main(folder, process_record(os.getppid()), on_stdout=True))
+
+    driver = Driver(run)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as output:
+        messages = [json.loads(line)["params"]["payload"] for line in output]
+    assert driver.wait() == worker.EXIT_DONE
+    assert (messages[0]["type"], messages[-1]["type"]) == ("hello", "end")
+    assert len(place.commits()) == 1
+    assert capfd.readouterr().err.count("from a library\n") == REQUESTS / BATCH
+    assert [file.name for file in folder.iterdir()] == ["plan.json"]
+
+
 def test_told_to_stop_while_it_writes_the_journal_it_writes_it_once(
     started: tuple[Place, Plan, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +284,7 @@ def test_full_memory_is_no_broken_device() -> None:
 
 def test_help_and_page_name_every_exit_code_and_every_message(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        worker._folder_named(["--help"])
+        worker._read_arguments(["--help"])
     told = capsys.readouterr().out
     page = (ROOT / "docs" / "launchers.md").read_text()
     codes = {value for name, value in vars(worker).items() if name.startswith("EXIT_")}
