@@ -1,6 +1,7 @@
 """One op per checkpoint, so one model load: `checkpoint`, one `results/<task>` a task, `summary` last."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import dagster as dg
 from assets import metadata
 from assets.partitions import checkpoints
 from assets.standing import marks, reference_scores, standing
+from eval_platform import planning
 from eval_platform.drive import Outcome
 from eval_platform.errors import EvalPlatformError
 from eval_platform.identity import content_id
@@ -24,6 +26,15 @@ CHECKPOINT = dg.AssetKey("checkpoint")
 SUMMARY = dg.AssetKey("summary")
 GATE = "gate"
 EVALUATE_JOB = "evaluate"
+# Of every run that evaluates; `[worker] slots` limits how many there are at once.
+EVALUATES = {"eval/kind": "evaluate"}
+GOING_ON = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
 # Of a run: which arrival (`<key>@<n>`), and which tasks it was asked for (a JSON list).
 ARRIVAL_TAG = "eval/arrival"
 TASKS_TAG = "eval/tasks"
@@ -105,7 +116,7 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
             )
             for name in lock.tasks
         ],
-        op_tags={"eval/kind": "evaluate"},
+        op_tags=EVALUATES,
     )
     def evaluate_checkpoint(
         context: dg.AssetExecutionContext,
@@ -122,10 +133,14 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
         tags = {ARRIVAL_TAG: arrival_name(arrival.key, arrival.n), **process_tag(context.run_id)}
         context.instance.add_run_tags(context.run_id, tags)
         outcomes: list[Outcome] = []
-        worker: dict[str, str] = {}
+        logs: list[str] = []
         try:
             for outcome in evaluator.evaluate(
-                arrival, tasks or list(lock.tasks), actor="dagster", on_message=_log_to(context, worker)
+                arrival,
+                tasks or list(lock.tasks),
+                actor="dagster",
+                on_message=_log_to(context, logs),
+                others=_others(context),
             ):
                 outcomes.append(outcome)
                 if not _is_newest(opened, arrival):
@@ -139,7 +154,7 @@ def evaluate_asset(lock: TaskLock, code_version: Callable[[str], str]) -> dg.Ass
             raise dg.Failure(str(error), allow_retries=False) from error
         if _is_newest(opened, arrival):
             yield from _summary(context, warehouse, lock, arrival, outcomes, is_selected=SUMMARY in selected)
-            _finish(context, outcomes, worker)
+            _finish(context, outcomes, logs)
         else:
             # The partition is the newest arrival's: it shows what that one scored, and alerts for it alone. If the
             # newest turns out to be no model, the reconciliation sensor shows this one.
@@ -165,8 +180,14 @@ def _is_newest(store: Store, arrival: Arrival) -> bool:
     return arrivals.newest_numbers(store, [arrival.key]).get(arrival.key, arrival.n) == arrival.n
 
 
-def _log_to(context: dg.AssetExecutionContext, worker: dict[str, str]) -> Callable[[dict[str, Any]], None]:
-    """What the run's page shows of a worker. `worker` is told where its log lies."""
+def _others(context: dg.AssetExecutionContext) -> int:
+    """How many other evaluations go on or wait, each of which wants a worker."""
+    where = dg.RunsFilter(tags=EVALUATES, statuses=GOING_ON)
+    return len(set(context.instance.get_run_ids(where)) - {context.run_id})
+
+
+def _log_to(context: dg.AssetExecutionContext, logs: list[str]) -> Callable[[dict[str, Any]], None]:
+    """What the run's page shows of its workers. `logs` is told where their logs lie."""
 
     def on_message(message: dict[str, Any]) -> None:
         match message["type"]:
@@ -177,8 +198,12 @@ def _log_to(context: dg.AssetExecutionContext, worker: dict[str, str]) -> Callab
             case "log":
                 print(message["text"], end="", flush=True)  # Dagster keeps it as the run's standard output
             case "launched":
-                worker["log"] = str(Path(message["folder"]) / "worker.log")
-                context.log.info(f"a worker was started; what it prints is this run's stdout and {worker['log']}")
+                logs.append(str(Path(message["folder"]) / "worker.log"))
+                context.log.info(f"a worker was started; what it prints is this run's stdout and {logs[-1]}")
+            case "planned":
+                context.log.info(planning.planned(message["shards"], datetime.now(UTC)))
+            case "took":
+                context.log.info(planning.took(message["shards"]))
             case "failed":
                 context.log.error(f"{message['task'] or 'checkpoint'} failed ({message['class']}): {message['reason']}")
             case _:
@@ -263,11 +288,12 @@ def _summary(
         yield dg.AssetMaterialization(SUMMARY, partition=key, metadata=body, tags={metadata.DATA_VERSION: version})
 
 
-def _finish(context: dg.AssetExecutionContext, outcomes: list[Outcome], worker: Mapping[str, str]) -> None:
+def _finish(context: dg.AssetExecutionContext, outcomes: list[Outcome], logs: Sequence[str]) -> None:
     """Red when something is held or failed, so that the alert fires; a task at another worker is no failure."""
     bad = [outcome for outcome in outcomes if outcome.status in {"held", "failed"}]
     if bad:
-        shown = {"worker's log": dg.MetadataValue.path(worker["log"])} if worker else {}
+        names = ["worker's log", *(f"worker's log {i}" for i in range(2, len(logs) + 1))]
+        shown = {name: dg.MetadataValue.path(log) for name, log in zip(names, logs, strict=False)}
         raise dg.Failure(f"{context.partition_key}: {_told(bad)}", metadata=shown, allow_retries=False)
 
 

@@ -196,7 +196,7 @@ def status(
     if as_json:
         print_json([asdict(one) for one in found])
     elif found:
-        print_status(found, all_tasks=all_tasks)
+        print_status(found, all_tasks=all_tasks, queue_left=library.queue_left(found, config.worker.slots))
     else:
         say(f"No checkpoint yet. Write one into {' or '.join(root.path for root in config.checkpoints)}")
 

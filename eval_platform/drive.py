@@ -1,15 +1,18 @@
-"""The driver's road for one arrival: launch a worker, put what it commits through the gate, say how each task ended.
+"""The driver's road for one arrival: launch workers, put what they commit through the gate, say how each task ended.
 
 The Dagster op and `eval-platform run` both call `drive`; neither adds anything to the numbers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from eval_platform import adopt, launching, quality, warehouse
+from eval_platform import adopt, checkpoints, launching, planning, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
+from eval_platform.launching import Handle
 from eval_platform.plan import Plan
 from eval_platform.store import Store, commits
 from eval_platform.values import Decision
@@ -30,6 +33,48 @@ class Outcome:
     linked: bool = False
 
 
+@dataclass
+class _Followed:
+    """A worker, its share of the tasks, and what was heard of it so far. whole: a failure of the arrival itself."""
+
+    plan: Plan
+    handle: Handle
+    left: set[str]
+    whole: dict[str, Any] | None = None
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+    begun: float | None = None
+    ended: float | None = None
+
+    def note(self, message: dict[str, Any]) -> None:
+        """What a message says of anything but a result."""
+        match message["type"]:
+            case "hello":
+                self.begun = self.begun or message["time"]
+            case "end":
+                self.ended = message["time"]
+            case "failed" if message["task"] is None:
+                self.whole = message
+            case "failed":
+                self.failures[message["task"]] = message
+            case "waiting":
+                self.waiting.add(message["task"])
+
+    def unanswered(self) -> Iterator[Outcome]:
+        """How the tasks ended that no result was heard of."""
+        for name in (task.name for task in self.plan.tasks if task.name in self.left):
+            own = self.failures.get(name)
+            if own is not None and (self.whole is None or own["class"] != "infrastructure"):
+                yield Outcome(name, "failed", (own["reason"],))
+            elif self.whole is not None:  # also of what would have been tried once more
+                yield Outcome(name, "failed", (self.whole["reason"],))
+            elif name in self.waiting:
+                yield Outcome(name, "waiting", ("another worker is answering it",))
+            else:
+                ended = f"the worker ended with code {self.handle.poll()} before it got there; its last words:"
+                yield Outcome(name, "failed", (f"{ended}\n{self.handle.last_words()}",))
+
+
 def drive(
     plan: Plan,
     config: Config,
@@ -37,63 +82,94 @@ def drive(
     *,
     actor: str,
     on_message: Callable[[dict[str, Any]], None] = lambda message: None,
+    others: int = 0,
 ) -> Iterator[Outcome]:
     """One Outcome per planned task, each as soon as it is known; tasks that no message spoke of come last, failed.
 
-    The worker is stopped when the iterator is closed or an error passes through it. Tasks that cannot be asked of the
-    model come after the others, skipped. `on_message` is told what the worker says (docs/launchers.md), and besides
-    `slot` (waiting: there is no room yet), `launched` (folder: the worker's) and `log` (text: what it printed).
+    The workers are stopped when the iterator is closed or an error passes through it. Tasks that cannot be asked of the
+    model come after the others, skipped. others: so many other checkpoints want a worker too. `on_message` is told what
+    the workers say (docs/launchers.md), and besides `slot` (waiting: there is no room yet), `launched` (folder: a
+    worker's), `log` (text: what it printed), and how the work is shared out: `planned` at the beginning, `took` at the
+    end (shards: of each its tasks, expected_seconds and, at the end, seconds).
     """
     if plan.tasks:
-        yield from _asked(plan, config, store, actor, on_message)
+        yield from _asked(plan, config, store, actor, on_message, others)
     yield from (Outcome(name, "skipped", (why,)) for name, why in plan.skipped.items())
 
 
 def _asked(
-    plan: Plan, config: Config, store: Store, actor: str, on_message: Callable[[dict[str, Any]], None]
+    plan: Plan,
+    config: Config,
+    store: Store,
+    actor: str,
+    on_message: Callable[[dict[str, Any]], None],
+    others: int,
 ) -> Iterator[Outcome]:
-    quality.warm()  # Great Expectations takes seconds to import: meanwhile the worker starts
-    left = {task.name for task in plan.tasks}
-    handle = launching.launch(plan, config, lambda: on_message({"type": "slot", "waiting": True}))
-    on_message({"type": "launched", "folder": str(handle.folder)})
-    whole: dict[str, Any] | None = None  # a failure of the arrival itself
-    last_failure: dict[str, dict[str, Any]] = {}
-    waiting: set[str] = set()
+    expected = planning.expect(plan, config, store)
+    quality.warm()  # Great Expectations takes seconds to import: meanwhile the workers start
+    shards = launching.launch(
+        expected,
+        config,
+        lambda: on_message({"type": "slot", "waiting": True}),
+        lambda places: planning.share_out(expected, places),
+        others=others,
+    )
+    workers = [_Followed(*shard, {task.name for task in shard.plan.tasks}) for shard in shards]
     try:
-        for messages in handle.messages():
+        for worker in workers:
+            on_message({"type": "launched", "folder": str(worker.handle.folder)})
+        on_message({"type": "planned", "shards": [_told(worker) for worker in workers]})
+        for worker, messages in _heard(workers):
             is_fresh = False  # one refresh shows the gate all that these messages tell of
             for message in messages:
                 on_message(message)
-                task = message.get("task")
-                match message["type"]:
-                    case "committed" | "linked" if task in left:
-                        left.discard(task)
-                        outcome = _adopted(store, config, message, actor, is_fresh=is_fresh)
-                        is_fresh = is_fresh or outcome.decision is not None
-                        yield outcome
-                    case "failed" if task is None:
-                        whole = message
-                    case "failed":
-                        last_failure[message["task"]] = message
-                    case "waiting":
-                        waiting.add(message["task"])
-        code = handle.poll()
+                worker.note(message)
+                if message["type"] in ("committed", "linked") and message["task"] in worker.left:
+                    worker.left.discard(message["task"])
+                    outcome = _adopted(store, config, message, actor, is_fresh=is_fresh)
+                    is_fresh = is_fresh or outcome.decision is not None
+                    yield outcome
+        codes = {worker.handle.poll() for worker in workers}
     finally:
-        handle.stop()
-    for task in plan.tasks:
-        if task.name not in left:
-            continue
-        own = last_failure.get(task.name)
-        if own is not None and (whole is None or own["class"] != "infrastructure"):
-            yield Outcome(task.name, "failed", (own["reason"],))
-        elif whole is not None:  # also of what would have been tried once more
-            yield Outcome(task.name, "failed", (whole["reason"],))
-        elif task.name in waiting:
-            yield Outcome(task.name, "waiting", ("another worker is answering it",))
-        else:
-            reason = f"the worker ended with code {code} before it got there; its last words:\n{handle.last_words()}"
-            yield Outcome(task.name, "failed", (reason,))
+        _stop(workers)
+    for worker in workers:
+        yield from worker.unanswered()
+    for name in {task.name for task in plan.tasks}.difference(*({task.name for task in w.plan.tasks} for w in workers)):
+        yield Outcome(name, "failed", ("the folder of the worker that it was given to is gone; the next run asks it",))
+    on_message({"type": "took", "shards": [_told(worker) for worker in workers]})
+    if len(workers) > 1 and codes == {0} and not plan.keep_hold:  # none of them could know that it was the last
+        checkpoints.release_hold(plan.arrival, Path(plan.cache))
     warehouse.refresh(store, config.catalog_path)  # so that whoever reads the catalog next finds every decision there
+
+
+def _heard(workers: Sequence[_Followed]) -> Iterator[tuple[_Followed, list[dict[str, Any]]]]:
+    """What each worker said since the last look, in turn, until all have ended."""
+    followed = [(worker, worker.handle.messages()) for worker in workers]
+    while followed:
+        for one in list(followed):
+            worker, looks = one
+            messages = next(looks, None)
+            if messages is None:
+                followed.remove(one)
+            elif messages:
+                yield worker, messages
+
+
+def _stop(workers: Sequence[_Followed]) -> None:
+    """All at once, for each may take its 10 s. Raises what stopping one of them raises, when all were asked."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        stopping = [pool.submit(worker.handle.stop) for worker in workers]
+    for one in stopping:
+        one.result()
+
+
+def _told(worker: _Followed) -> dict[str, Any]:
+    took = worker.ended - worker.begun if worker.begun is not None and worker.ended is not None else None
+    return {
+        "tasks": [task.name for task in worker.plan.tasks],
+        "expected_seconds": planning.expected_seconds(worker.plan),
+        **({} if took is None else {"seconds": took}),
+    }
 
 
 def _adopted(store: Store, config: Config, message: Mapping[str, Any], actor: str, *, is_fresh: bool) -> Outcome:

@@ -66,6 +66,7 @@ class Plan:
     """One worker's job. Which tasks are already answered is seen by the worker, once it knows the checkpoint_id.
 
     skipped: tasks that cannot be asked of this model, and why. served: a served model's `[[served]]` entry, as JSON.
+    expected_seconds: of each task, where it can be told (`planning`); expected_load_seconds: of the model.
     """
 
     arrival: Arrival
@@ -80,7 +81,9 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, Any] | None = None
     platform: str = __version__  # the release that made it
-    keep_hold: bool = False  # another tier of [queue] may ask more of the arrival, whose folder may be gone by then
+    keep_hold: bool = False  # others (a tier of [queue], a shard) may ask more of the arrival, whose folder may be gone
+    expected_seconds: Mapping[str, float] = field(default_factory=dict)
+    expected_load_seconds: float | None = None
 
     def to_json(self) -> str:
         return json.dumps({"plan_version": PLAN_VERSION, **asdict(self)}, indent=1)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from eval_platform import launching, queueing, warehouse
+from eval_platform import launching, planning, queueing, warehouse
 from eval_platform.checkpoints import Watch, discover
 from eval_platform.config import Config
 from eval_platform.plan import not_asked
 from eval_platform.store import Store
 from eval_platform.tasks import TaskLock
-from eval_platform.values import Incomplete
+from eval_platform.values import Incomplete, known_sum
 
 # missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had, a
 # served model cannot be asked it, its tier is not for this checkpoint, or the queue passed it over.
@@ -19,7 +19,8 @@ State = Literal["waiting", "refused", "queued", "running", "published", "held", 
 
 _TASKS = """
     select a.key, a.n, a.run, a.step, a.arrived_at, coalesce(a.tags['last'] = 'true', false) as is_last,
-        e.task, e.status, e.reasons, e.seconds, e.evaluation_id, e.attempt,
+        a.uri,
+        e.task, e.status, e.reasons, e.evaluation_id, e.attempt,
         e.status = 'held' and not exists (
             select 1 from decisions d where d.evaluation_id = e.evaluation_id and d.attempt = e.attempt
         ) as undecided
@@ -40,7 +41,7 @@ _PASSED_OVER = "select key, tier, tasks, reason from skipped"
 
 @dataclass(frozen=True, slots=True)
 class TaskStatus:
-    """One task on one checkpoint. `seconds_left` is a guess from what is done and from the task's last run."""
+    """One task on one checkpoint. seconds_left: from what is done, else what was expected when it was planned."""
 
     task: str
     state: State
@@ -54,7 +55,11 @@ class TaskStatus:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStatus:
-    """One key; `state` is the one of its tasks that most wants attention. where: its worker's machine and devices."""
+    """One key; `state` is the one of its tasks that most wants attention. where: its workers' machines and devices.
+
+    seconds_left: until its workers have ended, or while it is queued what one worker is expected to take; None where
+    that is not known.
+    """
 
     key: str
     state: State
@@ -64,6 +69,7 @@ class CheckpointStatus:
     arrival: int | None = None
     tasks: tuple[TaskStatus, ...] = ()
     where: str = ""
+    seconds_left: float | None = None
 
 
 _ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published", "skipped")
@@ -76,17 +82,31 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
         rows = con.sql(_TASKS).to_arrow_table().to_pylist()
         failed = con.sql(_FAILED_ARRIVALS).to_arrow_table().to_pylist()
         over = con.sql(_PASSED_OVER).to_arrow_table().to_pylist()
+        by_key: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_key.setdefault(row["key"], []).append(row)
+        tasks = {name: task.task_id for name, task in lock.tasks.items()}
+        owed = [group[0] for group in by_key.values() if tasks.keys() - {row["task"] for row in group}]
+        expected = {
+            run: planning.expected(con, run=run, uri=uri, tasks=tasks)
+            for run, uri in {row["run"]: row["uri"] for row in owed}.items()
+        }
     broken = {(row["key"], row["n"]): row["reason"] for row in failed}
-    usual = {row["task"]: row["seconds"] for row in rows if row["seconds"] is not None}
     at_work: dict[str, list[launching.Running]] = {}
     for one in launching.running(config):
         at_work.setdefault(one.plan.arrival.key, []).append(one)
-    by_key: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_key.setdefault(row["key"], []).append(row)
     unasked = _unasked(config, lock, by_key, over)
     found = [
-        _one(key, group, lock, broken, at_work.get(key, []), usual, not_asked(config, lock, store, key), unasked[key])
+        _one(
+            key,
+            group,
+            lock,
+            broken,
+            at_work.get(key, []),
+            expected.get(group[0]["run"]),
+            not_asked(config, lock, store, key),
+            unasked[key],
+        )
         for key, group in by_key.items()
     ]
     return [*found, *sorted(_not_arrived(config, set(by_key)), key=lambda one: (one.run or "", one.step or 0, one.key))]
@@ -113,7 +133,7 @@ def _one(
     lock: TaskLock,
     broken: dict[tuple[str, int], str],
     workers: Sequence[launching.Running],
-    usual: dict[str, float],
+    expected: tuple[dict[str, float], float | None] | None,
     impossible: dict[str, str],
     unasked: dict[str, str],
 ) -> CheckpointStatus:
@@ -135,7 +155,7 @@ def _one(
         elif reason:
             tasks.append(TaskStatus(name, "failed", reason))
         elif (worker := _whose(workers, name)) is not None:
-            tasks.append(_running(name, worker, usual))
+            tasks.append(_running(name, worker))
         elif name in unasked:
             tasks.append(TaskStatus(name, "skipped", unasked[name]))
         else:
@@ -150,7 +170,39 @@ def _one(
     if worst == "skipped" and len(told) == 1:  # not in its tasks alone, which are shown when they are asked for
         reason = told.pop()
     where = "; ".join(dict.fromkeys(worker.where for worker in workers if worker.where))
-    return CheckpointStatus(key, worst, reason, first["run"], first["step"], first["n"], tuple(tasks), where)
+    return CheckpointStatus(
+        key,
+        worst,
+        reason,
+        first["run"],
+        first["step"],
+        first["n"],
+        tuple(tasks),
+        where,
+        _seconds_left(tasks, workers, expected) if worst in ("running", "queued") else None,
+    )
+
+
+def _seconds_left(
+    tasks: Sequence[TaskStatus],
+    workers: Sequence[launching.Running],
+    expected: tuple[dict[str, float], float | None] | None,
+) -> float | None:
+    """See `CheckpointStatus.seconds_left`. expected: of each task, and of loading the model."""
+    if workers:
+        each = [_worker_left(worker) for worker in workers]
+        return None if None in each else max(seconds for seconds in each if seconds is not None)
+    seconds, load = expected or ({}, None)
+    return known_sum([load, *(seconds.get(task.task) for task in tasks if task.state == "queued")])
+
+
+def queue_left(found: Sequence[CheckpointStatus], slots: int) -> float | None:
+    """Seconds until all that is at work or queued is done, on so many slots; None where that is not known."""
+    going_on = [one for one in found if one.state in ("running", "queued")]
+    if not going_on or any(one.seconds_left is None for one in going_on):
+        return None
+    at_work, queued = ([one.seconds_left or 0.0 for one in going_on if one.state == s] for s in ("running", "queued"))
+    return planning.end_of_queue(at_work, queued, slots)
 
 
 def _unasked(
@@ -203,13 +255,22 @@ def _started(worker: launching.Running, name: str) -> dict[str, Any] | None:
     return next((m for m in worker.messages if m["type"] == "started" and m["task"] == name), None)
 
 
-def _running(name: str, worker: launching.Running, usual: dict[str, float]) -> TaskStatus:
+def _running(name: str, worker: launching.Running) -> TaskStatus:
+    expected = worker.plan.expected_seconds.get(name)
     started = _started(worker, name)
     if started is None:
-        return TaskStatus(name, "queued", seconds_left=usual.get(name))
+        return TaskStatus(name, "queued", seconds_left=expected)
     progress = [m for m in worker.messages if m["type"] == "progress" and m["task"] == name]
     last = progress[-1] if progress else {"done": 0, "time": started["time"]}
     done, total = last["done"], started["total"]
     spent = last["time"] - started["time"]
-    left = spent / done * (total - done) if done and spent > 0 else usual.get(name)
+    left = spent / done * (total - done) if done and spent > 0 else expected
     return TaskStatus(name, "running", done=done, total=total, seconds_left=left)
+
+
+def _worker_left(worker: launching.Running) -> float | None:
+    """Seconds until the worker has done what it was given; None where that is not known."""
+    ended = {m["task"] for m in worker.messages if m["type"] in ("committed", "linked", "failed", "waiting")}
+    left = [_running(task.name, worker).seconds_left for task in worker.plan.tasks if task.name not in ended]
+    is_loaded = not left or any(m["type"] == "loaded" for m in worker.messages)
+    return known_sum([0.0 if is_loaded else worker.plan.expected_load_seconds, *left])

@@ -8,6 +8,7 @@ import math
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from eval_platform import planning
 from eval_platform.doctor import Finding
 from eval_platform.drive import Outcome
 from eval_platform.engine import TokenScore
@@ -144,8 +146,11 @@ def _told(text: str, state: str) -> None:
             out.print(escape(_INDENT + line), soft_wrap=True)
 
 
-def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
-    """One line a checkpoint; below it what is wrong or waited for, and with `all_tasks` every task."""
+def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool, queue_left: float | None = None) -> None:
+    """One line a checkpoint; below it what is wrong or waited for, and with `all_tasks` every task.
+
+    queue_left: seconds until all is done.
+    """
     header = ("state", "checkpoint", "step", "tasks")
     rows = [(one.state, one.key, "" if one.step is None else str(one.step), _tally(one)) for one in found]
     first, *body = aligned([header, *rows], right=(2,))
@@ -154,9 +159,9 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
         out.print(_line(row, state=0), soft_wrap=True)
         if one.reason:
             _told(one.reason, one.state)
-        left = [task.seconds_left for task in one.tasks if task.seconds_left is not None]
-        if one.state == "running" and (one.where or left):
-            about = [f"about {sum(left):.0f} s left"] if left else []
+        if one.where or one.seconds_left is not None:
+            what = "left" if one.state == "running" else "for one worker"
+            about = [] if one.seconds_left is None else [f"about {planning.duration(one.seconds_left)} {what}"]
             _told("; ".join([*([f"on {one.where}"] if one.where else []), *about]), one.state)
         if all_tasks:
             _print_tasks(one)
@@ -167,6 +172,10 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool) -> None:
             _told(f"{task.task}: {task.reason}", task.state)
         if len(told) > SHOWN_REASONS:
             _told(f"and {len(told) - SHOWN_REASONS} more: `eval-platform status --tasks`", one.state)
+    if queue_left is not None:
+        end = datetime.now(UTC) + timedelta(seconds=queue_left)
+        out.print()
+        say(f"all that is at work or queued is expected to take {planning.duration(queue_left)}, until {end:%H:%M} UTC")
     states = {one.state for one in found} | {task.state for one in found for task in one.tasks}
     hints = [hint for state, hint in _WHAT_NEXT.items() if state in states]
     if hints:
@@ -194,7 +203,9 @@ def _tally(one: CheckpointStatus) -> str:
 
 def _done(task: TaskStatus) -> str:
     told = f"{task.done}/{task.total}" if task.total else ""
-    return f"{told} about {task.seconds_left:.0f} s left".strip() if task.seconds_left is not None else told
+    if task.seconds_left is None:
+        return told
+    return f"{told} about {planning.duration(task.seconds_left)} left".strip()
 
 
 def print_board(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -567,6 +578,8 @@ def _show(progress: Progress, bars: dict[str, TaskID], message: Message) -> None
             progress.update(bar("slot", reason), description=escape(reason))
         case "staging":
             progress.update(bar("staging", "reading the checkpoint"), completed=message["done"], total=message["total"])
+        case "planned" if not progress.disable:
+            err.print(escape(planning.planned(message["shards"], datetime.now(UTC))), soft_wrap=True)
         case "started":
             bar(message["task"], message["task"], message["total"])
         case "progress":

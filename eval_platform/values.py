@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from eval_platform.errors import ErrorClass
 from eval_platform.identity import content_id
@@ -135,7 +135,11 @@ class Response:
     completion_tokens: int | None = None
 
 
-def known_sum(counts: Iterable[int | None]) -> int | None:
+@overload
+def known_sum(counts: Iterable[int | None]) -> int | None: ...
+@overload
+def known_sum(counts: Iterable[float | None]) -> float | None: ...
+def known_sum(counts: Iterable[float | None]) -> float | None:
     """The sum; None where one of them is not known, for the rest would pass for the whole."""
     found = list(counts)
     return None if None in found else sum(count for count in found if count is not None)

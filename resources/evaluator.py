@@ -24,9 +24,10 @@ class EvaluatorResource(dg.ConfigurableResource):
         *,
         actor: str,
         on_message: Callable[[dict[str, Any]], None],
+        others: int,
     ) -> Iterator[Outcome]:
-        """One Outcome per task, each as soon as the gate has decided."""
+        """One Outcome per task, each as soon as the gate has decided. others: so many want a worker besides."""
         config = self.store.config()
         store = self.store.open()
         todo = plan(arrival, Wanted(read_lock(config.lock_path), tasks), config, store)
-        yield from drive(todo, config, store, actor=actor, on_message=on_message)
+        yield from drive(todo, config, store, actor=actor, on_message=on_message, others=others)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import dagster as dg
 from dagster._core.storage.tags import PARENT_RUN_ID_TAG, RETRY_NUMBER_TAG
 
-from assets.results import ARRIVAL_TAG, TASKS_TAG
+from assets.results import ARRIVAL_TAG, EVALUATES, TASKS_TAG
 from eval_platform import queueing
 from eval_platform.config import Config
 from eval_platform.queueing import BY_HAND, GAPS, Tier, Waiting
@@ -26,7 +26,6 @@ STEP_TAG, ARRIVED_TAG = "eval/step", "eval/arrived"
 # Of a cancelled run: nobody cancelled it by hand.
 PASSED_TAG = "eval/passed_over"
 PRIORITY_TAG = "dagster/priority"
-EVALUATES = {"eval/kind": "evaluate"}
 
 # Of the runs that were begun, the latest say whose turn it is.
 _LOOKED_BACK = 200

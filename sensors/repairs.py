@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 
-from assets.results import ARRIVAL_TAG, TASKS_TAG, arrival_name, results_key
+from assets.results import ARRIVAL_TAG, GOING_ON, TASKS_TAG, arrival_name, results_key
 from assets.standing import Skipped, Unfinished
 from eval_platform import queueing
 from eval_platform.checkpoints import hold, release_other_holds
@@ -29,14 +29,6 @@ RERUN_TAG = "eval/rerun"
 # Of a run that changed its state so lately that a tick may not have seen it yet, whatever the clocks say.
 RECENT_SECONDS = 600.0
 
-_GOING_ON = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
-
 
 @dataclass
 class Repairs:
@@ -49,7 +41,7 @@ class Repairs:
 
 def is_busy(instance: dg.DagsterInstance, key: str, *, queued: bool = True) -> bool:
     """Whether a run for the key works, or waits where `queued`."""
-    statuses = [one for one in _GOING_ON if queued or one != dg.DagsterRunStatus.QUEUED]
+    statuses = [one for one in GOING_ON if queued or one != dg.DagsterRunStatus.QUEUED]
     where = dg.RunsFilter(tags={"dagster/partition": key}, statuses=statuses)
     return instance.get_runs_count(where) > 0
 
@@ -57,7 +49,7 @@ def is_busy(instance: dg.DagsterInstance, key: str, *, queued: bool = True) -> b
 def _under_way(instance: dg.DagsterInstance, config: Config, lock: TaskLock, key: str) -> frozenset[str]:
     """Tasks that runs for the key are about to answer: all, where a run is; but of one that waits in a queue with tiers
     its own, since it may wait for days and must keep nothing else waiting."""
-    runs = instance.get_runs(dg.RunsFilter(tags={"dagster/partition": key}, statuses=_GOING_ON))
+    runs = instance.get_runs(dg.RunsFilter(tags={"dagster/partition": key}, statuses=GOING_ON))
     if runs and (config.queue is None or any(run.status != dg.DagsterRunStatus.QUEUED for run in runs)):
         return frozenset(lock.tasks)
     return frozenset(task for run in runs for task in _asked_of(run, lock))
@@ -155,7 +147,7 @@ def release_holds(
         return
     wanted = {(one.key, one.n) for one in unfinished if memory.settled.get(arrival_name(one.key, one.n)) != one}
     wanted.update(also)
-    for run in instance.get_runs(dg.RunsFilter(statuses=_GOING_ON)):
+    for run in instance.get_runs(dg.RunsFilter(statuses=GOING_ON)):
         key, _, n = run.tags.get(ARRIVAL_TAG, "").rpartition("@")
         if key:
             wanted.add((key, int(n)))

@@ -143,7 +143,10 @@ class Place:
     def launch(self, arrival: Arrival, *, state: str = "state") -> local.LocalHandle:
         """A worker alone, nobody listening."""
         config = self.config(state)
-        return local.launch(plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store), config)
+        todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
+        ((_, handle),) = local.launch(lambda _: [todo], config)
+        assert isinstance(handle, local.LocalHandle)
+        return handle
 
     def command(self, name: str, value: object = "") -> None:
         """Give the workers an order; see the module's text."""

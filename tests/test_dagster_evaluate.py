@@ -11,10 +11,12 @@ from typing import Any
 import dagster as dg
 import pytest
 from completions_server import MODEL, completions_server
+from dagster._core.test_utils import create_run_for_test
 from dagster_world import DagsterWorld, write_task
 from fault_tools import forked
 from tiny_models import make_checkpoint
 
+from assets import results
 from eval_platform.checkpoints import locate
 from eval_platform.store import arrivals, open_store
 from eval_platform.tasks import sync_tasks
@@ -185,3 +187,20 @@ def test_a_served_model_is_a_partition_like_any_other(world: DagsterWorld) -> No
     tasks = str(world.events("summary", "served/chat")[0].metadata["tasks"].value)
     assert tasks.count("skipped") == 2
     assert "multiple_choice needs log-likelihoods, which local-chat-completions does not give" in tasks
+
+
+def test_who_else_wants_a_worker_is_counted_and_nobody_else() -> None:
+    """Of it depends whether a checkpoint may have a second worker."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        runs = [
+            create_run_for_test(instance, status=status, tags=tags)
+            for status, tags in [
+                (dg.DagsterRunStatus.STARTED, results.EVALUATES),
+                (dg.DagsterRunStatus.STARTED, results.EVALUATES),
+                (dg.DagsterRunStatus.QUEUED, results.EVALUATES),
+                (dg.DagsterRunStatus.SUCCESS, results.EVALUATES),
+                (dg.DagsterRunStatus.QUEUED, {}),
+            ]
+        ]
+        found = [results._others(SimpleNamespace(instance=instance, run_id=run.run_id)) for run in runs]  # type: ignore[arg-type]
+    assert found == [2, 2, 2, 3, 3]

@@ -73,8 +73,8 @@ class Box(Place):
     def drive_one(self, arrival: Arrival) -> None:
         """What a driver does with its worker; all that the gate adds comes after."""
         todo = plan(arrival, Wanted(read_lock(self.config().lock_path)), self.config(), self.store)
-        handle = launching.launch(todo, self.config())
-        for _ in handle.messages():
+        (shard,) = launching.launch(todo, self.config())
+        for _ in shard.handle.messages():
             pass
 
 
@@ -106,7 +106,7 @@ def test_twelve_checkpoints_on_four_devices_with_random_kills(tmp_path: Path, mo
     config = box.config()
     # Whatever is edited meanwhile, all of them run the code that they began with; and none starts any other way.
     monkeypatch.setattr(nursery, "_made_of", lambda: "the test")
-    monkeypatch.setattr(local, "_start", _refuse)
+    monkeypatch.setattr(local, "_from_nothing", _refuse)
     server = Driver(box.serve)
     until((config.state_dir / "nursery.sock").exists, "the nursery to be ready", PATIENCE_S)
 

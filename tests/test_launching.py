@@ -11,7 +11,7 @@ import pytest
 
 from eval_platform import drive, launching, status
 from eval_platform.config import S3, Config, Engine, Slurm, Worker
-from eval_platform.launching import Running, folders, slurm
+from eval_platform.launching import Running, environment, folders
 from eval_platform.plan import OtherRelease, Plan, PlannedTask, plan_of, read_plan
 from eval_platform.store import LocalStore
 from eval_platform.store.process import process_record
@@ -53,7 +53,7 @@ def test_no_secret_of_the_platforms_own_goes_to_a_node(todo: Plan) -> None:
         "EVAL_PLATFORM_DATA": "/data",
         "AWS_SECRET_ACCESS_KEY": "of the results",
     }
-    sent = slurm._environment(todo, Slurm(variables=("EVAL_PLATFORM_POSTGRES",)), mine)
+    sent = environment.hidden_environment(todo, mine, ("EVAL_PLATFORM_POSTGRES",))
     assert "secret" not in sent.values()
     assert sent["EVAL_PLATFORM_DATA"] == "/data"
     assert sent["AWS_SECRET_ACCESS_KEY"] == "of the results"
@@ -64,7 +64,7 @@ def test_no_secret_of_the_platforms_own_is_in_a_workers_environment(
 ) -> None:
     monkeypatch.setenv("EVAL_PLATFORM_POSTGRES", "postgresql+psycopg2://a:hunter2@b/c")
     monkeypatch.setenv("EVAL_PLATFORM_DATA", "/data")
-    handle = launching.launch(todo, Config(folder=tmp_path, results=todo.store, state=str(tmp_path / "state")))
+    ((_, handle),) = launching.launch(todo, Config(folder=tmp_path, results=todo.store, state=str(tmp_path / "state")))
     try:
         given = Path(f"/proc/{handle.process.pid}/environ").read_bytes()  # type: ignore[attr-defined]
     finally:
@@ -86,9 +86,10 @@ def test_what_ends_a_worker_does_not_hide_why_a_task_failed_for_good(
         failed("words", "infrastructure", "the store did not answer"),
         failed(None, "infrastructure", "the time limit"),
     ]
-    ended = SimpleNamespace(folder=tmp_path, poll=lambda: 1, messages=lambda: iter([messages]), stop=lambda: None)
-    monkeypatch.setattr(drive.launching, "launch", lambda *_: ended)
+    ended: Any = SimpleNamespace(folder=tmp_path, poll=lambda: 1, messages=lambda: iter([messages]), stop=lambda: None)
+    monkeypatch.setattr(drive.launching, "launch", lambda *_, **__: [launching.Shard(plan, ended)])
     monkeypatch.setattr(drive.quality, "warm", lambda: None)
+    monkeypatch.setattr(drive.planning, "expect", lambda plan, *_: plan)
     monkeypatch.setattr(drive.warehouse, "refresh", lambda *_: None)
     plan = replace(todo, tasks=tuple(PlannedTask(name, name, name) for name in ("sums", "words", "others")))
     config = Config(folder=tmp_path, results=str(tmp_path / "results"), state=str(tmp_path / "state"))

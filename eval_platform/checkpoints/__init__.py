@@ -2,6 +2,7 @@
 
 from eval_platform.checkpoints.discovery import Found, discover, locate
 from eval_platform.checkpoints.hashing import Progress
+from eval_platform.checkpoints.headers import count_parameters
 from eval_platform.checkpoints.identification import Identity, identify, tokenizer_id
 from eval_platform.checkpoints.inspection import Inspection, inspect
 from eval_platform.checkpoints.served import as_checkpoint, as_found
@@ -24,6 +25,7 @@ __all__ = [
     "Watch",
     "as_checkpoint",
     "as_found",
+    "count_parameters",
     "discover",
     "held",
     "hold",

@@ -4,6 +4,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,28 @@ class BadHeader(Exception):
         self.final = final
 
 
+def count_parameters(folder: Path) -> int | None:
+    """The elements of all tensors in the model's safetensors files; None where there are none, or it cannot be told."""
+    if (folder / "adapter_config.json").exists():  # its base model's are elsewhere
+        return None
+    try:
+        headers = [_read(path) for path in sorted(folder.glob("*.safetensors"))]
+        return sum(math.prod(entry["shape"]) for header in headers for entry in header.values()) or None
+    except (BadHeader, OSError, KeyError, TypeError):  # whoever loads it says what is wrong
+        return None
+
+
 def tensor_names(path: Path) -> frozenset[str]:
     """The tensors in a whole safetensors file.
 
     Raises BadHeader when the file is shorter than its header says (still being copied), or when header and data
     contradict each other; OSError when it cannot be read.
     """
+    return frozenset(_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """name -> dtype, shape and offsets, of a whole file; raises as `tensor_names` does."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -58,7 +75,7 @@ def tensor_names(path: Path) -> frozenset[str]:
         raise BadHeader(f"{size:,} of {expected:,} bytes", final=False)
     if size > expected:
         raise BadHeader(f"{size:,} bytes, but its header accounts for {expected:,}", final=True)
-    return frozenset(header)
+    return header
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:

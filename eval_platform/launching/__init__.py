@@ -1,18 +1,34 @@
 """Where does a worker run? One program, started in several ways behind one face (`face.Handle`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from eval_platform.config import Config
-from eval_platform.launching import local, slurm
-from eval_platform.launching.face import Handle
+from eval_platform.launching import kubernetes, local, ray, slurm
+from eval_platform.launching.face import Handle, Shard
 from eval_platform.launching.local import WORKER_ENV, Running, running, stop_orphans
 from eval_platform.plan import Plan
 
-__all__ = ["WORKER_ENV", "Handle", "Running", "launch", "running", "stop_orphans"]
+__all__ = ["WORKER_ENV", "Handle", "Running", "Shard", "launch", "running", "stop_orphans"]
 
 
-def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: None) -> Handle:
-    """Start a worker on `plan` as soon as there is room for it; `waiting` is called now and then until there is."""
+def launch(
+    plan: Plan,
+    config: Config,
+    waiting: Callable[[], None] = lambda: None,
+    split: Callable[[int], Sequence[Plan]] | None = None,
+    *,
+    others: int = 0,
+) -> list[Shard]:
+    """Start a worker on `plan` as soon as there is room for it, or several that share it out.
+
+    `waiting` is called now and then until there is. split: the plans of as many workers as there is room for, or of
+    fewer; None: `plan` as it is. others: so many other checkpoints want a worker, which goes before a second one here.
+    """
+    split = split or (lambda _: [plan])
     if config.worker.launcher == "slurm":
-        return slurm.launch(plan, config)
-    return local.launch(plan, config, waiting)
+        return slurm.launch(plan, split(config.worker.shards), config)
+    if config.worker.launcher == "ray":
+        return ray.launch(plan, split(config.worker.shards), config)
+    if config.worker.launcher == "kubernetes":
+        return kubernetes.launch(plan, split(config.worker.shards), config)
+    return local.launch(split, config, waiting, most=max(1, min(config.worker.shards, config.worker.slots - others)))

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from eval_platform.plan import Plan
 
 
 class Handle(Protocol):
@@ -16,9 +18,10 @@ class Handle(Protocol):
         ...
 
     def messages(self) -> Iterator[list[dict[str, Any]]]:
-        """What was said since the last look, never empty; ends when the worker has ended and all is read.
+        """What was said since the last look, often nothing; ends when the worker has ended and all is read.
 
-        Beside the worker's messages (docs/launchers.md) `{"type": "log", "text": ...}`: what it printed meanwhile.
+        Several are followed in turn, so none may keep the others waiting: a look takes less than a second. Beside the
+        worker's messages (docs/launchers.md) `{"type": "log", "text": ...}`: what it printed meanwhile.
         """
         ...
 
@@ -29,3 +32,10 @@ class Handle(Protocol):
     def last_words(self, n: int = 20) -> str:
         """The last `n` lines of the worker's log, for an error message."""
         ...
+
+
+class Shard(NamedTuple):
+    """A worker that was started, and what of a checkpoint's tasks is its own."""
+
+    plan: Plan
+    handle: Handle

@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,26 @@ def workers(config: Config) -> Path:
 
 def make_folder(plan: Plan, config: Config) -> Path:
     """A new worker's folder with its plan; those of workers that ended long ago are forgotten."""
-    folder = workers(config) / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir(parents=True)
+    return make_folders([plan], config)[0]
+
+
+def make_folders(plans: Sequence[Plan], config: Config) -> list[Path]:
+    """As `make_folder`, of the shards of one checkpoint: where there are several, one name with -0, -1 and so on."""
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+    made = [workers(config) / (name if len(plans) == 1 else f"{name}-{i}") for i in range(len(plans))]
+    for folder, plan in zip(made, plans, strict=True):
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     forget_old(workers(config))
-    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    return folder
+    return made
+
+
+def shards(folder: Path) -> list[Path]:
+    """All that were made with this one, itself among them, in their order."""
+    made = folder.name.rpartition("-")[0]
+    if "-" not in made:
+        return [folder]
+    return sorted(folder.parent.glob(f"{made}-*"), key=lambda one: int(one.name.rpartition("-")[2]))
 
 
 def read_messages(folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +63,7 @@ def read_messages(folder: Path) -> list[dict[str, Any]]:
 
 
 def follow(folder: Path, has_ended: Callable[[], bool]) -> Iterator[list[dict[str, Any]]]:
-    """What was said since the last look, never empty; ends when the worker has ended and all is read.
+    """What was said since the last look, often nothing; ends when the worker has ended and all is read.
 
     What was printed in the meantime comes before it (`log_from`).
     """
@@ -57,8 +72,7 @@ def follow(folder: Path, has_ended: Callable[[], bool]) -> Iterator[list[dict[st
         ended = has_ended()  # looked at before reading, so that the last lines are not missed
         words, printed = log_from(folder, printed, is_all=ended)
         messages, said = messages_from(folder, said)
-        if words or messages:
-            yield [*words, *messages]
+        yield [*words, *messages]
         if ended:
             return
         time.sleep(_POLL_SECONDS)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from eval_platform.config import Config
 from eval_platform.devices import missing_devices
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders
+from eval_platform.launching.face import Shard
 from eval_platform.nursery import Child, fork_worker
 from eval_platform.plan import OtherRelease, Plan, read_plan
 from eval_platform.store.process import known_dead
@@ -71,19 +72,29 @@ class LocalHandle:
         return folders.last_words(self.folder, n)
 
 
-def launch(plan: Plan, config: Config, waiting: Callable[[], None] = lambda: None) -> LocalHandle:
-    """Wait for a free slot (calling `waiting` now and then), then start a worker on it.
+def launch(
+    split: Callable[[int], Sequence[Plan]], config: Config, waiting: Callable[[], None] = lambda: None, *, most: int = 1
+) -> list[Shard]:
+    """Wait for a free slot (calling `waiting` now and then), then start a worker on it, and on those that are free now.
 
-    Raises ConfigError when more devices are configured than this machine has.
+    split: the plans of as many workers as there are slots, of which `most` are taken at most, or of fewer. Raises
+    ConfigError when more devices are configured than this machine has.
     """
     _must_be_there(config)
-    folder = folders.make_folder(plan, config)
-    slot = _free_slot(config, waiting)
-    with slot.locks:  # the worker has its own copies of them
-        mine = {name: value for name, value in os.environ.items() if name not in NEVER_SENT}
-        env = {**WORKER_ENV, **mine, **slot.env}
-        process = fork_worker(config.state_dir, folder, slot.descriptors, env) or _start(folder, slot, env)
-    return LocalHandle(process, folder)
+    shards: list[Shard] = []
+    with ExitStack() as until_started:  # the workers have their own copies of the locks
+        slots = _free_slots(config, waiting, most)
+        for slot in slots:
+            until_started.enter_context(slot.locks)
+        plans = split(len(slots))
+        try:
+            for plan, folder, slot in zip(plans, folders.make_folders(plans, config), slots, strict=False):
+                shards.append(Shard(plan, _start(folder, slot, config)))
+        except BaseException:  # a share of the work is of no use to anybody
+            for shard in shards:
+                shard.handle.stop()
+            raise
+    return shards
 
 
 def _must_be_there(config: Config) -> None:
@@ -108,8 +119,15 @@ class _Slot:
     env: dict[str, str]
 
 
-def _start(folder: Path, slot: _Slot, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A worker from nothing: the ordinary way, where no nursery runs."""
+def _start(folder: Path, slot: _Slot, config: Config) -> LocalHandle:
+    mine = {name: value for name, value in os.environ.items() if name not in NEVER_SENT}
+    env = {**WORKER_ENV, **mine, **slot.env}
+    process = fork_worker(config.state_dir, folder, slot.descriptors, env) or _from_nothing(folder, slot, env)
+    return LocalHandle(process, folder)
+
+
+def _from_nothing(folder: Path, slot: _Slot, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The ordinary way to start a worker, where no nursery runs."""
     with (folder / "worker.log").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "eval_platform.worker", str(folder)],
@@ -175,13 +193,19 @@ def stop_orphans(config: Config) -> int:
     return len(orphans)
 
 
-def _free_slot(config: Config, waiting: Callable[[], None]) -> _Slot:
+def _free_slots(config: Config, waiting: Callable[[], None], most: int) -> list[_Slot]:
+    """At least one: nothing is returned while there is none."""
     (config.state_dir / "slots").mkdir(parents=True, exist_ok=True)
+    free: list[_Slot] = []
     while True:
         for index in range(config.worker.slots):
             slot = _locked(config, index)
             if slot is not None:
-                return slot
+                free.append(slot)
+            if len(free) == most:
+                break
+        if free:
+            return free
         waiting()
         time.sleep(_POLL_SECONDS)
 

@@ -1,55 +1,35 @@
-"""Starts a worker as a job of Slurm, and finds it again when whoever started it was killed.
+"""Starts a worker as a job of Slurm, and finds it again when whoever started it was killed (`jobs.py` says how).
 
-The job is named after what its plan asks (`plan.launch_id`). A driver that comes again finds a living job of that name
-and reads its messages from the beginning, instead of submitting another. What the worker says of its own end is
-believed first; what Slurm says counts where it ended without a word, or where its last word may be that of an earlier
-life: a job that Slurm queues again runs the same program in the same folder once more, and goes on in the same files.
-
-In the worker's folder, which must lie on a file system that driver and nodes share, stand beside what `folders.py`
-says:
+In the worker's folder stands besides:
 
 job.sh       the batch script: by its path, which Slurm keeps, the folder of a living job is found
-job.json     the job's number
-ended.json   why nobody waits for it any more
 
 Only what Slurm prints for programs is read (a format given by us, `|` between fields). Facts were seen on 22.05.
 """
 
-import json
 import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from eval_platform.config import Config, Slurm
-from eval_platform.errors import ConfigError, EvalPlatformError
-from eval_platform.launching import folders
-from eval_platform.launching.local import NEVER_SENT, WORKER_ENV
-from eval_platform.plan import OtherRelease, Plan, launch_id, read_plan
+from eval_platform.errors import ConfigError
+from eval_platform.launching import folders, jobs
+from eval_platform.launching.environment import hidden_environment
+from eval_platform.launching.face import Shard
+from eval_platform.launching.jobs import STOP_SECONDS, ClusterError, JobHandle, Told
+from eval_platform.plan import Plan, read_plan
 
 log = logging.getLogger(__name__)
 
-# A worker leaves within this after SIGTERM (docs/launchers.md), with a second for Slurm to pass it on and to notice.
-STOP_SECONDS = 9.0
 KILL_SECONDS = 60.0
-# How long Slurm may be silent before we stop waiting for it. The job goes on, and is found by whoever comes next.
-SILENT_SECONDS = 600.0
 COMMAND_SECONDS = 60.0
-# Between two questions to Slurm: often while something happens, seldom while a job works for hours.
-_ASK_SECONDS = (1.0, 10.0)
-_LOOK_SECONDS = 0.1
-
-# What a worker that was stopped leaves with; `worker.EXIT_TRY_AGAIN`, whose module no driver should have to import.
-_TRY_AGAIN = os.EX_TEMPFAIL
-
 # In place of a signal's number where a node could not begin a job, as when it cannot open the job's output.
 _NOT_LAUNCHED = 53
 
@@ -75,252 +55,110 @@ _NEVER = {
 # Of an association's or a QOS's limits those on what one job may ask for.
 _NEVER_SO_MUCH = re.compile(r"(Assoc|QOS)Max\w*(PerJob|PerJobLimit|PerNode)")
 
-# What a worker may need of its driver's environment; the rest stays here. Never CUDA_VISIBLE_DEVICES: Slurm sets it.
-_VARIABLES = frozenset(
-    (
-        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "XDG_CACHE_HOME", "SLURM_CONF"),
-        *("VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "GLIBC_TUNABLES"),
-        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
-    )
-)
-_VARIABLES_LIKE = (
-    *("LC_", "PYTHON", "EVAL_PLATFORM_", "AWS_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "SBATCH_"),
-    *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH_", "PYTORCH_", "TRITON_", "NCCL_"),
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
-)
-_VARIABLES_LIKE_OF_PROVIDERS = ("OPENAI_", "ANTHROPIC_", "AZURE_")  # where a served model is asked
 
-
-class SlurmError(EvalPlatformError):
+class SlurmError(ClusterError):
     """Slurm cannot be asked, or does not answer."""
-
-    class_ = "infrastructure"
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Told):
     """A job as Slurm tells of it. `state` and `reason` are Slurm's own words."""
 
-    state: str
-    reason: str = ""
-    nodes: str = ""
     time_limit: str = ""
 
 
 @dataclass
-class SlurmHandle:
+class SlurmHandle(JobHandle[Job]):
     """A worker that is a job of Slurm's, or will be; see `face.Handle`."""
 
-    job: str
-    folder: Path
-    was_found: bool = False
-    told: Job = Job("PENDING")  # the last answer
-    _changed: float = field(default_factory=time.monotonic)  # when that answer became another
-    _answered: float = field(default_factory=time.monotonic)
-    _ask_at: float = 0.0
-    _offset: int = 0
-    _unread: list[dict[str, Any]] = field(default_factory=list)
-    _end: int | None = None  # what the worker of the present life said of its end
-    _code: int | None = None
-    _stopped: bool = False
+    cluster = "slurm"
+    waiting = _WAITING
+    ended = _ENDED
+    by_itself = frozenset({"COMPLETED", "FAILED", _UNKNOWN})
 
-    def poll(self) -> int | None:
-        """The worker's own exit code; 1 where it ended without a word; None while it waits or runs.
+    told: Job = field(default=Job("PENDING"), kw_only=True)
 
-        Raises SlurmError when Slurm has not answered for SILENT_SECONDS.
-        """
-        if self._code is None:
-            self._read()
-            if self._end not in (None, _TRY_AGAIN):
-                self._has_ended("its worker said so")
-            elif time.monotonic() >= self._ask_at:
-                self._ask()
-                if self.told.state in _ENDED:
-                    self._read()  # what was written between the last look and the end
-                    self._has_ended(self.told.state)
-        return self._code
+    def _look_up(self) -> Job:
+        return _look_up(self.job)
 
-    def messages(self) -> Iterator[list[dict[str, Any]]]:
-        """What the worker said and printed, and of Slurm's own: `slurm` at each change, `slot` while it waits.
-
-        Where Slurm ended it, or it ended without a word, a last `failed` says why and what can be done.
-        """
-        yield [self._says("found again: its driver had ended" if self.was_found else "submitted")]
-        shown: Job | None = None
-        printed = 0
-        ends = False
-        while not ends:
-            ends = self.poll() is not None
-            news: list[dict[str, Any]] = []
-            if self.told != shown and not ends:
-                shown = self.told
-                news.append(self._waits() if shown.state in _WAITING else self._says(shown.state.lower()))
-            words, printed = folders.log_from(self.folder, printed, is_all=ends)
-            news += [*words, *self._unread]
-            self._unread = []
-            if not ends and shown is not None and (remedy := _never(shown)) is not None:
-                self.stop()
-                news.append(_failed(f"Slurm would never start job {self.job}: {shown.reason}", remedy))
-                ends = True
-            elif ends and (failed := self._why()) is not None:
-                news.append(failed)
-            if news:
-                yield news
-            if not ends:
-                time.sleep(_LOOK_SECONDS)
-
-    def stop(self) -> None:
-        """A job that waits is cancelled; a worker that runs is asked to leave, and killed when it does not.
-
-        Raises SlurmError when Slurm does not do so: the job may then go on.
-        """
-        if self.poll() is not None:
-            return
-        self._stopped = True
-        _let_go(self.folder, self.job, "stopped by its driver")
-        self._ask()
+    def _end_it(self) -> None:
         if self.told.state in _WAITING:
             _scancel(self.job)
         else:
             _scancel("--full", "--signal=TERM", self.job)
-        if not self._ends_within(STOP_SECONDS):
-            log.warning("the worker of Slurm's job %s did not leave in %s s: killed", self.job, STOP_SECONDS)
-            # To the worker's process itself; KILL for the whole job would wait for the cluster's KillWait.
-            _scancel("--batch", "--signal=KILL", self.job)
-            _scancel(self.job)
-            if not self._ends_within(KILL_SECONDS):
-                raise SlurmError(
-                    f"Slurm has not ended job {self.job} in {KILL_SECONDS:.0f} s: it is {self.told.state}",
-                    remedy=f"`scontrol show job {self.job}` and the log of the node's slurmd say more",
-                )
-        self._read()
-        self._has_ended("stopped by its driver")
-
-    def last_words(self, n: int = 20) -> str:
-        return folders.last_words(self.folder, n)
-
-    def _read(self) -> None:
-        new, self._offset = folders.messages_from(self.folder, self._offset)
-        for message in new:
-            if message["type"] == "hello":  # a new life: what was said of an end was of the one before
-                self._end = None
-            elif message["type"] == "end":
-                self._end = message["code"]
-        self._unread += new
-
-    def _ask(self) -> None:
-        now = time.monotonic()
-        try:
-            told = _look_up(self.job)
-        except SlurmError as error:
-            if now - self._answered > SILENT_SECONDS:
-                raise
-            log.warning("job %s: %s", self.job, error)
-            told = self.told
-        else:
-            self._answered = now
-        if told.state != self.told.state:
-            self._changed = now
-        self.told = told
-        shortest, longest = _ASK_SECONDS
-        self._ask_at = time.monotonic() + min(longest, max(shortest, (now - self._changed) / 30))
-
-    def _ends_within(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while True:
-            self._ask()
-            if self.told.state in _ENDED:
-                return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(2 * _LOOK_SECONDS)
+        if self.ends_within(STOP_SECONDS):
+            return
+        log.warning("the worker of Slurm's job %s did not leave in %s s: killed", self.job, STOP_SECONDS)
+        # To the worker's process itself; KILL for the whole job would wait for the cluster's KillWait.
+        _scancel("--batch", "--signal=KILL", self.job)
+        _scancel(self.job)
+        if not self.ends_within(KILL_SECONDS):
+            raise SlurmError(
+                f"Slurm has not ended job {self.job} in {KILL_SECONDS:.0f} s: it is {self.told.state}",
+                remedy=f"`scontrol show job {self.job}` and the log of the node's slurmd say more",
+            )
 
     def _has_ended(self, why: str) -> None:
-        self._code = 1 if self._end is None else self._end
-        _let_go(self.folder, self.job, why)
+        if self._end is None and self.told.state == "FAILED" and _exit_code(self.job) == (0, signal.SIGTERM):
+            self._end = os.EX_TEMPFAIL  # told to leave before it could hear: it ends as one that has heard
+        super()._has_ended(why)
 
-    def _says(self, what: str) -> dict[str, Any]:
-        where = {"node": self.told.nodes} if self.told.nodes else {}
-        return {"type": "slurm", "job": self.job, "state": what, **where, "time": time.time()}
+    def _in_words(self) -> tuple[str, str]:
+        return _in_words(self.job, self.told)
 
-    def _waits(self) -> dict[str, Any]:
-        because = f": {self.told.reason}" if self.told.reason not in ("", "None") else ""
-        return {
-            "type": "slot",
-            "waiting": True,
-            "reason": f"job {self.job} waits in Slurm's queue{because}",
-            "time": time.time(),
-        }
-
-    def _why(self) -> dict[str, Any] | None:
-        """Why it ended, where its worker did not say so itself."""
-        state, worker_spoke = self.told.state, self._end is not None
-        if self._stopped or (self._end not in (None, _TRY_AGAIN)):
-            return None
-        if worker_spoke and state in ("COMPLETED", "FAILED", _UNKNOWN):
-            return None
-        what, remedy = _in_words(self.job, self.told)
-        return _failed(what, remedy)
+    def _never(self) -> tuple[str, str] | None:
+        remedy = _never(self.told)
+        return None if remedy is None else (f"Slurm would never start job {self.job}: {self.told.reason}", remedy)
 
 
-def launch(plan: Plan, config: Config) -> SlurmHandle:
-    """Submit a job for `plan`, or find the one that lives already.
+def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
+    """Submit a job for `plan`, where there are several `plans` an array that shares it out, or find what lives already.
 
-    Raises ConfigError when Slurm refuses what [slurm] asks for, SlurmError when it cannot be asked.
+    What is found is shared out as it was when it was submitted. Raises ConfigError when Slurm refuses what [slurm] asks
+    for, SlurmError when it cannot be asked.
     """
-    name = f"eval-platform-{launch_id(plan)}"
-    submitted = list(_submitted(config))
+    name = jobs.name_of(plan)
+    submitted = list(jobs.submitted(config, "slurm"))
     told = _jobs()
-    found = _living(name, told)
-    if found is not None:
+    found = _living(name, plan, told)
+    if found:
         return found
     at_work = {job for job, state, *_ in told if state not in _ENDED or state in _COMES_BACK}
     for folder, job in submitted:
         if job not in at_work:  # its driver was killed, and who comes after it finds it no more
-            _let_go(folder, job, "it ended with nobody looking")
-    folder = folders.make_folder(plan, config)
-    # Made here, so that no client of a network file system remembers for a while that it is not there.
-    (folder / "messages.jsonl").touch()
-    script = folder / "job.sh"
-    command = shlex.join([sys.executable, "-m", "eval_platform.worker", str(folder)])
-    script.write_text(f"#!/bin/bash\n# A worker of eval-platform: docs/slurm.md\nexec {command}\n", encoding="utf-8")
-    job = _submit(name, folder, script, config.slurm, _environment(plan, config.slurm, os.environ))
-    _remember(folder, job)
-    return SlurmHandle(job, folder)
+            jobs.let_go(folder, job, "it ended with nobody looking")
+    made = folders.make_folders(plans, config)
+    for folder in made:
+        # Made here, so that no client of a network file system remembers for a while that it is not there.
+        (folder / "messages.jsonl").touch()
+    job = _submit(name, made, config.slurm, _environment(plan, config.slurm))
+    numbers = [job] if len(made) == 1 else [f"{job}_{i}" for i in range(len(made))]
+    for folder, number in zip(made, numbers, strict=True):
+        jobs.remember(folder, "slurm", number)
+    return [Shard(own, SlurmHandle(*its)) for own, its in zip(plans, zip(numbers, made, strict=True), strict=True)]
 
 
-def _remember(folder: Path, job: str) -> None:
-    (folder / "job.json").write_text(json.dumps({"slurm": job}), encoding="utf-8")
-
-
-def _let_go(folder: Path, job: str, why: str) -> None:
-    """From now on a job of this folder is nobody's to wait for."""
-    (folder / "ended.json").write_text(json.dumps({"job": job, "why": why}), encoding="utf-8")
-
-
-def _submitted(config: Config) -> Iterator[tuple[Path, str]]:
-    """Workers' folders, and their jobs' numbers, of which no end was seen."""
-    for file in folders.workers(config).glob("*/job.json"):
-        with suppress(FileNotFoundError, ValueError):  # being forgotten; being written
-            job = json.loads(file.read_text(encoding="utf-8")).get("slurm")
-            if job is not None and not (file.parent / "ended.json").exists():
-                yield file.parent, job
-
-
-def _submit(name: str, folder: Path, script: Path, asked: Slurm, environment: Mapping[str, str]) -> str:
-    """The job's number."""
+def _submit(name: str, made: Sequence[Path], asked: Slurm, environment: Mapping[str, str]) -> str:
+    """The job's number. Several folders, whose names differ in the number at their end, make it an array."""
     wanted = {
         "partition": asked.partition,
         "account": asked.account,
         "gres": asked.gres,
         "time": asked.time_limit,
+        "array": f"0-{len(made) - 1}" if len(made) > 1 else None,
     }
+    folder, number, pattern = str(made[0]), "", ""
+    if len(made) > 1:
+        folder, number, pattern = folder.removesuffix("-0"), "-$SLURM_ARRAY_TASK_ID", "-%a"
+    worker = shlex.join([sys.executable, "-m", "eval_platform.worker", folder]) + number
+    script = made[0] / "job.sh"
+    script.write_text(f"#!/bin/bash\n# A worker of eval-platform: docs/slurm.md\nexec {worker}\n", encoding="utf-8")
     command = [
         "sbatch",
         "--parsable",
         f"--job-name={name}",
         "--ntasks=1",
-        "--output=" + str(folder / "worker.log").replace("%", "%%"),
+        "--output=" + folder.replace("%", "%%") + pattern + "/worker.log",
         "--open-mode=append",  # a job that is queued again keeps what its earlier life printed
         f"--chdir={Path.cwd()}",
         "--export=ALL",  # of the environment that it is given here: values never stand on a command line
@@ -359,44 +197,45 @@ def _mend(said: str) -> str:
     return "mend the section [slurm] of the configuration (docs/slurm.md)"
 
 
-def _environment(plan: Plan, asked: Slurm, mine: Mapping[str, str]) -> dict[str, str]:
-    """The variables that go over to the node, credentials of S3 and of the hub among them: through Slurm, as `--export`
-    does it, and in no file or command line of ours."""
-    entry = plan.served_model()
-    named = {*_VARIABLES, *asked.variables, *([entry.key_variable] if entry is not None and entry.key_variable else [])}
-    like = (*_VARIABLES_LIKE, *(_VARIABLES_LIKE_OF_PROVIDERS if entry is not None else ()))
-    kept = {name: value for name, value in mine.items() if name in named or name.startswith(like)}
-    return {**WORKER_ENV, **{name: value for name, value in kept.items() if name not in NEVER_SENT}}
+def _environment(plan: Plan, asked: Slurm) -> dict[str, str]:
+    """The variables that go over to the node: through Slurm, as `--export` does it, and in no file or command line."""
+    return hidden_environment(plan, os.environ, ("SLURM_CONF", *asked.variables), ("SBATCH_",))
 
 
 def _jobs() -> list[tuple[str, str, str, str]]:
-    """(number, state, name, command) of every job of this user that Slurm has not forgotten; the name has no "|" where
-    it is one of ours."""
-    asked = ("--states=all", f"--user={os.getuid()}", "--format=%i|%T|%j|%o")
+    """(number, state, name, command) of every job of this user that Slurm has not forgotten, each element of an array
+    ("71_0") on its own; the name has no "|" where it is one of ours."""
+    asked = ("--states=all", "--array", f"--user={os.getuid()}", "--format=%i|%T|%j|%o")
     lines = (line.strip().split("|", 3) for line in _slurm("squeue", "--noheader", *asked).splitlines())
     return [(line[0], line[1], line[2], line[3]) for line in lines if len(line) == 4]
 
 
-def _living(name: str, told: Sequence[tuple[str, str, str, str]]) -> SlurmHandle | None:
-    """The newest job with this name that waits or runs, unless nobody waits for it any more."""
-    ours = [(int(job), state, Path(script).parent) for job, state, its_name, script in told if its_name == name]
-    for number, state, folder in sorted(ours, reverse=True):
-        is_ours = (folder / "plan.json").exists() and not (folder / "ended.json").exists()
-        if not is_ours or state in _ENDED or state == "COMPLETING":
+def _living(name: str, plan: Plan, told: Sequence[tuple[str, str, str, str]]) -> list[Shard]:
+    """The newest job with this name that waits or runs, unless nobody waits for it any more.
+
+    Of an array all elements, also those that have ended: what they said is read again.
+    """
+    ours = [(job, state, Path(script).parent) for job, state, its_name, script in told if its_name == name]
+    for job, state, first in sorted(ours, key=lambda one: _order(one[0]), reverse=True):
+        number, _, element = job.partition("_")
+        folder = first.with_name(f"{first.name.removesuffix('-0')}-{element}") if element else first
+        if not jobs.may_be_waited_for(folder) or state in _ENDED or state == "COMPLETING":
             continue
-        if state in _WAITING and _is_of_another_release(folder / "plan.json"):
+        if state in _WAITING and jobs.is_of_another_release(folder):
             continue  # when its turn comes it refuses
-        _remember(folder, str(number))  # its driver may have been killed before it could
-        return SlurmHandle(str(number), folder, was_found=True)
-    return None
+        shards = []
+        for own in (made := folders.shards(folder)):
+            its_job = f"{number}_{own.name.rpartition('-')[2]}" if element else job
+            jobs.remember(own, "slurm", its_job)  # its driver may have been killed before it could
+            its_plan = plan if len(made) == 1 else read_plan(own / "plan.json")
+            shards.append(Shard(its_plan, SlurmHandle(its_job, own, was_found=True)))
+        return shards
+    return []
 
 
-def _is_of_another_release(file: Path) -> bool:
-    try:
-        read_plan(file).refuse_other_release()
-    except OtherRelease:
-        return True
-    return False
+def _order(job: str) -> tuple[int, ...]:
+    """Of a job's number, or of an element's of an array."""
+    return tuple(int(part) for part in job.split("_"))
 
 
 def _never(told: Job) -> str | None:
@@ -411,13 +250,15 @@ def _never(told: Job) -> str | None:
 
 def _look_up(job: str) -> Job:
     """What Slurm says of it now. Raises SlurmError when it says nothing."""
-    done = _run(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%N|%l|%r"], os.environ)
+    done = _run(
+        ["squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T|%N|%l|%r"], os.environ
+    )
     if done.returncode and "Invalid job id" not in done.stderr:
         raise _no_answer(done)
     lines = done.stdout.splitlines()
     if lines and not done.returncode:
         state, nodes, limit, reason = lines[0].strip().split("|", 3)
-        return Job(state, reason, nodes, limit)
+        return Job(state, "" if reason == "None" else reason, nodes, limit)
     # It keeps a job for MinJobAge seconds after its end; its accounting, where there is one, keeps it longer.
     done = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State"], os.environ)
     words = done.stdout.split() if done.returncode == 0 else []
@@ -437,7 +278,7 @@ def _in_words(job: str, told: Job) -> tuple[str, str]:
             )
         case "NODE_FAIL" | "BOOT_FAIL":
             return (
-                f"the node {told.nodes or 'it ran on'} failed under job {job}; {kept}",
+                f"the node {told.node or 'it ran on'} failed under job {job}; {kept}",
                 "[slurm] requeue = true lets Slurm begin it anew by itself; else the next run does",
             )
         case "PREEMPTED" | "REVOKED":
@@ -457,7 +298,7 @@ def _in_words(job: str, told: Job) -> tuple[str, str]:
             status, number = code
             if number == _NOT_LAUNCHED or code == (0, 0):
                 return (
-                    f"the node {told.nodes} could not start job {job}: mostly it cannot write in the worker's folder",
+                    f"the node {told.node} could not start job {job}: mostly it cannot write in the worker's folder",
                     "put `state` of the configuration on a file system that the nodes share, and the installation too",
                 )
             if status in (126, 127):
@@ -475,11 +316,6 @@ def _exit_code(job: str) -> tuple[int, int] | None:
     done = _run(["scontrol", "--oneliner", "show", "job", job], os.environ)
     found = re.search(r" ExitCode=(\d+):(\d+) ", done.stdout) if done.returncode == 0 else None
     return (int(found[1]), int(found[2])) if found else None
-
-
-def _failed(what: str, remedy: str) -> dict[str, Any]:
-    reason = str(SlurmError(what, remedy=remedy))
-    return {"type": "failed", "task": None, "class": "infrastructure", "reason": reason, "time": time.time()}
 
 
 def _scancel(*words: str) -> None:

@@ -79,11 +79,15 @@ TABLES: dict[str, pa.Schema] = {
             "finished_at": _TIME,
             "seconds": pa.float64(),
             "answer_seconds": pa.float64(),
+            "load_seconds": pa.float64(),  # of `seconds`, the model's loading: 0 with all but the first task
+            "expected_seconds": pa.float64(),  # of `seconds` without loading, when it was planned; null: nobody knew
             "device_seconds": pa.float64(),  # `seconds` times the devices that its worker held; null in older records
             "tokens_per_second": pa.float64(),  # of `n_tokens`, those asked in this try, by `answer_seconds`
             "peak_memory_bytes": pa.int64(),  # of its worker up to then: on its GPUs, else in main memory
             "n_requests": pa.int64(),
             "n_tokens": pa.int64(),
+            "computed_tokens": pa.int64(),  # positions that went through the model in this try; null: not counted
+            "generated_tokens": pa.int64(),  # of these, drawn one after another
             "truncated": pa.int64(),
             "prompt_tokens": pa.int64(),  # what a served model's server counted
             "completion_tokens": pa.int64(),

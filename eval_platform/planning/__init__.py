@@ -1,0 +1,85 @@
+"""What will it cost, how is it shared out, when is it done? Expected seconds, from what was measured before.
+
+`docs/planning.md` says it in words. Nothing is invented: of what nobody knows nothing is expected.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from eval_platform import warehouse
+from eval_platform.checkpoints import count_parameters
+from eval_platform.config import Config
+from eval_platform.plan import Plan
+from eval_platform.planning import cost
+from eval_platform.planning.history import answered, past
+from eval_platform.planning.sharing import end_of_queue, share_out_costs
+from eval_platform.planning.words import duration, planned, took
+from eval_platform.store import Store
+from eval_platform.values import known_sum
+
+if TYPE_CHECKING:
+    import duckdb
+
+__all__ = ["duration", "end_of_queue", "expect", "expected", "expected_seconds", "planned", "share_out", "took"]
+
+
+def expect(plan: Plan, config: Config, store: Store) -> Plan:
+    """The plan with what each of its tasks, and loading the model, is expected to take, where it can be told.
+
+    What is answered already takes nothing; where all is, it is to be asked anew.
+    """
+    warehouse.refresh(store, config.catalog_path)
+    arrival, limit = plan.arrival, plan.settings.limit
+    with warehouse.connect(config.catalog_path, store, samples=False) as con:
+        tasks = {task.name: task.task_id for task in plan.tasks}
+        seconds, load = expected(con, run=arrival.run, uri=arrival.uri, tasks=tasks, limit=limit)
+        done = answered(con, key=arrival.key, n=arrival.n, limit=limit)
+    if not done.issuperset(tasks.values()):
+        seconds |= {name: 0.0 for name, task_id in tasks.items() if task_id in done}
+    return replace(plan, expected_seconds=seconds, expected_load_seconds=load)
+
+
+def expected(
+    con: "duckdb.DuckDBPyConnection", *, run: str, uri: str, tasks: Mapping[str, str], limit: int | None = None
+) -> tuple[dict[str, float], float | None]:
+    """(task -> seconds, seconds to load the model) of a checkpoint at `uri`; what is not known is left out, or None.
+
+    tasks: name -> task_id.
+    """
+    known = past(con, run=run, task_ids=tasks.values(), limit=limit)
+    n_parameters = cost.parameters_of(run, known)
+    if n_parameters is None and "://" not in uri:
+        n_parameters = count_parameters(Path(uri))
+    seconds = {name: cost.task_seconds(task_id, run, n_parameters, known) for name, task_id in tasks.items()}
+    found = {name: value for name, value in seconds.items() if value is not None}
+    return found, cost.load_seconds(run, n_parameters, known)
+
+
+def expected_seconds(plan: Plan) -> float | None:
+    """What its worker is expected to take from when it loads the model; None where a part of that is not known."""
+    return known_sum([plan.expected_load_seconds, *(plan.expected_seconds.get(task.name) for task in plan.tasks)])
+
+
+def share_out(plan: Plan, most: int) -> list[Plan]:
+    """The plans of at most so many workers, which end at about the same time; one where more would not pay.
+
+    What is expected of nothing counts as much as the mean of the others; where nothing is known, all is one worker's.
+    """
+    known, load = plan.expected_seconds, plan.expected_load_seconds
+    if most == 1 or not known or load is None:
+        return [plan]
+    usual = mean(known.values())
+    shards = share_out_costs([known.get(task.name, usual) for task in plan.tasks], load, most)
+    return [plan] if len(shards) == 1 else [_part(plan, shard) for shard in shards]
+
+
+def _part(plan: Plan, places: Collection[int]) -> Plan:
+    tasks = tuple(plan.tasks[i] for i in places)
+    expected: Mapping[str, float] = {
+        task.name: plan.expected_seconds[task.name] for task in tasks if task.name in plan.expected_seconds
+    }
+    # Whichever ends first must not let go of what another has yet to stage.
+    return replace(plan, tasks=tasks, expected_seconds=expected, keep_hold=True)

@@ -1,0 +1,356 @@
+"""What is expected against a world whose truth is known, and work shared out against all ways there are."""
+
+import itertools
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_factory import make_checkpoint
+from fault_tools import Place, forked
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from stub_engine import StubEngine
+
+from eval_platform import launching, planning, status, worker
+from eval_platform.checkpoints import count_parameters, held, hold
+from eval_platform.config import Config
+from eval_platform.drive import Outcome, drive
+from eval_platform.launching import Running
+from eval_platform.plan import Plan, PlannedTask, Wanted, plan
+from eval_platform.planning import cost
+from eval_platform.planning.cost import Past, Rate
+from eval_platform.planning.sharing import end_of_queue, share_out_costs
+from eval_platform.tasks import read_lock
+from eval_platform.values import Arrival, Request, Response, RunSettings
+
+# ------------------------------------------------------------------------------------------------------------- the cost
+
+
+class Device:
+    """A machine that computes just as the model of its cost says, and a word for what its evaluations took."""
+
+    def __init__(self, prefill: float, decode: float, load: float = 1e-8) -> None:
+        self.rate = Rate(prefill, decode)
+        self.load = load
+
+    def answers(self, n_parameters: int, prompt: float, generated: float) -> float:
+        assert self.rate.prefill
+        assert self.rate.decode
+        return n_parameters * prompt / self.rate.prefill + n_parameters * generated / self.rate.decode
+
+    def took(self, run: str, n_parameters: int, task: str, prompt: float, generated: float, beside: float) -> Past:
+        seconds = self.answers(n_parameters, prompt, generated)
+        load = self.load * n_parameters
+        return Past(run, task, n_parameters, beside + seconds, seconds, load, prompt + generated, generated)
+
+
+amounts = st.floats(1, 1e6, allow_nan=False)
+sizes = st.integers(1_000, 10**11)
+
+
+@given(amounts, amounts, amounts, amounts, amounts, sizes, sizes)
+def test_a_task_known_elsewhere_costs_its_tokens_at_this_devices_rate(
+    prompt: float, generated: float, beside: float, here: float, factor: float, there: int, size: int
+) -> None:
+    """Another run, of another size on another machine, was asked it; this run was asked other tasks."""
+    other, this = Device(1e9, 1e7), Device(here * 1e6, here * 1e6 / factor)
+    known = [
+        other.took("other", there, "task", prompt, generated, beside),
+        this.took("this", size, "scored", 1_000, 0, 3.0),
+        this.took("this", size, "drawn", 1_000, 100, 5.0),
+    ]
+    expected = cost.task_seconds("task", "this", size, known)
+    assert expected == pytest.approx(beside + this.answers(size, prompt, generated), rel=1e-6, abs=1e-4)
+
+
+@given(sizes, sizes, st.lists(sizes, min_size=1, max_size=4))
+def test_a_size_that_nobody_has_asked_goes_by_the_nearest(task_size: int, size: int, others: list[int]) -> None:
+    """Where nobody counted tokens: by the ratio of the sizes, of the model nearest to it."""
+    known = [Past(f"run{n}", "task", n, 2.0 + n * 1e-6, n * 1e-6) for n in {task_size, *others}]
+    expected = cost.task_seconds("task", "new", size, known)
+    assert expected == pytest.approx(2.0 + size * 1e-6, rel=0.02)  # "the same size" may be one part in a hundred away
+
+
+def test_what_the_run_took_itself_goes_before_all_else() -> None:
+    """The median, so that what was slow once is no more than that; else that of models as large."""
+    own = [Past("this", "task", 100, seconds, 1.0) for seconds in (10.0, 11.0, 500.0)]
+    elsewhere = [Past("other", "task", 100, 3.0, 1.0), Past("small", "task", 10, 1.0, 0.5)]
+    assert cost.task_seconds("task", "this", 100, [*elsewhere, *own]) == 11.0
+    assert cost.task_seconds("task", "new", 100, [*elsewhere, *own]) == 10.5  # of the four of this size
+    assert cost.load_seconds("new", 100, own) is None
+
+
+def test_what_nobody_knows_is_not_invented() -> None:
+    known = [Past("this", "task", 100, 10.0, 1.0, 4.0), Past("other", "else", 200, 7.0, 1.0, 9.0)]
+    assert cost.task_seconds("new task", "this", 100, known) is None
+    assert cost.task_seconds("task", "new", None, known) is None  # of a model that lies in a bucket
+    assert cost.task_seconds("else", "this", 100, known) == 6.5  # six beside the model, which is half as large
+    assert (cost.load_seconds("this", None, known), cost.load_seconds("new", 400, known)) == (4.0, 18.0)
+    assert cost.answer_seconds(1, 1, 100, Rate(1.0, None)) is None
+
+
+def test_a_rate_needs_what_was_counted() -> None:
+    device = Device(1e9, 1e7)
+    scored, drawn = device.took("a", 1000, "s", 50, 0, 1.0), device.took("a", 1000, "d", 50, 20, 1.0)
+    assert cost.rate([scored, drawn]) == Rate(pytest.approx(1e9), pytest.approx(1e7))
+    assert cost.rate([drawn]) == Rate(None, None)  # what of it was prefill nobody can tell
+    assert cost.rate([replace(scored, computed_tokens=None), Past("b", "t", None, 1.0, 1.0)]) == Rate(None, None)
+
+
+def test_parameters_are_counted_from_headers_alone(tmp_path: Path) -> None:
+    save_file({"a": np.zeros((3, 5), np.float16), "b": np.zeros(7, np.float32)}, tmp_path / "model-1.safetensors")
+    save_file({"c": np.zeros((2, 2, 2), np.float32)}, tmp_path / "model-2.safetensors")
+    assert count_parameters(tmp_path) == 15 + 7 + 8
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert count_parameters(tmp_path) is None
+    assert count_parameters(tmp_path / "nowhere") is None
+
+
+# ---------------------------------------------------------------------------------------------------------- sharing out
+
+
+def ends(costs: Sequence[float], shards: Sequence[Sequence[int]]) -> float:
+    return max(sum(costs[i] for i in shard) for shard in shards)
+
+
+def best_end(costs: Sequence[float], n: int) -> float:
+    """Of all ways to give the costs to n workers."""
+    ways = itertools.product(range(n), repeat=len(costs))
+    return min(max(sum(c for c, k in zip(costs, way, strict=True) if k == own) for own in range(n)) for way in ways)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.floats(0, 100), st.integers(1, 3))
+def test_every_task_is_in_one_shard_and_sharing_pays(costs: list[int], load: float, most: int) -> None:
+    shards = share_out_costs(costs, load, most)
+    assert sorted(itertools.chain(*shards)) == list(range(len(costs)))
+    assert 1 <= len(shards) <= min(most, len(costs))
+    n = len(shards)
+    # Another worker's loading is won back by the time that all are done, or it is not begun.
+    assert ends(costs, shards) + n * load <= sum(costs) + load + 1e-9
+    bound = 4 / 3 - 1 / (3 * n)
+    assert ends(costs, shards) <= bound * best_end(costs, n) + 1e-9
+    if load > sum(costs):
+        assert n == 1
+
+
+def test_no_worker_is_begun_that_brings_the_end_no_nearer() -> None:
+    assert share_out_costs([100, 10, 10], 5, 4) == [[0], [1, 2]]  # the long one is the end, whoever does the others
+    assert share_out_costs([10, 10], 20, 2) == [[0, 1]]
+    assert share_out_costs([50, 50, 50, 50], 20, 4) == [[0], [1], [2], [3]]  # three end no earlier than two
+
+
+def by_the_second(at_work: Sequence[int], waiting: Sequence[int], slots: int) -> int:
+    """The same, one second after the other."""
+    left, queue, second = [*at_work], [*waiting], 0
+    while True:
+        left = [one for one in left if one]
+        while queue and len(left) < slots:
+            first = queue.pop(0)
+            left += [first] if first else []
+        if not left:
+            return second
+        left = [one - 1 for one in left]
+        second += 1
+
+
+@given(st.lists(st.integers(0, 9), max_size=3), st.lists(st.integers(0, 9), max_size=6), st.integers(3, 4))
+def test_the_queue_ends_when_whoever_counts_the_seconds_says(at_work: list[int], queue: list[int], slots: int) -> None:
+    assert end_of_queue(at_work, queue, slots) == by_the_second(at_work, queue, slots)
+
+
+def made_up(names: Sequence[str], expected: dict[str, float], load: float | None) -> Plan:
+    arrival = Arrival("runs/a", 1, "f", "s3://bucket/a", "a")
+    tasks = tuple(PlannedTask(name, f"id of {name}", name) for name in names)
+    return Plan(
+        arrival,
+        tasks,
+        RunSettings(),
+        "/results",
+        "/cache",
+        30.0,
+        1.0,
+        expected_seconds=expected,
+        expected_load_seconds=load,
+    )
+
+
+def test_a_plan_is_shared_out_whole() -> None:
+    whole = made_up("abcd", {"a": 30.0, "b": 10.0, "c": 20.0}, 1.0)
+    first, second = planning.share_out(whole, 2)
+    assert [[task.name for task in one.tasks] for one in (first, second)] == [["a", "b"], ["c", "d"]]  # d: as the mean
+    assert first.keep_hold
+    assert second.keep_hold
+    assert (planning.expected_seconds(first), planning.expected_seconds(second)) == (41.0, None)
+    for one in (first, second):
+        assert replace(one, tasks=(), expected_seconds={}, keep_hold=False) == replace(
+            whole, tasks=(), expected_seconds={}
+        )
+    for alone in (made_up("abcd", {}, 1.0), made_up("abcd", {"a": 30.0}, None)):  # nothing is known of what pays
+        assert planning.share_out(alone, 4) == [alone]
+    assert planning.share_out(whole, 1) == [whole]
+
+
+def test_a_run_says_who_does_what_and_when_it_ends() -> None:
+    now = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
+    shards: list[dict[str, Any]] = [
+        {"tasks": ["a", "b"], "expected_seconds": 40.0},
+        {"tasks": ["c"], "expected_seconds": 30.0},
+    ]
+    assert planning.planned(shards, now) == (
+        "2 workers share the tasks out; expected to end at 12:00:40 UTC, 40 s after the start: a, b (40 s expected); "
+        "c (30 s expected)"
+    )
+    unknown = [{"tasks": ["a"], "expected_seconds": None}]
+    assert planning.planned(unknown, now) == "one worker for 1 task; when it ends is not known yet"
+    assert planning.took([{**shards[0], "seconds": 44.2}]) == "2 tasks: 40 s expected, took 44 s"
+    assert [planning.duration(s) for s in (0.2, 99, 100, 3599, 7500)] == [
+        "0 s",
+        "99 s",
+        "2 min",
+        "1 h 0 min",
+        "2 h 5 min",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ for real
+
+
+BATCHES = 5  # of a task of 40 questions with two choices
+
+
+class Slow(StubEngine):
+    """Takes its time; what it answers depends on the weights, as the gate wants it."""
+
+    def __init__(self, control: Path, weights: Path) -> None:
+        super().__init__(self._computes)
+        self.control = control
+        self.shift = zlib.crc32(weights.read_bytes()) / 2**32
+
+    def _computes(self, batch: int) -> None:
+        with (self.control / "batches").open("ab") as file:
+            file.write(b".")
+        time.sleep(60.0 if (self.control / "for_ever").exists() else 0.02)
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[Response]:
+        for response in super().answer(requests):
+            yield replace(response, log_likelihood=(response.log_likelihood or 0.0) - self.shift)
+
+
+class Two(Place):
+    """A machine with two slots, on both of which one checkpoint may be."""
+
+    def config(self, state: str = "state") -> Config:
+        config = super().config(state)
+        return config.model_copy(update={"worker": config.worker.model_copy(update={"slots": 2, "shards": 2})})
+
+    def driven(self, arrival: Arrival, hear: Callable[[dict[str, Any]], None], *, others: int = 0) -> list[Outcome]:
+        config = self.config()
+        todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
+        return list(drive(todo, config, self.store, actor="test", on_message=hear, others=others))
+
+    def batches(self) -> int:
+        return (self.control / "batches").stat().st_size
+
+
+def of(said: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [one for one in said if one["type"] == kind]
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Two]:
+    """Of four tasks that take the same time."""
+    place = Two(tmp_path)
+    for name in ("sums", "more", "others", "rest"):
+        place.write_task(name)
+    place.sync()
+    for seed in range(3):
+        make_checkpoint(place.checkpoints / "a" / f"step_{seed}", seed)
+
+    def load(path: Path, settings: RunSettings) -> Slow:
+        return Slow(place.control, path / "model.safetensors")
+
+    monkeypatch.setattr(worker, "load_engine", load)
+    with forked(place):
+        yield place
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_checkpoint_out_once_something_is_known(two: Two) -> None:
+    first, second, third = [two.arrive(f"a/step_{seed}") for seed in range(3)]
+    said: list[dict[str, Any]] = []
+    assert [one.status for one in two.driven(first, said.append)] == ["published"] * 4
+    (planned,) = of(said, "planned")
+    assert [one["expected_seconds"] for one in planned["shards"]] == [None]  # nobody has asked it yet
+
+    assert hold(second, two.config().cache_dir)
+    said.clear()
+    outcomes = two.driven(second, said.append)
+    assert {(one.task, one.status) for one in outcomes} == {
+        (name, "published") for name in ("sums", "more", "others", "rest")
+    }
+    (planned,), (took,) = of(said, "planned"), of(said, "took")
+    assert [len(one["tasks"]) for one in planned["shards"]] == [2, 2]
+    assert all(one["expected_seconds"] > 0 and one["seconds"] > 0 for one in took["shards"])
+    assert len({message["pid"] for message in of(said, "hello")}) == 2
+    assert two.batches() == 2 * 4 * BATCHES  # of each checkpoint all once
+    assert not held(two.config().cache_dir)
+
+    said.clear()  # what waits goes before a second worker
+    assert [one.status for one in two.driven(third, said.append, others=1)] == ["published"] * 4
+    assert len(of(said, "launched")) == 1
+
+    rows = two.sql("select load_seconds, expected_seconds, seconds, computed_tokens from evaluations")
+    assert sum(row["load_seconds"] > 0 for row in rows) == 4
+    assert sum(row["expected_seconds"] is not None for row in rows) == 8
+    assert {row["computed_tokens"] for row in rows} == {None}  # the stub does not count
+
+
+@pytest.mark.slow
+def test_a_driver_that_stumbles_stops_all_its_workers(two: Two) -> None:
+    first, second, _ = [two.arrive(f"a/step_{seed}") for seed in range(3)]
+    two.driven(first, lambda message: None)
+    two.command("for_ever")
+    begun: list[str] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if message["type"] == "started":
+            begun.append(message["task"])
+        if len(begun) == 2:
+            raise KeyError("a fault of its own")
+
+    started = time.monotonic()
+    with pytest.raises(KeyError):
+        two.driven(second, hear)
+    assert time.monotonic() - started < 10
+    assert launching.running(two.config()) == []
+
+
+def test_status_says_when_all_is_done() -> None:
+    whole = made_up("abc", {"a": 30.0, "b": 10.0, "c": 20.0}, 4.0)
+
+    def message(kind: str, task: str, time: float, **more: int) -> dict[str, Any]:
+        return {"type": kind, "task": task, "time": time, **more}
+
+    begins = Running(whole, (), 1, is_orphan=False)
+    assert status._worker_left(begins) == 64.0
+    messages = (
+        {"type": "loaded", "time": 4.0},
+        message("started", "a", 10.0, total=100),
+        message("progress", "a", 20.0, done=25, total=100),
+        message("committed", "b", 9.0),
+    )
+    assert status._worker_left(replace(begins, messages=messages)) == 30.0 + 20.0  # 25 took 10 s
+    unknown = Running(made_up("ab", {"a": 1.0}, 1.0), (), 1, is_orphan=False)
+    assert status._worker_left(unknown) is None
+    at_work = status.CheckpointStatus("a", "running", seconds_left=50.0)
+    queued = [status.CheckpointStatus(str(i), "queued", seconds_left=40.0) for i in range(3)]
+    assert status.queue_left([at_work, *queued], 2) == 90.0
+    assert status.queue_left([at_work, *queued, status.CheckpointStatus("?", "queued")], 2) is None
+    assert status.queue_left([status.CheckpointStatus("done", "published")], 2) is None
