@@ -156,10 +156,18 @@ class Chat(_Section):
 class Worker(_Section):
     """How work is shared out: `[worker]`."""
 
-    launcher: Literal["subprocess", "slurm"] = Field(
-        default="subprocess", description="what a worker is: a process of this machine, or a job of Slurm's (`[slurm]`)"
+    launcher: Literal["subprocess", "slurm", "ray", "kubernetes"] = Field(
+        default="subprocess",
+        description="what a worker is: a process of this machine, or a job of Slurm's (`[slurm]`), Ray's (`[ray]`) or "
+        "Kubernetes' (`[kubernetes]`)",
     )
     slots: int = Field(default=1, ge=1, description="workers at once; each loads one checkpoint")
+    shards: int = Field(
+        default=1,
+        ge=1,
+        description="at most so many workers on one checkpoint, its tasks shared out among them, where slots are free "
+        "and it pays (docs/planning.md)",
+    )
     devices: tuple[str, ...] = Field(
         default=(),
         description="names for CUDA_VISIBLE_DEVICES, shared out evenly to the slots; empty: workers see what the "
@@ -279,6 +287,73 @@ class Slurm(_Section):
         return value
 
 
+class Ray(_Section):
+    """What a worker asks for as a job of a Ray cluster, with `[worker] launcher = "ray"`: `[ray]`."""
+
+    address: str = Field(
+        default="http://127.0.0.1:8265", description="of the job server, as `ray job submit --address` has it"
+    )
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs of one worker; less than one: it shares a GPU")
+    num_cpus: float = Field(default=1.0, gt=0, description="CPUs of one worker, and its threads")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="further resources as Ray names them, such as {'accelerator_type:H100' = 0.001}"
+    )
+    variables: tuple[str, ...] = Field(
+        default=(), description="further environment variables for workers; Ray's dashboard shows their values"
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _is_a_url(cls, address: str) -> str:
+        if not address.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://: it is the job server's, by default port 8265")
+        if "@" in address:
+            raise ValueError("must hold no credentials: a token belongs in RAY_AUTH_TOKEN")
+        return address.rstrip("/")
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _is_a_share_or_whole(cls, num_gpus: float) -> float:
+        if num_gpus > 1 and not num_gpus.is_integer():
+            raise ValueError("must be a whole number where it is more than one, as Ray has it")
+        return num_gpus
+
+    @field_validator("resources")
+    @classmethod
+    def _have_no_field_of_their_own(cls, resources: dict[str, float]) -> dict[str, float]:
+        if own := sorted({"CPU", "GPU", "memory"} & resources.keys()):
+            raise ValueError(f"{', '.join(own)}: give num_cpus and num_gpus; memory cannot be asked for")
+        return resources
+
+
+class Kubernetes(_Section):
+    """What a worker is as a Job of Kubernetes', with `[worker] launcher = "kubernetes"`: `[kubernetes]`."""
+
+    image: str | None = Field(default=None, description="of docker/worker.Dockerfile; default: as the manifest says")
+    gpus: int = Field(default=1, ge=0, description="of one worker")
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="what the cluster calls a GPU")
+    manifest: str | None = Field(
+        default=None, description="YAML of a Job of yours, in place of eval_platform/launching/worker_job.yaml"
+    )
+    namespace: str | None = Field(default=None, description="default: the context's, or that of the pod we are in")
+    context: str | None = Field(default=None, description="of the kubeconfig; default: the current one, or the pod")
+    cache: str = Field(default="/state/cache", description="folder in the pod for downloaded checkpoints")
+
+    @field_validator("cache")
+    @classmethod
+    def _is_absolute(cls, cache: str) -> str:
+        if not cache.startswith("/"):
+            raise ValueError("must begin with /: it is a path in the pod")
+        return cache
+
+    @field_validator("gpu_resource")
+    @classmethod
+    def _is_a_resource(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9._-]+", name):
+            raise ValueError("must be like nvidia.com/gpu: `kubectl describe node` lists them under Allocatable")
+        return name
+
+
 class Sandbox(_Section):
     """Where programs that a model wrote are run: `[sandbox]`."""
 
@@ -366,6 +441,8 @@ class Config(_Section):
     chat: Chat = Chat()
     worker: Worker = Worker()
     slurm: Slurm = Slurm()
+    ray: Ray = Ray()
+    kubernetes: Kubernetes = Kubernetes()
     queue: Queue | None = Field(default=None, description="without the section every checkpoint is asked every task")
     sandbox: Sandbox = Sandbox()
     sensor: Sensor = Sensor()
@@ -446,6 +523,10 @@ class Config(_Section):
     @property
     def _gives_gpus(self) -> bool:
         """Whether each worker is given GPUs by name or number."""
+        if self.worker.launcher == "ray":
+            return self.ray.num_gpus > 0
+        if self.worker.launcher == "kubernetes":
+            return self.kubernetes.gpus > 0
         asked = (self.slurm.gres or "", *(one for one in self.slurm.arguments if one.startswith("--gpu")))
         return bool(self.worker.devices) or (self.worker.launcher == "slurm" and any("gpu" in one for one in asked))
 
@@ -608,6 +689,9 @@ def load_config(path: str | Path | None = None) -> Config:
         update={
             "results": _absolute(config.results, folder),
             "state": _absolute(config.state, folder),
+            "kubernetes": config.kubernetes.model_copy(
+                update={"manifest": config.kubernetes.manifest and _absolute(config.kubernetes.manifest, folder)}
+            ),
             "checkpoints": tuple(
                 root.model_copy(update={"path": _absolute(root.path, folder)}) for root in config.checkpoints
             ),

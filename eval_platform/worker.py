@@ -98,6 +98,7 @@ class _Model:
     lengths: PromptLengths | None = None
     template: ChatTemplate | Messages | None = None
     refused: EvalPlatformError | None = None
+    load_seconds: float = 0.0
 
     def loaded(self) -> Engine | ServedEngine:
         if self.refused is not None:  # what could not be loaded for one task cannot be for the next
@@ -111,7 +112,8 @@ class _Model:
                 self.refused = error if error.class_ == "deterministic" else None
                 raise
             self.engine = loaded
-            self.emit({"type": "loaded", "seconds": time.monotonic() - started, "engine": asdict(loaded.info)})
+            self.load_seconds = time.monotonic() - started
+            self.emit({"type": "loaded", "seconds": self.load_seconds, "engine": asdict(loaded.info)})
         return self.engine
 
     def _load(self) -> Engine | ServedEngine:
@@ -393,6 +395,7 @@ def _subject_fields(model: _Model, task: PlannedTask, ids: _Evaluation) -> dict[
 def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leases.Lease, a_try: tries.Try) -> bool:
     """Ask what is not answered yet, score, write the samples and commit. False when another try won the slot."""
     started_at, started = utc_now(), time.monotonic()
+    was_loaded = model.engine is not None
     store = model.store
     task = tasks.load_task(store, planned.task_id)
     chat = model.chat()
@@ -414,11 +417,8 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
     )
     stored = _stored_answers(store, planned, ids, task, items)
     origin = "asked" if stored is None else "rescored"
-    answer_seconds, asked_tokens = 0.0, 0
-    if stored is None:
-        answers, answer_seconds, asked_tokens = _ask(model, planned, ids, lease, a_try, requests)
-    else:
-        answers = stored
+    asked = _Asked(stored) if stored is not None else _ask(model, planned, ids, lease, a_try, requests)
+    answers = asked.answers
 
     rows = scoring.score_items(task, items, answers, model.plan.sandbox)
     scores = scoring.aggregate(task, rows)
@@ -451,8 +451,12 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "started_at": started_at,
         "finished_at": utc_now(),
         "seconds": seconds,
-        "answer_seconds": answer_seconds,
-        "tokens_per_second": asked_tokens / answer_seconds if asked_tokens and answer_seconds else None,
+        "answer_seconds": asked.seconds,
+        "load_seconds": 0.0 if was_loaded or model.engine is None else model.load_seconds,
+        "expected_seconds": model.plan.expected_seconds.get(planned.name),
+        "tokens_per_second": asked.tokens / asked.seconds if asked.tokens and asked.seconds else None,
+        "computed_tokens": asked.computed_tokens,
+        "generated_tokens": asked.generated_tokens,
         **_device_cost(model, seconds),
         "n_requests": len(requests),
         "n_tokens": known_sum(response.n_tokens for response in responses),
@@ -538,6 +542,21 @@ def _stored_answers(
     return None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """All answers, and what those cost that the model was asked for in this try.
+
+    seconds: inside the engine. tokens: `Response.n_tokens`, of which None counts for nothing; generated_tokens: of
+    completions. computed_tokens: positions that went through the model, None where the engine does not count them.
+    """
+
+    answers: dict[tuple[str, int], Response]
+    seconds: float = 0.0
+    tokens: int = 0
+    generated_tokens: int | None = 0
+    computed_tokens: int | None = 0
+
+
 def _ask(
     model: _Model,
     planned: PlannedTask,
@@ -545,11 +564,8 @@ def _ask(
     lease: leases.Lease,
     a_try: tries.Try,
     requests: Sequence[Request],
-) -> tuple[dict[tuple[str, int], Response], float, int]:
-    """All answers, the seconds spent inside the engine, and the tokens (`Response.n_tokens`) that came of them.
-
-    What an earlier try has answered costs neither, and None counts for nothing. Journals as it goes.
-    """
+) -> _Asked:
+    """What an earlier try has answered costs nothing. Journals as it goes."""
     book = journal.Journal(model.store, ids.answers_id, ids.attempt, a_try.try_id)
     wanted = {(request.request_id, request.repeat) for request in requests}
     # A rerun truly asks again, also when another evaluation that asks the same has been rerun before it.
@@ -558,8 +574,9 @@ def _ask(
     answers = {key: response for key, response in book.finished(whose).items() if key in wanted}
     missing = [request for request in requests if (request.request_id, request.repeat) not in answers]
     if not missing:
-        return answers, 0.0, 0
+        return _Asked(answers)
     running = model.loaded()
+    computed_before = _computed_tokens(running)
     answer_seconds, pending, flushed = 0.0, [], time.monotonic()
 
     def flush() -> None:
@@ -592,8 +609,20 @@ def _ask(
                     flush()
     finally:
         flush()
-    asked = known_sum(answers[request.request_id, request.repeat].n_tokens for request in missing)
-    return answers, answer_seconds, asked or 0
+    found = [(request.kind, answers[request.request_id, request.repeat].n_tokens) for request in missing]
+    computed = _computed_tokens(running)
+    return _Asked(
+        answers,
+        answer_seconds,
+        known_sum(n_tokens for _, n_tokens in found) or 0,
+        known_sum(n_tokens for kind, n_tokens in found if kind == "generate"),
+        computed - computed_before if computed is not None and computed_before is not None else None,
+    )
+
+
+def _computed_tokens(engine: Engine | ServedEngine) -> int | None:
+    """So far; None where a part of it is not counted."""
+    return getattr(engine, "counters", {}).get("forward_tokens") if engine.info.engine_path == "tree" else None
 
 
 def _device_cost(model: _Model, seconds: float) -> dict[str, Any]:
