@@ -19,4 +19,5 @@ done
 for job in kubernetes/*/job.yaml; do
     sed 's/^  generateName: .*/  name: one/' "$job" >"$aside/$(basename "$(dirname "$job")").yaml"
 done
-"$bin/kubernetes-validate" --strict kubernetes/service-account.yaml kubernetes/storage.yaml "$aside"/*.yaml
+"$bin/kubernetes-validate" --strict kubernetes/{service-account,storage,launcher-role}.yaml "$aside"/*.yaml \
+    ../eval_platform/launching/worker_job.yaml
