@@ -1,11 +1,12 @@
-.PHONY: install demo test test-s3-real test-postgres test-slurm soak lint lint-docker bench clean
+.PHONY: install demo test test-s3-real test-postgres test-slurm test-ray soak lint lint-docker bench clean
 
 # make demo           train a model here and watch its checkpoints being evaluated (ONCE=1: exit when all is published;
-#                     STORE=s3: checkpoints and results in buckets of an S3 server on this machine; LAUNCHER=slurm: workers
-#                     are jobs of a Slurm on this machine; LAUNCHER=subprocess: the same settings without it)
+#                     STORE=s3: checkpoints and results in buckets of an S3 server on this machine; LAUNCHER=slurm
+#                     or ray: workers are jobs of a cluster on this machine; LAUNCHER=subprocess: the same settings without)
 # make test-s3-real   the tests of buckets on a real Ceph gateway, which it starts here and takes down again
 # make test-postgres  a team's instance: PostgreSQL, a read-only web server, a proxy with passwords (docs/instances.md)
 # make test-slurm     workers as jobs of a real Slurm, installed where it is missing (root, Debian), one node and fake GPUs
+# make test-ray       workers as jobs of a real Ray, installed where it is missing, two nodes and fake GPUs
 # make lint-docker    docker/: hadolint, compose files, Kubernetes' schemas
 # make soak           500 kills -9 of workers on S3 and 20 under Dagster: is anything lost or doubled? (half an hour, alone)
 # make test           every test;  make lint: ruff, pyright, import-linter;  make bench: the figures of
@@ -25,7 +26,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: .venv/.installed
 
+# Not part of .[dev]: 300 MB, of which neither the platform nor its workers need anything.
+INSTALL_RAY = $(BIN)/python -c 'import ray.dashboard.head' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt 'ray[default]'
+
 demo: install
+	$(if $(filter ray,$(LAUNCHER)),$(INSTALL_RAY))
 	$(BIN)/python -m demo.run $(if $(ONCE),--once) $(if $(filter s3,$(STORE)),--s3) $(if $(LAUNCHER),--launcher $(LAUNCHER))
 
 test: install
@@ -40,6 +45,10 @@ test-postgres: install
 test-slurm: install
 	command -v slurmctld >/dev/null && command -v munged >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m tests.slurm_cluster
+
+test-ray: install
+	$(INSTALL_RAY)
+	$(BIN)/python -m tests.ray_cluster
 
 soak: install
 	$(BIN)/python -m benchmarks.soak $(if $(SEED),--seed $(SEED))
@@ -64,4 +73,4 @@ bench: install
 	for model in gpt2 qwen3 pythia gemma2; do $(BIN)/python -m benchmarks.engine --model $$model || exit 1; done
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .eval_platform demo/.eval_platform demo/results demo/checkpoints demo/s3 demo/slurm demo/subprocess
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .eval_platform demo/.eval_platform demo/results demo/checkpoints demo/s3 demo/slurm demo/ray demo/subprocess

@@ -1,11 +1,11 @@
 """Are the scores the same to the last digit whatever starts the workers? The same fixed checkpoints on each launcher.
 
-    python -m benchmarks.launchers [--launchers subprocess slurm] [CHECKPOINT ...]
+    python -m benchmarks.launchers [--launchers subprocess slurm ray] [CHECKPOINT ...]
 
 Without checkpoints three tiny ones are made, of different architectures and fixed seeds. Every launcher evaluates them
 into a results root of its own, with `[engine] deterministic = true`; then every score, every answer's log-likelihood
-and text, and every row of the samples must be equal, not nearly equal. A Slurm of one node is started here where it is
-asked for. Prints a line for each comparison; exits 1 when anything differs.
+and text, and every row of the samples must be equal, not nearly equal. A Slurm of one node or a Ray of two is started
+here where it is asked for. Prints a line for each comparison; exits 1 when anything differs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from eval_platform.plan import Wanted, plan
 from eval_platform.store import Store, arrivals, commits, open_store, watcher_id
 from eval_platform.tasks import read_lock, sync_tasks
 
-LAUNCHERS = ("subprocess", "slurm")
+LAUNCHERS = ("subprocess", "slurm", "ray")
 ARCHITECTURES = ("llama", "gpt2", "qwen3")
 ITEMS = 40  # of each task
 _TOML = """
@@ -48,6 +48,10 @@ deterministic = true
 
 [worker]
 launcher = "{launcher}"
+
+[ray]
+address = "{ray}"
+num_cpus = 2
 """
 
 Results = dict[tuple[str, str], tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -96,20 +100,28 @@ def _bring(given: Sequence[Path], arriving: Path) -> None:
 
 @contextmanager
 def _ready(launcher: str) -> Iterator[None]:
-    if launcher != "slurm":
-        yield
-        return
-    from tests.slurm_cluster import slurm_cluster
+    if launcher == "slurm":
+        from tests.slurm_cluster import slurm_cluster
 
-    with slurm_cluster() as cluster:
-        os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+        with slurm_cluster() as cluster:
+            os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+            yield
+    elif launcher == "ray":
+        from tests.ray_cluster import ray_cluster
+
+        with ray_cluster() as cluster:
+            os.environ.update(cluster.environment)
+            yield
+    else:
         yield
 
 
 def _evaluate(launcher: str, arriving: Path, home: Path) -> Results:
     """(key, task) -> its commit and its samples, of every checkpoint in `arriving`."""
     home.mkdir()
-    (home / "eval_platform.toml").write_text(_TOML.format(checkpoints=arriving, launcher=launcher), encoding="utf-8")
+    ray = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    text = _TOML.format(checkpoints=arriving, launcher=launcher, ray=ray)
+    (home / "eval_platform.toml").write_text(text, encoding="utf-8")
     config = load_config(home / "eval_platform.toml")
     store = open_store(config.results, config.s3)
     synced = sync_tasks(config.tasks, store, config.lock_path)

@@ -1,13 +1,13 @@
 """The main job, from nothing: a model trains here, and every checkpoint it drops is on the leaderboard by itself.
 
-    python -m demo.run [--once] [--s3] [--launcher subprocess|slurm]
+    python -m demo.run [--once] [--s3] [--launcher subprocess|slurm|ray]
 
 Beside the trainer's checkpoints it plants three: one with NaN weights (must be held), one that is copied half, then
 whole (must wait, then be evaluated once), and one copy under another name (must be linked, not evaluated again).
 With --once it exits 0 when all that should be published is, else 1; without, it stays up until Ctrl-C. With --s3
 checkpoints are uploaded to a bucket as they are finished and results are kept in another, both of an S3 server (moto's)
-that runs on this machine as long as the demo. With --launcher slurm workers are jobs of a Slurm that runs here as long;
-with either launcher named the engine is deterministic.
+that runs on this machine as long as the demo. With --launcher slurm or ray workers are jobs of a cluster that runs here
+as long; with any launcher named the engine is deterministic.
 """
 
 import argparse
@@ -75,7 +75,10 @@ def _configuration(launcher: str | None) -> str:
     text = (HERE / "eval_platform.toml").read_text(encoding="utf-8")
     if launcher is None:
         return text
-    return text.replace("[engine]\n", "[engine]\ndeterministic = true\n") + f'\n[worker]\nlauncher = "{launcher}"\n'
+    text = text.replace("[engine]\n", "[engine]\ndeterministic = true\n") + f'\n[worker]\nlauncher = "{launcher}"\n'
+    if launcher == "ray":
+        text += f'\n[ray]\naddress = "{os.environ["RAY_API_SERVER_ADDRESS"]}"\nnum_cpus = 2\n'
+    return text
 
 
 @contextmanager
@@ -88,6 +91,19 @@ def _slurm() -> Iterator[None]:
         sys.exit(reason)
     with slurm_cluster() as cluster:
         os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+        yield
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """The same of Ray's."""
+    from tests.ray_cluster import ray_cluster, why_not
+
+    reason = why_not()
+    if reason is not None:
+        sys.exit(reason)
+    with ray_cluster() as cluster:
+        os.environ.update(cluster.environment)
         yield
 
 
@@ -129,14 +145,17 @@ def _buckets(launcher: str | None) -> Iterator[Place]:
         yield Place(load_config(file), folder)
 
 
+CLUSTERS = {"slurm": _slurm, "ray": _ray}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--once", action="store_true", help="exit when everything is published")
     parser.add_argument("--s3", action="store_true", help="checkpoints and results in buckets")
-    parser.add_argument("--launcher", choices=["subprocess", "slurm"], help="what starts workers (default subprocess)")
+    parser.add_argument("--launcher", choices=["subprocess", *CLUSTERS], help="what starts workers")
     arguments = parser.parse_args()
     places = _buckets if arguments.s3 else _folders
-    cluster = _slurm() if arguments.launcher == "slurm" else nullcontext()
+    cluster = CLUSTERS.get(arguments.launcher, nullcontext)()
     with cluster, places(arguments.launcher) as place:
         return _run(place, once=arguments.once)
 

@@ -1,0 +1,346 @@
+"""Starts a worker as a job of Ray, and finds it again when whoever started it was killed (`jobs.py` says how).
+
+Everything is said to the cluster's job server by its REST API, so that neither the platform nor its workers need a
+package of Ray's. Ray takes no id of a job twice: an id is the plan's name, the number of its life and, where several
+workers share a checkpoint out, the worker's. Of two drivers that come at once only one gets the id that is next. With
+each job Ray keeps the worker's folder. Facts were seen on 2.60.
+"""
+
+import http.client
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from eval_platform.config import Config, Ray
+from eval_platform.errors import ConfigError
+from eval_platform.launching import folders, jobs
+from eval_platform.launching.environment import open_environment
+from eval_platform.launching.face import Shard
+from eval_platform.launching.jobs import STOP_SECONDS, ClusterError, JobHandle, Told
+from eval_platform.plan import Plan, read_plan
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 20.0
+# Ray kills what has not left STOP_SECONDS after SIGTERM, and then has to notice.
+END_SECONDS = 30.0
+
+_ID = re.compile(r"(eval-platform-[0-9a-f]{16})-(\d+)(?:-(\d+))?")
+_UNKNOWN = "FORGOTTEN"  # by Ray; not one of its own words
+_ENDED = frozenset({"STOPPED", "SUCCEEDED", "FAILED", _UNKNOWN})
+# Ray fails a job that has waited for 15 minutes (RAY_JOB_START_TIMEOUT_SECONDS of its head node says otherwise).
+_NEVER_STARTED = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
+
+
+class RayError(ClusterError):
+    """Ray's job server cannot be asked, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Job(Told):
+    """A job as Ray tells of it. reason: its message. folder: the worker's. error: a kind of Ray's."""
+
+    folder: str = ""
+    error: str = ""
+    exit_code: int | None = None
+
+
+@dataclass
+class RayHandle(JobHandle[Job]):
+    """A worker that is a job of Ray's, or will be; see `face.Handle`."""
+
+    cluster = "ray"
+    waiting = frozenset({"PENDING"})
+    ended = _ENDED
+    by_itself = frozenset({"SUCCEEDED", "FAILED", _UNKNOWN})
+
+    asked: Ray = field(kw_only=True)
+    told: Job = field(default=Job("PENDING"), kw_only=True)
+
+    def _look_up(self) -> Job:
+        told = _look_up(self.asked, self.job)
+        if told.error == _NEVER_STARTED and not self._stopped and _too_much(self.asked) is None:
+            name, life, shard = _read_id(self.job)
+            self.job = _submit_as_next(name, life + 1, shard, self.folder, self.asked)
+            jobs.remember(self.folder, "ray", self.job)
+            return Job("PENDING", "it has waited for so long that Ray wanted it to be submitted anew")
+        return told
+
+    def _end_it(self) -> None:
+        if self.told.state in _ENDED:
+            return
+        _request(self.asked, f"/api/jobs/{self.job}/stop", {})
+        if self.told.state in self.waiting:
+            return  # it holds nothing; Ray ends it as soon as it begins
+        if not self.ends_within(END_SECONDS):
+            raise RayError(
+                f"Ray has not ended job {self.job} in {END_SECONDS:.0f} s: it is {self.told.state}",
+                remedy=f"`ray job status {self.job}` and the dashboard at {self.asked.address} say more",
+            )
+
+    def _in_words(self) -> tuple[str, str]:
+        return _in_words(self.job, self.told, self.asked)
+
+
+def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
+    """Submit a job for each of `plans`, which share `plan` out, or find those that live already.
+
+    What is found is shared out as it was when it was submitted. Raises ConfigError when no node has what [ray] asks for
+    or Ray refuses it, RayError when it cannot be asked.
+    """
+    asked, name = config.ray, jobs.name_of(plan)
+    while True:
+        submitted = list(jobs.submitted(config, "ray"))
+        told = _jobs(asked)
+        ours = {job: one for job, one in told.items() if _read_id(job)[0] == name}
+        found = _living(plan, ours, asked)
+        if found:
+            return found
+        for folder, job in submitted:
+            if job not in told or told[job].state in _ENDED:  # its driver was killed, and who comes after finds no job
+                jobs.let_go(folder, job, "it ended with nobody looking")
+        problem = _too_much(asked)
+        if problem is not None:
+            what, remedy = problem
+            raise ConfigError(what, remedy=remedy)
+        made = folders.make_folders(plans, config)
+        for folder in made:
+            # Made here, so that no client of a network file system remembers for a while that it is not there.
+            (folder / "messages.jsonl").touch()
+        life = _next_life(ours)
+        first = _id(name, life, 0)
+        if _submit(first, made[0], asked):
+            rest = [_submit_as_next(name, life, i, folder, asked) for i, folder in enumerate(made[1:], 1)]
+            parts = zip(plans, [first, *rest], made, strict=True)
+            return [_shard(own, RayHandle(job, folder, asked=asked)) for own, job, folder in parts]
+        for folder in made:  # another driver was quicker: what it submitted is ours as well
+            shutil.rmtree(folder)
+
+
+def _living(plan: Plan, told: Mapping[str, Job], asked: Ray) -> list[Shard]:
+    """The newest jobs of this plan that wait or run, unless nobody waits for them any more.
+
+    Where several workers share a checkpoint out all of them, also those that have ended: what they said is read again.
+    """
+    oldest_first = sorted(told, key=_read_id)
+    newest = {told[job].folder: job for job in oldest_first}
+    for job in reversed(oldest_first):
+        folder = Path(told[job].folder)
+        if told[job].state in _ENDED or not jobs.may_be_waited_for(folder):
+            continue
+        if told[job].state == "PENDING" and jobs.is_of_another_release(folder):
+            continue  # when its turn comes it refuses
+        shards = []
+        made = _siblings(folder)
+        for i, own in enumerate(made):
+            its_job = newest.get(str(own))  # none: its driver was killed before it had submitted all
+            its_job = its_job or _submit_as_next(jobs.name_of(plan), _next_life(told), i, own, asked)
+            its_plan = plan if len(made) == 1 else read_plan(own / "plan.json")
+            shards.append(_shard(its_plan, RayHandle(its_job, own, asked=asked, was_found=True)))
+        return shards
+    return []
+
+
+def _shard(plan: Plan, handle: RayHandle) -> Shard:
+    jobs.remember(handle.folder, "ray", handle.job)
+    return Shard(plan, handle)
+
+
+def _id(name: str, life: int, shard: int) -> str:
+    return f"{name}-{life}-{shard}" if shard else f"{name}-{life}"
+
+
+def _read_id(job: str) -> tuple[str, int, int]:
+    """(name, life, shard) of an id that `_id` made."""
+    found = _ID.fullmatch(job)
+    assert found is not None  # `_jobs` leaves out all others
+    return found[1], int(found[2]), int(found[3] or 0)
+
+
+def _next_life(told: Iterable[str]) -> int:
+    return 1 + max((_read_id(job)[1] for job in told), default=0)
+
+
+def _siblings(folder: Path) -> list[Path]:
+    """The folders of all workers that share a checkpoint out with this one (`folders.make_folders`)."""
+    first, _, _ = folder.name.rpartition("-")
+    if "-" not in first:
+        return [folder]
+    return sorted(folder.parent.glob(f"{first}-*"), key=lambda one: int(one.name.rpartition("-")[2]))
+
+
+def _submit_as_next(name: str, life: int, shard: int, folder: Path, asked: Ray) -> str:
+    """The id under which it is submitted: of this life, or of the next that is free."""
+    while not _submit(_id(name, life, shard), folder, asked):
+        life += 1
+    return _id(name, life, shard)
+
+
+def _submit(job: str, folder: Path, asked: Ray) -> bool:
+    """False where a job of this id was there before. Raises ConfigError when Ray refuses it for another reason."""
+    output = shlex.quote(str(folder / "worker.log"))
+    variables = {
+        **open_environment(os.environ, asked.variables),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(STOP_SECONDS)),  # from SIGTERM to SIGKILL
+    }
+    body = {
+        "submission_id": job,
+        "entrypoint": f"exec {jobs.worker_command(folder)} >>{output} 2>&1",
+        "entrypoint_num_cpus": asked.num_cpus,
+        "entrypoint_num_gpus": asked.num_gpus,
+        "entrypoint_resources": asked.resources,
+        "runtime_env": {"env_vars": variables},
+        "metadata": {"folder": str(folder)},
+    }
+    status, said = _request(asked, "/api/jobs/", body)
+    if status == 200:
+        return True
+    if "already exists" in said:
+        return False
+    last = (said.strip().splitlines() or ["it did not say why"])[-1]
+    if status == 400 or "ValueError" in last or "status code 400" in said:
+        raise ConfigError(
+            f"Ray refuses the job: {last}", remedy="mend the section [ray] of the configuration (docs/ray.md)"
+        )
+    raise RayError(f"Ray does not take the job: {last}", remedy="`ray status` on the head node says whether it is up")
+
+
+def _jobs(asked: Ray) -> dict[str, Job]:
+    """The platform's jobs that Ray has not forgotten, by id."""
+    listed = _answer(asked, "/api/jobs/")
+    return {one["submission_id"]: _job(one) for one in listed if _ID.fullmatch(one.get("submission_id") or "")}
+
+
+def _look_up(asked: Ray, job: str) -> Job:
+    """What Ray says of it now. Raises RayError when it says nothing."""
+    status, said = _request(asked, f"/api/jobs/{job}")
+    return Job(_UNKNOWN) if status == 404 else _job(_parsed(asked, status, said))
+
+
+def _job(told: Mapping[str, Any]) -> Job:
+    return Job(
+        state=told["status"],
+        reason=told.get("message") or "",
+        node=urlsplit(told.get("driver_agent_http_address") or "").hostname or "",
+        folder=(told.get("metadata") or {}).get("folder", ""),
+        error=told.get("error_type") or "",
+        exit_code=told.get("driver_exit_code"),
+    )
+
+
+def _too_much(asked: Ray) -> tuple[str, str] | None:
+    """(what, what can be done) where no node of the cluster has what a worker asks for; None where one has."""
+    wanted = {"GPU": asked.num_gpus, "CPU": asked.num_cpus, **asked.resources}
+    wanted = {name: amount for name, amount in wanted.items() if amount}
+    listed = _answer(asked, "/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]
+    nodes = [one["resources_total"] for one in listed if one["state"] == "ALIVE"]
+    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return None
+    has = "; ".join(_shown({name: node.get(name, 0) for name in wanted}) for node in nodes)
+    return (
+        f"no node of the Ray cluster has {_shown(wanted)}: its nodes have {has or 'nothing'}",
+        "lower [ray] num_gpus, num_cpus or resources; `ray status` lists what there is",
+    )
+
+
+def _shown(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def _in_words(job: str, told: Job, asked: Ray) -> tuple[str, str]:
+    """(what happened, what can be done) for a job that did not end by its worker's own word."""
+    kept = "what was answered is in the journal, and the next try asks only the rest"
+    again = "the next run asks again"
+    code = told.exit_code
+    if told.state == "STOPPED":
+        return f"somebody stopped job {job} (`ray job stop`); {kept}", "run it again when it is wanted"
+    if told.state == _UNKNOWN:
+        return f"Ray has forgotten job {job}: mostly its head node was restarted; {kept}", again
+    if told.error == _NEVER_STARTED:
+        return _too_much(asked) or (f"Ray has not started job {job}: {told.reason}", again)
+    if "node has died" in told.reason:
+        return f"the node {told.node} failed under job {job}; {kept}", again
+    if code is None:
+        return f"Ray lost job {job}: {_line(told.reason)}; {kept}", again
+    if any("worker.log" in line for line in told.reason.splitlines() if not line.startswith("Running entrypoint")):
+        return (
+            f"the node {told.node} could not start job {job}: it cannot write in the worker's folder",
+            "put `state` of the configuration on a file system that the nodes share, and the installation too",
+        )
+    if code in (126, 127):
+        return (
+            f"the worker of job {job} ended with code {code}: the node {told.node} has no such Python",
+            "put the installation where the nodes see it; the worker's log says more",
+        )
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return f"the worker of job {job} {how} without a word", again
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+def _answer(asked: Ray, path: str) -> Any:
+    return _parsed(asked, *_request(asked, path))
+
+
+def _parsed(asked: Ray, status: int, said: str) -> Any:
+    try:
+        if status == 200:
+            return json.loads(said)
+    except ValueError:
+        pass
+    raise RayError(
+        f"{asked.address} answers as no job server of Ray's does: {status} {_line(said)[:200]!r}",
+        remedy="set [ray] address to that of the cluster's dashboard, by default port 8265 of the head node",
+    )
+
+
+def _request(asked: Ray, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+    """(HTTP status, text) of the job server's answer to a GET, or with a body to a POST. Raises RayError for none."""
+    request = urllib.request.Request(
+        asked.address + quote(path, safe="/?&="),
+        None if body is None else json.dumps(body).encode(),
+        {"Content-Type": "application/json", **_token()},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        with error:
+            status, said = error.code, error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise RayError(
+            f"Ray's job server at {asked.address} does not answer: {reason}",
+            remedy="is the cluster up, with `ray[default]` installed? [ray] address is that of its dashboard, by "
+            "default port 8265 of the head node",
+        ) from error
+    if status in (401, 403):
+        raise RayError(
+            f"Ray's job server at {asked.address} does not let us in: {status} {_line(said)[:200]}",
+            remedy="put the cluster's token (`ray get-auth-token`) in RAY_AUTH_TOKEN, or in a file that "
+            "RAY_AUTH_TOKEN_PATH names",
+        )
+    return status, said
+
+
+def _token() -> dict[str, str]:
+    """The header for a cluster that wants a token, from where Ray's own programs take it."""
+    token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if not token:
+        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        file = Path(named) if named else Path.home() / ".ray" / "auth_token"
+        if named or file.exists():
+            token = file.read_text(encoding="utf-8").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}

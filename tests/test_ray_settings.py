@@ -1,0 +1,123 @@
+"""What [ray] may say, what goes over to its nodes, and what is told of a wrong address: no Ray is needed for these."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from eval_platform import launching
+from eval_platform.config import Config, Engine, Ray, Worker, load_config
+from eval_platform.errors import ConfigError
+from eval_platform.launching.environment import open_environment
+from eval_platform.launching.ray import RayError
+from eval_platform.plan import Plan, PlannedTask, plan_of
+from eval_platform.store import LocalStore
+from eval_platform.values import Arrival
+from tests.servers import free_ports
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[worker]\nlauncher = "ray"\ndevices = [0]', "devices: they are of this machine"),
+        ('[ray]\naddress = "head:8265"', "must begin with http:// or https://"),
+        ('[ray]\naddress = "ray://head:10001"', "must begin with http:// or https://"),
+        ('[ray]\naddress = "http://me:secret@head:8265"', "RAY_AUTH_TOKEN"),
+        ("[ray]\nnum_gpus = 1.5", "must be a whole number where it is more than one"),
+        ("[ray]\nnum_gpus = -1", "ray.num_gpus"),
+        ("[ray]\nnum_cpus = 0", "ray.num_cpus"),
+        ("[ray]\nresources = {GPU = 1}", "GPU: give num_cpus and num_gpus"),
+        ("[ray]\nresources = {big = 0}", "ray.resources.big"),
+        ("[ray]\ngpus = 2", "ray.gpus"),
+    ],
+)
+def test_a_section_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "eval_platform.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert problem in str(raised.value)
+
+
+def test_who_asks_ray_for_gpus_never_computes_on_a_cpu_in_silence(tmp_path: Path) -> None:
+    def device(num_gpus: float, engine: str = "auto", launcher: Literal["subprocess", "ray"] = "ray") -> str:
+        asked = Ray(num_gpus=num_gpus)
+        config = Config(folder=tmp_path, worker=Worker(launcher=launcher), ray=asked, engine=Engine(device=engine))
+        return config.run_settings().device
+
+    assert device(1) == device(0.25) == "cuda"
+    assert device(0) == "auto"
+    assert device(1, "cpu") == "cpu"
+    assert device(1, launcher="subprocess") == "auto"  # workers are processes of this machine
+
+
+def test_no_secret_goes_where_others_can_read_it() -> None:
+    secrets = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGINGFACE_API_KEY")
+    never = ("EVAL_PLATFORM_POSTGRES", "EVAL_PLATFORM_WEBHOOK", "RAY_AUTH_TOKEN", "HTTPS_PROXY", "OPENAI_API_KEY")
+    mine = {
+        **dict.fromkeys((*secrets, *never), "secret"),
+        **dict.fromkeys(("AWS_REGION", "HF_HOME", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "OMP_NUM_THREADS"), "sent"),
+        "PATH": "of this machine",
+        "MY_TOKEN": "named",
+    }
+    sent = open_environment(mine, ("MY_TOKEN", "EVAL_PLATFORM_WEBHOOK", "NOT_SET"))
+    assert "secret" not in sent.values()
+    assert {name for name, value in sent.items() if value == "sent"} == {
+        *("AWS_REGION", "HF_HOME", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "OMP_NUM_THREADS"),
+    }
+    assert sent["MY_TOKEN"] == "named"
+    assert "PATH" not in sent
+
+
+class Page(BaseHTTPRequestHandler):
+    """A web server that is something else."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>a router's login</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def launch(folder: Path, address: str) -> None:
+    worker = Worker(launcher="ray")
+    config = Config(
+        folder=folder,
+        results=str(folder / "results"),
+        state=str(folder / "state"),
+        worker=worker,
+        ray=Ray(address=address),
+    )
+    arrival = Arrival("runs/a", 1, "fingerprint", "file:///a", "a", 1, None, {})
+    store = LocalStore(folder / "results")
+    todo: Plan = plan_of(arrival, (PlannedTask("sums", "task", "ask"),), {}, config.run_settings(), config, store)
+    launching.launch(todo, config)
+
+
+def test_an_address_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(
+        RayError, match=rf"at http://127\.0\.0\.1:{port} does not answer: .*refused(.|\n)*\[ray\] address"
+    ):
+        launch(tmp_path, f"http://127.0.0.1:{port}")
+    assert not (tmp_path / "state" / "workers").exists()
+
+
+def test_an_address_of_something_else_is_told(tmp_path: Path, page: str) -> None:
+    with pytest.raises(RayError, match=r"answers as no job server of Ray's does: 200(.|\n)*port 8265"):
+        launch(tmp_path, page)
