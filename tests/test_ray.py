@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,24 @@ def test_a_driver_killed_before_it_wrote_the_jobs_name_down_is_no_loss(
     assert other.folder != waits.folder
     for handle in (waits, other, again):
         handle.stop()
+
+
+def test_a_checkpoint_that_is_shared_out_is_found_again_as_it_was(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, each with one of the tasks; who comes again would not share it out at all."""
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
+    whole, config, before = world.plan(world.arrived(23)), world.config(), cluster.jobs()
+    parts = [replace(whole, tasks=(task,)) for task in whole.tasks]
+    first = launching.launch(whole, config, split=lambda most: parts)
+    again = launching.launch(whole, config)
+    assert [one.handle.folder for one in again] == [one.handle.folder for one in first]
+    assert [one.plan.tasks for one in again] == [one.tasks for one in parts]
+    for one in again:
+        assert list(one.handle.messages())
+        assert one.handle.poll() == 0
+    assert len(cluster.jobs().keys() - before.keys()) == 2
+    assert len(world.commits()) == 2
 
 
 def test_somebody_who_stops_the_job_is_told(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,10 +75,12 @@ def test_no_secret_goes_where_others_can_read_it() -> None:
 class Page(BaseHTTPRequestHandler):
     """A web server that is something else."""
 
+    says = b""
+
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b"<html>a router's login</html>")
+        self.wfile.write(self.says)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -118,6 +120,10 @@ def test_an_address_that_does_not_answer_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "state" / "workers").exists()
 
 
-def test_an_address_of_something_else_is_told(tmp_path: Path, page: str) -> None:
-    with pytest.raises(RayError, match=r"answers as no job server of Ray's does: 200(.|\n)*port 8265"):
+@pytest.mark.parametrize("says", [b"<html>a router's login</html>", b'{"jobs": []}', b"[1]"])
+def test_an_address_of_something_else_is_told(
+    tmp_path: Path, page: str, says: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Page, "says", says)
+    with pytest.raises(RayError, match=r"answers as no job server of Ray's does: (.|\n)*port 8265"):
         launch(tmp_path, page)

@@ -8,14 +8,14 @@ each job Ray keeps the worker's folder. Facts were seen on 2.60.
 
 import http.client
 import json
-import logging
 import os
 import re
 import shlex
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from eval_platform.launching.environment import open_environment
 from eval_platform.launching.face import Shard
 from eval_platform.launching.jobs import STOP_SECONDS, ClusterError, JobHandle, Told
 from eval_platform.plan import Plan, read_plan
-
-log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0
 # Ray kills what has not left STOP_SECONDS after SIGTERM, and then has to notice.
@@ -79,7 +77,9 @@ class RayHandle(JobHandle[Job]):
     def _end_it(self) -> None:
         if self.told.state in _ENDED:
             return
-        _request(self.asked, f"/api/jobs/{self.job}/stop", {})
+        status, said = _request(self.asked, f"/api/jobs/{self.job}/stop", {})
+        if status not in (200, 404):
+            raise RayError(f"Ray does not stop job {self.job}: {_line(said)}", remedy=f"`ray job stop {self.job}`")
         if self.told.state in self.waiting:
             return  # it holds nothing; Ray ends it as soon as it begins
         if not self.ends_within(END_SECONDS):
@@ -217,14 +217,16 @@ def _submit(job: str, folder: Path, asked: Ray) -> bool:
 
 def _jobs(asked: Ray) -> dict[str, Job]:
     """The platform's jobs that Ray has not forgotten, by id."""
-    listed = _answer(asked, "/api/jobs/")
-    return {one["submission_id"]: _job(one) for one in listed if _ID.fullmatch(one.get("submission_id") or "")}
+    with _of_rays_form(asked):
+        listed = _answer(asked, "/api/jobs/")
+        return {one["submission_id"]: _job(one) for one in listed if _ID.fullmatch(one["submission_id"] or "")}
 
 
 def _look_up(asked: Ray, job: str) -> Job:
     """What Ray says of it now. Raises RayError when it says nothing."""
     status, said = _request(asked, f"/api/jobs/{job}")
-    return Job(_UNKNOWN) if status == 404 else _job(_parsed(asked, status, said))
+    with _of_rays_form(asked):
+        return Job(_UNKNOWN) if status == 404 else _job(_parsed(asked, status, said))
 
 
 def _job(told: Mapping[str, Any]) -> Job:
@@ -242,8 +244,9 @@ def _too_much(asked: Ray) -> tuple[str, str] | None:
     """(what, what can be done) where no node of the cluster has what a worker asks for; None where one has."""
     wanted = {"GPU": asked.num_gpus, "CPU": asked.num_cpus, **asked.resources}
     wanted = {name: amount for name, amount in wanted.items() if amount}
-    listed = _answer(asked, "/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]
-    nodes = [one["resources_total"] for one in listed if one["state"] == "ALIVE"]
+    with _of_rays_form(asked):
+        listed = _answer(asked, "/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]
+        nodes = [one["resources_total"] for one in listed if one["state"] == "ALIVE"]
     if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
         return None
     has = "; ".join(_shown({name: node.get(name, 0) for name in wanted}) for node in nodes)
@@ -295,15 +298,25 @@ def _answer(asked: Ray, path: str) -> Any:
 
 
 def _parsed(asked: Ray, status: int, said: str) -> Any:
+    if status != 200:
+        raise RayError(
+            f"{asked.address} answers {status}: {_line(said)}",
+            remedy="is [ray] address that of the cluster's dashboard, by default port 8265 of the head node? There "
+            "`ray status` says how it is",
+        )
+    return json.loads(said)
+
+
+@contextmanager
+def _of_rays_form(asked: Ray) -> Iterator[None]:
+    """Within, an answer is read; what is not as Ray answers is told."""
     try:
-        if status == 200:
-            return json.loads(said)
-    except ValueError:
-        pass
-    raise RayError(
-        f"{asked.address} answers as no job server of Ray's does: {status} {_line(said)[:200]!r}",
-        remedy="set [ray] address to that of the cluster's dashboard, by default port 8265 of the head node",
-    )
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise RayError(
+            f"{asked.address} answers as no job server of Ray's does: {type(error).__name__}: {error}",
+            remedy="set [ray] address to that of the cluster's dashboard, by default port 8265 of the head node",
+        ) from error
 
 
 def _request(asked: Ray, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
