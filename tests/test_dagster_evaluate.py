@@ -196,10 +196,10 @@ def test_who_else_wants_a_worker_is_counted_and_nobody_else() -> None:
             create_run_for_test(instance, status=status, tags=tags)
             for status, tags in [
                 (dg.DagsterRunStatus.STARTED, results.EVALUATES),
-                (dg.DagsterRunStatus.STARTED, results.EVALUATES),
-                (dg.DagsterRunStatus.QUEUED, results.EVALUATES),
+                (dg.DagsterRunStatus.STARTING, results.EVALUATES),
+                (dg.DagsterRunStatus.NOT_STARTED, results.EVALUATES),
                 (dg.DagsterRunStatus.SUCCESS, results.EVALUATES),
-                (dg.DagsterRunStatus.QUEUED, {}),
+                (dg.DagsterRunStatus.STARTED, {}),
             ]
         ]
         found = [results._others(SimpleNamespace(instance=instance, run_id=run.run_id)) for run in runs]  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from checkpoint_factory import make_checkpoint
 from fault_tools import Place, forked
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from stub_engine import StubEngine
@@ -55,6 +55,7 @@ amounts = st.floats(1, 1e6, allow_nan=False)
 sizes = st.integers(1_000, 10**11)
 
 
+@settings(deadline=None)
 @given(amounts, amounts, amounts, amounts, amounts, sizes, sizes)
 def test_a_task_known_elsewhere_costs_its_tokens_at_this_devices_rate(
     prompt: float, generated: float, beside: float, here: float, factor: float, there: int, size: int
@@ -70,6 +71,7 @@ def test_a_task_known_elsewhere_costs_its_tokens_at_this_devices_rate(
     assert expected == pytest.approx(beside + this.answers(size, prompt, generated), rel=1e-6, abs=1e-4)
 
 
+@settings(deadline=None)
 @given(sizes, sizes, st.lists(sizes, min_size=1, max_size=4))
 def test_a_size_that_nobody_has_asked_goes_by_the_nearest(task_size: int, size: int, others: list[int]) -> None:
     """Where nobody counted tokens: by the ratio of the sizes, of the model nearest to it."""
@@ -126,6 +128,7 @@ def best_end(costs: Sequence[float], n: int) -> float:
     return min(max(sum(c for c, k in zip(costs, way, strict=True) if k == own) for own in range(n)) for way in ways)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.floats(0, 100), st.integers(1, 3))
 def test_every_task_is_in_one_shard_and_sharing_pays(costs: list[int], load: float, most: int) -> None:
     shards = share_out_costs(costs, load, most)
@@ -160,6 +163,7 @@ def by_the_second(at_work: Sequence[int], waiting: Sequence[int], slots: int) ->
         second += 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=3), st.lists(st.integers(0, 9), max_size=6), st.integers(3, 4))
 def test_the_queue_ends_when_whoever_counts_the_seconds_says(at_work: list[int], queue: list[int], slots: int) -> None:
     assert end_of_queue(at_work, queue, slots) == by_the_second(at_work, queue, slots)
