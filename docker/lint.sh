@@ -19,5 +19,5 @@ done
 for job in kubernetes/*/job.yaml; do
     sed 's/^  generateName: .*/  name: one/' "$job" >"$aside/$(basename "$(dirname "$job")").yaml"
 done
-"$bin/kubernetes-validate" --strict kubernetes/{service-account,storage,launcher-role}.yaml "$aside"/*.yaml \
-    ../eval_platform/launching/worker_job.yaml
+sed 's/^metadata:/&\n  name: one/' ../eval_platform/launching/worker_job.yaml >"$aside/worker.yaml"
+"$bin/kubernetes-validate" --strict kubernetes/{service-account,storage,launcher-role}.yaml "$aside"/*.yaml

@@ -52,6 +52,7 @@ _WARNS_AFTER = 10.0
 
 # As `worker.pipes_line` begins each; before it, on one line, may stand what something printed without an end of line.
 _MESSAGE = '{"__dagster_pipes_version"'
+_REACHED = "`kubectl cluster-info` says whether it can be reached from here"
 _INSIDE_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -143,7 +144,12 @@ class Cluster:
     def _ask(self, what: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The answer's JSON; None where the status is one of `absent`."""
         text = self._text(what, call, *arguments, **options)
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise KubernetesError(
+                f"what answers in place of the API server of Kubernetes is no JSON: {text[:100]!r}", remedy=_REACHED
+            ) from error
 
     def _text(
         self, what: str, call: Callable[..., Any], *arguments: Any, absent: Sequence[int] = (), **options: Any
@@ -155,16 +161,16 @@ class Cluster:
             answer = call(*arguments, **options, _preload_content=False, _request_timeout=_REQUEST)
             return answer.data.decode("utf-8", errors="replace")
         except HTTPError as error:
-            raise KubernetesError(
-                f"the API server of Kubernetes does not answer: {error}",
-                remedy="`kubectl cluster-info` says whether it can be reached from here",
-            ) from error
+            raise KubernetesError(f"the API server of Kubernetes does not answer: {error}", remedy=_REACHED) from error
         except ApiException as error:
-            status = error.status or 0
-            if status in absent:
+            if error.status in absent:
                 return ""
-            message, remedy = self._refusal(what, status, _said(error.body, error.reason))
-            raise KubernetesError(message, remedy=remedy, status=status) from error
+            if not error.status:  # no answer came: of TLS it has an error of this kind, too
+                raise KubernetesError(
+                    f"the API server of Kubernetes cannot be asked: {error.reason}", remedy=_REACHED
+                ) from error
+            message, remedy = self._refusal(what, error.status, _said(error.body, error.reason))
+            raise KubernetesError(message, remedy=remedy, status=error.status) from error
 
     def _refusal(self, what: str, status: int, said: str) -> tuple[str, str]:
         """(what happened, what can be done)."""
@@ -183,7 +189,7 @@ class Cluster:
                 )
             case 400 | 413 | 422:
                 return f"Kubernetes refuses the job: {said}", "mend [kubernetes], or the manifest that it names"
-        return f"Kubernetes answers with {status}: {said}", "`kubectl cluster-info` says how it is"
+        return f"Kubernetes answers with {status}: {said}", _REACHED
 
 
 def _said(body: Any, otherwise: str | None) -> str:
