@@ -101,7 +101,8 @@ def test_what_nobody_knows_is_not_invented() -> None:
 def test_a_rate_needs_what_was_counted() -> None:
     device = Device(1e9, 1e7)
     scored, drawn = device.took("a", 1000, "s", 50, 0, 1.0), device.took("a", 1000, "d", 50, 20, 1.0)
-    assert cost.rate([scored, drawn]) == Rate(pytest.approx(1e9), pytest.approx(1e7))
+    found = cost.rate([scored, drawn])
+    assert (found.prefill, found.decode) == (pytest.approx(1e9), pytest.approx(1e7))
     assert cost.rate([drawn]) == Rate(None, None)  # what of it was prefill nobody can tell
     assert cost.rate([replace(scored, computed_tokens=None), Past("b", "t", None, 1.0, 1.0)]) == Rate(None, None)
 
