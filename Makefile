@@ -67,6 +67,7 @@ bench: install
 	$(BIN)/python -m benchmarks.leaderboard
 	$(BIN)/python -m benchmarks.sensor_tick
 	$(BIN)/python -m benchmarks.arrival_latency
+	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.engine --model llama120m
 	$(BIN)/python -m benchmarks.engine --dtype bfloat16
