@@ -255,10 +255,10 @@ class Two(Place):
         config = super().config(state)
         return config.model_copy(update={"worker": config.worker.model_copy(update={"slots": 2, "shards": 2})})
 
-    def driven(self, arrival: Arrival, hear: Callable[[dict[str, Any]], None], *, others: int = 0) -> list[Outcome]:
+    def driven(self, arrival: Arrival, hear: Callable[[dict[str, Any]], None]) -> list[Outcome]:
         config = self.config()
         todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
-        return list(drive(todo, config, self.store, actor="test", on_message=hear, others=others))
+        return list(drive(todo, config, self.store, actor="test", on_message=hear))
 
     def batches(self) -> int:
         return (self.control / "batches").stat().st_size
@@ -270,9 +270,9 @@ def of(said: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Two]:
-    """Of four tasks that take the same time."""
+    """Of two tasks that take the same time."""
     place = Two(tmp_path)
-    for name in ("sums", "more", "others", "rest"):
+    for name in ("sums", "more"):
         place.write_task(name)
     place.sync()
     for seed in range(3):
@@ -288,39 +288,24 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Two]:
 
 @pytest.mark.slow
 def test_two_workers_share_a_checkpoint_out_once_something_is_known(two: Two) -> None:
+    """And are both stopped where their driver stumbles."""
     first, second, third = [two.arrive(f"a/step_{seed}") for seed in range(3)]
     said: list[dict[str, Any]] = []
-    assert [one.status for one in two.driven(first, said.append)] == ["published"] * 4
+    assert [one.status for one in two.driven(first, said.append)] == ["published"] * 2
     (planned,) = of(said, "planned")
     assert [one["expected_seconds"] for one in planned["shards"]] == [None]  # nobody has asked it yet
 
     assert hold(second, two.config().cache_dir)
     said.clear()
     outcomes = two.driven(second, said.append)
-    assert {(one.task, one.status) for one in outcomes} == {
-        (name, "published") for name in ("sums", "more", "others", "rest")
-    }
+    assert sorted((one.task, one.status) for one in outcomes) == [("more", "published"), ("sums", "published")]
     (planned,), (took,) = of(said, "planned"), of(said, "took")
-    assert [len(one["tasks"]) for one in planned["shards"]] == [2, 2]
+    assert sorted(one["tasks"] for one in planned["shards"]) == [["more"], ["sums"]]
     assert all(one["expected_seconds"] > 0 and one["seconds"] > 0 for one in took["shards"])
     assert len({message["pid"] for message in of(said, "hello")}) == 2
-    assert two.batches() == 2 * 4 * BATCHES  # of each checkpoint all once
+    assert two.batches() == 2 * 2 * BATCHES  # of each checkpoint all once
     assert not held(two.config().cache_dir)
 
-    said.clear()  # what waits goes before a second worker
-    assert [one.status for one in two.driven(third, said.append, others=1)] == ["published"] * 4
-    assert len(of(said, "launched")) == 1
-
-    rows = two.sql("select load_seconds, expected_seconds, seconds, computed_tokens from evaluations")
-    assert sum(row["load_seconds"] > 0 for row in rows) == 4
-    assert sum(row["expected_seconds"] is not None for row in rows) == 8
-    assert {row["computed_tokens"] for row in rows} == {None}  # the stub does not count
-
-
-@pytest.mark.slow
-def test_a_driver_that_stumbles_stops_all_its_workers(two: Two) -> None:
-    first, second, _ = [two.arrive(f"a/step_{seed}") for seed in range(3)]
-    two.driven(first, lambda message: None)
     two.command("for_ever")
     begun: list[str] = []
 
@@ -332,9 +317,30 @@ def test_a_driver_that_stumbles_stops_all_its_workers(two: Two) -> None:
 
     started = time.monotonic()
     with pytest.raises(KeyError):
-        two.driven(second, hear)
+        two.driven(third, hear)
     assert time.monotonic() - started < 10
     assert launching.running(two.config()) == []
+
+    rows = two.sql("select load_seconds, expected_seconds, seconds, computed_tokens from evaluations")
+    assert sum(row["load_seconds"] > 0 for row in rows) == 3
+    assert sum(row["expected_seconds"] is not None for row in rows) == 2
+    assert {row["computed_tokens"] for row in rows} == {None}  # the stub does not count
+
+
+def test_what_waits_goes_before_a_second_worker(tmp_path: Path) -> None:
+    config, whole = Two(tmp_path).config(), made_up("ab", {}, None)
+
+    def places(others: int) -> int:
+        seen: list[int] = []
+
+        def split(places: int) -> list[Plan]:
+            seen.append(places)
+            return []  # nobody is to be started here
+
+        assert launching.launch(whole, config, split=split, others=others) == []
+        return seen[0]
+
+    assert [places(others) for others in (0, 1, 7)] == [2, 1, 1]
 
 
 def test_status_says_when_all_is_done() -> None:
