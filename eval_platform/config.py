@@ -177,8 +177,8 @@ class Worker(_Section):
     retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
     nursery: bool = Field(
         default=True,
-        description="`eval-platform up` keeps a process that has imported torch and forks workers: seconds less for "
-        "every checkpoint, some 500 MB of memory",
+        description="`eval-platform up` keeps a process that has imported torch and forks workers, and one that forks "
+        "Dagster's runs: seconds less for every checkpoint, some 800 MB of memory",
     )
 
     @field_validator("devices", mode="before")

@@ -7,9 +7,10 @@ running; `launch` asks it first and starts a worker the ordinary way when there 
 would not do the same: it has imported older code, or its environment differs in a variable that is read at import.
 
 One Unix socket, one connection a worker, whole packets of JSON: the request, with the locked slot's descriptors beside
-it; the child's answer `{"pid": n}` or the nursery's `{"refused": why}`; later signals to pass on, and at the end the
-exit code. Only the nursery signals its children, so no number of an ended process is ever used. A worker whose
-nursery was killed goes on to its end, like one whose driver was killed.
+it; the child's answer `{"child": who it is}` or the nursery's `{"refused": why}`; later signals to pass on, and at the
+end the exit code. Only the nursery signals its children, so no number of an ended process is ever used. A worker whose
+nursery was killed goes on to its end, like one whose driver was killed. What is not of workers but of forks alone,
+`resources/run_nursery.py` uses for Dagster's runs.
 
 Forking is safe because nothing here computes: no OpenMP team, no CUDA context exists before the fork. Where an import
 has begun to use a GPU all the same, nothing is forked.
@@ -26,7 +27,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,16 +132,21 @@ def fork_worker(nursery: Path, folder: Path, locks: Sequence[int], env: Mapping[
         locks: descriptors of the locked slot and its devices; the worker holds these locks from then on.
         env: the worker's whole environment.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(_ANSWER_SECONDS)
     request = {
         "folder": str(folder.absolute()),
         "driver": process_record(os.getpid()),
         "cwd": os.getcwd(),
         "env": dict(env),
-        "made_of": _made_of(),
-        "read_at_import": _read_at_import(env),
     }
+    return ask(nursery, request, env, locks)
+
+
+def ask(nursery: Path, request: Mapping[str, Any], env: Mapping[str, str], locks: Sequence[int] = ()) -> Child | None:
+    """A fork that does what is requested; None when there is no nursery, or it would not do the same as a process that
+    is started from nothing with the environment `env`."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(_ANSWER_SECONDS)
+    request = {**request, "made_of": _made_of(), "read_at_import": _read_at_import(env)}
     try:
         with _short_path(nursery) as path:
             connection.connect(path)
@@ -149,11 +155,24 @@ def fork_worker(nursery: Path, folder: Path, locks: Sequence[int], env: Mapping[
     except (OSError, json.JSONDecodeError):  # no nursery, or one that is ending or stuck
         connection.close()
         return None
-    if "worker" not in answer:  # refused, or ended before it could say who it is
-        log.info("the nursery does not start this worker: %s", answer.get("refused", answer))
+    if "child" not in answer:  # refused, or ended before it could say who it is
+        log.info("the nursery in %s does not fork: %s", nursery, answer.get("refused", answer))
         connection.close()
         return None
-    return Child(connection, answer["worker"])
+    return Child(connection, answer["child"])
+
+
+def retire(nursery: Path) -> bool:
+    """Let it end as soon as its children have. False where there is none that is ready."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(_ANSWER_SECONDS)
+        try:
+            with _short_path(nursery) as path:
+                connection.connect(path)
+            connection.send(json.dumps({"made_of": "nothing any more"}).encode())
+            return bool(connection.recv(_PACKET_BYTES))
+        except OSError:
+            return False
 
 
 # ---------------------------------------------------------------------------------------------------------- the nursery
@@ -269,8 +288,12 @@ class _Nursery:
 
 def main(folder: Path) -> None:
     """Import, listen, fork; every child ends in here too, with its worker's exit code."""
-    read_at_import = _read_at_import(os.environ)
-    made_of = _made_of()  # before the imports: code that changes meanwhile is refused, not served
+    request = serve(folder, _import)
+    if request is not None:
+        _work(request)
+
+
+def _import() -> None:
     # Asks the driver's library instead of the driver: the latter cannot be used on both sides of a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with collector_paused():
@@ -279,6 +302,13 @@ def main(folder: Path) -> None:
     if not _forks_may_use_gpus():
         log.warning("an import began to use a GPU, which cannot go on in a fork: workers start the ordinary way")
         signal.pause()  # a nursery that ended would be started again, for nothing
+
+
+def serve(folder: Path, prepare: Callable[[], None]) -> dict[str, Any] | None:
+    """Do what the children need not do again, listen in `folder`, fork. Returns as `_Nursery.serve`."""
+    read_at_import = _read_at_import(os.environ)
+    made_of = _made_of()  # before the imports: code that changes meanwhile is refused, not served
+    prepare()
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page that holds an object
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -290,9 +320,16 @@ def main(folder: Path) -> None:
     os.umask(mask)
     listener.listen()
     log.info("ready")
-    request = _Nursery(listener, folder / _SOCKET, made_of, read_at_import).serve()
-    if request is not None:
-        _work(request)
+    return _Nursery(listener, folder / _SOCKET, made_of, read_at_import).serve()
+
+
+def begin(request: Mapping[str, Any]) -> None:
+    """In a child, first: tell whoever asked who it is. Does not return when nobody waits for it any more."""
+    try:
+        request["connection"].send(json.dumps({"child": process_record(os.getpid())}).encode())
+    except OSError:  # whoever asked has perhaps started another the ordinary way
+        os._exit(0)
+    request["connection"].close()
 
 
 def _work(request: Mapping[str, Any]) -> NoReturn:
@@ -300,11 +337,7 @@ def _work(request: Mapping[str, Any]) -> NoReturn:
     from eval_platform import worker
 
     os.setsid()
-    try:
-        request["connection"].send(json.dumps({"worker": process_record(os.getpid())}).encode())
-    except OSError:  # whoever asked waits no longer, and has perhaps started a worker the ordinary way
-        os._exit(0)
-    request["connection"].close()
+    begin(request)
     folder = Path(request["folder"])
     output = os.open(folder / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for descriptor in (1, 2):
@@ -326,8 +359,9 @@ def _read_at_import(env: Mapping[str, str]) -> dict[str, str]:
 
 def _made_of() -> str:
     """The id of the code that is installed now: another when a file of ours, or a package beside it, is replaced."""
-    package = Path(__file__).parent
-    stamps = [f"{path}:{path.stat().st_mtime_ns}" for path in sorted(package.rglob("*.py"))]
+    ours = [Path(__file__).parents[1] / name for name in ("eval_platform", "assets", "resources", "sensors")]
+    files = sorted(path for package in ours for path in package.rglob("*.py"))
+    stamps = [f"{path}:{path.stat().st_mtime_ns}" for path in files]
     beside = {Path(entry) for entry in sys.path if entry.endswith("site-packages")}
     stamps += [f"{folder}:{folder.stat().st_mtime_ns}" for folder in sorted(beside) if folder.is_dir()]
     return ordered_id([sys.executable, sys.version, *stamps])

@@ -1,4 +1,4 @@
-"""`eval-platform up`: Dagster's code server, daemon and web server over the configured folders, and the nursery.
+"""`eval-platform up`: Dagster's code server, daemon and web server over the configured folders, and the nurseries.
 
 They are processes of their own, started with this interpreter; what they are is written to `<state>/up.json`, so
 that a later `up` ends what a power cut or a kill -9 left of them, by process id. A server that dies is started again.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from eval_platform import launching
+from eval_platform import launching, nursery
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.instance import postgres_place, write_instance
@@ -69,14 +69,17 @@ class Platform:
 
     def stop(self) -> None:
         """End the servers, what starts work first and what work hangs on last; then the workers they started."""
+        run_nursery = self.processes.get("run_nursery")
+        if run_nursery is not None and not nursery.retire(self.config.dagster_home):
+            run_nursery.terminate()  # it is importing, and has no children yet
         for name in ("daemon", "webserver", "code_server", "nursery"):
             process = self.processes.get(name)
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGINT if name == "daemon" else signal.SIGTERM)
         now = time.monotonic()
         patience = dict.fromkeys(self.processes, STOP_SECONDS)
-        if "code_server" in patience:
-            patience["code_server"] = min(RUNS_SECONDS, STOP_SECONDS)
+        for name in patience.keys() & {"code_server", "run_nursery"}:
+            patience[name] = min(RUNS_SECONDS, STOP_SECONDS)
         for name in sorted(patience, key=lambda name: patience[name]):
             process = self.processes[name]
             try:
@@ -164,8 +167,8 @@ def platform(config: Config, say: Callable[[str], None] = lambda text: None) -> 
             one.start("webserver")
             _wait(one, "webserver", lambda: _answers(f"{one.url}/server_info"))
             _must_have_loaded(one)
-            if "nursery" in one.commands:  # not waited for: until it is ready workers start without it
-                one.start("nursery")
+            for name in one.commands.keys() & {"nursery", "run_nursery"}:
+                one.start(name)  # not waited for: until it is ready workers and runs start without it
             yield one
         finally:
             one.stop()
@@ -238,8 +241,10 @@ def _commands(config: Config, ports: dict[str, int]) -> dict[str, list[str]]:
             *("-h", config.ui.host, "-p", str(ports["webserver"])),
         ],
     }
-    if config.worker.nursery and config.worker.launcher == "subprocess" and sys.platform == "linux":
-        found["nursery"] = [python, "-m", "eval_platform.nursery", str(config.state_dir)]
+    if config.worker.nursery and sys.platform == "linux":
+        found["run_nursery"] = [python, "-m", "resources.run_nursery", str(config.dagster_home)]
+        if config.worker.launcher == "subprocess":
+            found["nursery"] = [python, "-m", "eval_platform.nursery", str(config.state_dir)]
     return found
 
 

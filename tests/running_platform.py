@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 from fault_tools import CONTROL, Place
 
+from resources.run_launcher import PROCESS_TAG
+
 
 class Up:
     """`eval-platform up`, as a person starts it. The place has an eval_platform.toml, and where its workers are not to
@@ -81,6 +83,12 @@ class Up:
         query = f"""{{ runsOrError(filter: {{tags: [{{key: "eval/arrival", value: "{arrival}"}}]}}) {{
             ... on Runs {{ results {{ runId status }} }} }} }}"""
         return {run["runId"]: run["status"] for run in self.ask(query)["runsOrError"]["results"]}
+
+    def process_of(self, run: str) -> psutil.Process:
+        """That of a run which works."""
+        query = f'{{ runOrError(runId: "{run}") {{ ... on Run {{ tags {{ key value }} }} }} }}'
+        tags = {tag["key"]: tag["value"] for tag in self.ask(query)["runOrError"]["tags"]}
+        return psutil.Process(json.loads(tags[PROCESS_TAG])["pid"])
 
     def end_run(self, run: str) -> None:
         """As the UI's button does it."""

@@ -1,7 +1,9 @@
-"""Is the process of a run alive? Real processes, living, dead, undead and mistaken for one another."""
+"""Is the process of a run alive, and is it the one that is told to end? Real processes, living, dead, undead and
+mistaken for one another."""
 
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from dagster._core.launcher.base import WorkerStatus
 from dagster._core.test_utils import create_run_for_test
 
 from eval_platform.store.process import process_record
-from resources.run_launcher import PROCESS_TAG, HealthCheckedRunLauncher
+from resources.run_launcher import FORKED_TAG, PROCESS_TAG, HealthCheckedRunLauncher
 
 pytestmark = pytest.mark.dagster
 
@@ -102,3 +104,25 @@ def test_a_retry_is_not_its_parent(instance: dg.DagsterInstance, process: subpro
 def test_no_evidence_is_no_death(instance: dg.DagsterInstance) -> None:
     """Dagster fails a run whose health is unknown."""
     assert status(instance, run_of(instance, None)) == WorkerStatus.RUNNING
+
+
+def end(instance: dg.DagsterInstance, process: dict[str, object], run_id: str | None = None) -> bool:
+    """Whether a run that says it is this process was told to end. run_id: the one that it was forked for."""
+    run = run_of(instance, None)
+    instance.add_run_tags(run.run_id, {FORKED_TAG: json.dumps({**process, "run_id": run_id or run.run_id})})
+    launcher = HealthCheckedRunLauncher()
+    launcher.register_instance(instance)
+    return launcher.terminate(run.run_id)
+
+
+def test_a_forked_run_is_interrupted_and_nobody_else(
+    instance: dg.DagsterInstance, process: subprocess.Popen[bytes]
+) -> None:
+    record = process_record(process.pid)
+    assert not end(instance, record, "the parent of a retry")
+    assert not end(instance, {**record, "started": 1})  # its number is another's now
+    assert not end(instance, {**record, "machine": "another-boot/pid:[1]"})
+    assert process.poll() is None
+    assert end(instance, record)
+    assert process.wait(10) == -signal.SIGINT
+    assert not end(instance, record)

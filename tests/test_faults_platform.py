@@ -107,6 +107,7 @@ def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ende
     worker = place.paused(PATIENCE_S)
     assert not is_slot_free(place)
     (run,) = after.runs(f"{third}@1")
+    assert after.process_of(run).ppid() == after.known()["processes"]["run_nursery"]["pid"]  # ready since long
     after.end_run(run)
     until(lambda: is_slot_free(place) and not psutil.pid_exists(worker), "the worker to leave", 10.0)
     until(lambda: after.runs(f"{third}@1") == {run: "CANCELED"}, "the run to be cancelled", PATIENCE_S)

@@ -51,9 +51,11 @@ class Rule:
     shown: tuple[str, ...] | None = None
 
 
-def warm() -> None:
+def warm() -> threading.Thread:
     """Import Great Expectations in a background thread; the first validation waits for it if it must."""
-    threading.Thread(target=_batch_definition, name="import great_expectations", daemon=True).start()
+    thread = threading.Thread(target=_batch_definition, name="import great_expectations", daemon=True)
+    thread.start()
+    return thread
 
 
 def check_samples(samples: pa.Table, planned_rows: int, output_type: str, metrics: Sequence[str]) -> list[Check]:
