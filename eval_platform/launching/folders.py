@@ -50,10 +50,15 @@ def make_folders(plans: Sequence[Plan], config: Config) -> list[Path]:
 
 def shards(folder: Path) -> list[Path]:
     """All that were made with this one, itself among them, in their order."""
-    made = folder.name.rpartition("-")[0]
-    if "-" not in made:
+    if not is_shard(folder):
         return [folder]
+    made = folder.name.rpartition("-")[0]
     return sorted(folder.parent.glob(f"{made}-*"), key=lambda one: int(one.name.rpartition("-")[2]))
+
+
+def is_shard(folder: Path) -> bool:
+    """Whether it was made with others, though it may be the last that is left of them."""
+    return "-" in folder.name.rpartition("-")[0]
 
 
 def read_messages(folder: Path) -> list[dict[str, Any]]:

@@ -145,7 +145,7 @@ def _living(plan: Plan, told: Mapping[str, Job], asked: Ray) -> list[Shard]:
         for i, own in enumerate(made):
             its_job = newest.get(str(own))  # none: its driver was killed before it had submitted all
             its_job = its_job or _submit_as_next(jobs.name_of(plan), _next_life(told), i, own, asked)
-            its_plan = plan if len(made) == 1 else read_plan(own / "plan.json")
+            its_plan = read_plan(own / "plan.json") if folders.is_shard(own) else plan
             shards.append(_shard(its_plan, RayHandle(its_job, own, asked=asked, was_found=True)))
         return shards
     return []

@@ -227,7 +227,7 @@ def _living(name: str, plan: Plan, told: Sequence[tuple[str, str, str, str]]) ->
         for own in (made := folders.shards(folder)):
             its_job = f"{number}_{own.name.rpartition('-')[2]}" if element else job
             jobs.remember(own, "slurm", its_job)  # its driver may have been killed before it could
-            its_plan = plan if len(made) == 1 else read_plan(own / "plan.json")
+            its_plan = read_plan(own / "plan.json") if element else plan
             shards.append(Shard(its_plan, SlurmHandle(its_job, own, was_found=True)))
         return shards
     return []
