@@ -4,7 +4,6 @@ The Dagster op and `eval-platform run` both call `drive`; neither adds anything 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from eval_platform import adopt, checkpoints, launching, planning, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
-from eval_platform.launching import Handle
+from eval_platform.launching import Handle, stop_all
 from eval_platform.plan import Plan
 from eval_platform.store import Store, commits
 from eval_platform.values import Decision
@@ -131,13 +130,16 @@ def _asked(
                     yield outcome
         codes = {worker.handle.poll() for worker in workers}
     finally:
-        _stop(workers)
+        stop_all([worker.handle for worker in workers])
     for worker in workers:
         yield from worker.unanswered()
-    for name in {task.name for task in plan.tasks}.difference(*({task.name for task in w.plan.tasks} for w in workers)):
+    given = {task.name for worker in workers for task in worker.plan.tasks}
+    lost = [task.name for task in plan.tasks if task.name not in given]
+    for name in lost:
         yield Outcome(name, "failed", ("the folder of the worker that it was given to is gone; the next run asks it",))
     on_message({"type": "took", "shards": [_told(worker) for worker in workers]})
-    if len(workers) > 1 and codes == {0} and not plan.keep_hold:  # none of them could know that it was the last
+    is_done = codes == {0} and not lost and not any(worker.left for worker in workers)
+    if len(workers) > 1 and is_done and not plan.keep_hold:  # none of them could know that it was the last
         checkpoints.release_hold(plan.arrival, Path(plan.cache))
     warehouse.refresh(store, config.catalog_path)  # so that whoever reads the catalog next finds every decision there
 
@@ -153,14 +155,6 @@ def _heard(workers: Sequence[_Followed]) -> Iterator[tuple[_Followed, list[dict[
                 followed.remove(one)
             elif messages:
                 yield worker, messages
-
-
-def _stop(workers: Sequence[_Followed]) -> None:
-    """All at once, for each may take its 10 s. Raises what stopping one of them raises, when all were asked."""
-    with ThreadPoolExecutor(len(workers)) as pool:
-        stopping = [pool.submit(worker.handle.stop) for worker in workers]
-    for one in stopping:
-        one.result()
 
 
 def _told(worker: _Followed) -> dict[str, Any]:

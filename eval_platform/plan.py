@@ -84,6 +84,7 @@ class Plan:
     keep_hold: bool = False  # others (a tier of [queue], a shard) may ask more of the arrival, whose folder may be gone
     expected_seconds: Mapping[str, float] = field(default_factory=dict)
     expected_load_seconds: float | None = None
+    together: str = ""  # an id that the shards of one launch have in common; empty: it has no others
 
     def to_json(self) -> str:
         return json.dumps({"plan_version": PLAN_VERSION, **asdict(self)}, indent=1)

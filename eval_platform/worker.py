@@ -239,7 +239,7 @@ def _on_device() -> Iterator[None]:
 def _arrival_try(store: Store, plan: Plan) -> Iterator[None]:
     """What fails before any task can be asked is recorded under the arrival."""
     subject = tries.arrival_subject(plan.arrival)
-    with _recorded(tries.start(store, subject), done="done"):
+    with _recorded(tries.start(store, subject, together=plan.together), done="done"):
         yield
 
 

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from stub_engine import StubEngine
 
-from eval_platform import launching, planning, status, worker
+from eval_platform import checkpoints, launching, planning, status, worker
 from eval_platform.checkpoints import count_parameters, held, hold
 from eval_platform.config import Config
 from eval_platform.drive import Outcome, drive
-from eval_platform.launching import Running
+from eval_platform.errors import StoreError
+from eval_platform.launching import Running, folders, jobs, local, ray, slurm
 from eval_platform.plan import Plan, PlannedTask, Wanted, plan
 from eval_platform.planning import cost
 from eval_platform.planning.cost import Past, Rate
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
+from eval_platform.store import tries
 from eval_platform.tasks import read_lock
 from eval_platform.values import Arrival, Request, Response, RunSettings
 
@@ -193,11 +195,15 @@ def test_a_plan_is_shared_out_whole() -> None:
     assert first.keep_hold
     assert second.keep_hold
     assert (planning.expected_seconds(first), planning.expected_seconds(second)) == (41.0, None)
+    assert first.together == second.together != ""
     for one in (first, second):
-        assert replace(one, tasks=(), expected_seconds={}, keep_hold=False) == replace(
+        assert replace(one, tasks=(), expected_seconds={}, keep_hold=False, together="") == replace(
             whole, tasks=(), expected_seconds={}
         )
-    for alone in (made_up("abcd", {}, 1.0), made_up("abcd", {"a": 30.0}, None)):  # nothing is known of what pays
+    answered = made_up("abcde", {"a": 0.0, "b": 0.0, "c": 20.0, "d": 20.0}, 1.0)  # e: as c and d, not as all four
+    assert [planning.expected_seconds(one) for one in planning.share_out(answered, 3)].count(21.0) == 2
+    # Nothing is known of what pays, or nothing but that the rest is answered.
+    for alone in (made_up("abcd", {}, 1.0), made_up("abcd", {"a": 30.0}, None), made_up("abcd", {"a": 0.0}, 1.0)):
         assert planning.share_out(alone, 4) == [alone]
     assert planning.share_out(whole, 1) == [whole]
 
@@ -325,6 +331,90 @@ def test_two_workers_share_a_checkpoint_out_once_something_is_known(two: Two) ->
     assert sum(row["load_seconds"] > 0 for row in rows) == 3
     assert sum(row["expected_seconds"] is not None for row in rows) == 2
     assert {row["computed_tokens"] for row in rows} == {None}  # the stub does not count
+
+
+@pytest.mark.slow
+def test_what_befalls_two_workers_at_once_counts_once_and_the_hold_stays_until_all_is_done(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two.arrive("a/step_0"), two.arrive("a/step_1")
+    subject, cache = tries.arrival_subject(second), two.config().cache_dir
+    real = checkpoints.stage
+
+    def stage(*args: Any, **keys: Any) -> Any:
+        if (two.control / "away").exists():
+            raise StoreError("the file server is away", remedy="wait")
+        return real(*args, **keys)
+
+    monkeypatch.setattr(checkpoints, "stage", stage)
+    assert [one.status for one in two.driven(first, lambda message: None)] == ["published"] * 2
+    assert hold(second, cache)
+
+    two.command("away")
+    for launches in (1, 2):
+        assert {one.status for one in two.driven(second, lambda message: None)} == {"failed"}
+        assert len(tries.history(two.store, subject)) == 2 * launches
+    assert tries.state(two.store, subject) is None  # four tries, which were two
+    assert held(cache)
+    two.revoke("away")
+
+    (b,) = plan(second, Wanted(read_lock(two.config().lock_path), ["sums"]), two.config(), two.store).tasks
+
+    def of_lost(plan: Plan, most: int) -> list[Plan]:
+        """As if the folder of the worker with the task `more` were gone."""
+        return [replace(plan, tasks=tasks, keep_hold=True) for tasks in ((b,), ())]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "share_out", of_lost)
+        outcomes = two.driven(second, lambda message: None)
+    assert {one.task: one.status for one in outcomes} == {"sums": "published", "more": "failed"}
+    assert held(cache)  # both workers ended well, and one task was never asked
+    assert [one.status for one in two.driven(second, lambda message: None)] == ["published"] * 2
+    assert not held(cache)
+
+
+def test_of_what_is_left_of_an_array_each_worker_has_its_own_tasks(tmp_path: Path) -> None:
+    """The folder of the other element is gone."""
+    config, whole = Two(tmp_path).config(), made_up("ab", {"a": 1.0, "b": 1.0}, 0.1)
+    parts = planning.share_out(whole, 2)
+    assert len(parts) == 2
+    left, gone = folders.make_folders(parts, config)
+    gone.rename(tmp_path / "gone")
+    name = jobs.name_of(whole)
+    (shard,) = slurm._living(name, whole, [("71_0", "RUNNING", name, str(left / "job.sh"))])
+    assert shard.plan == parts[0]
+    told = {f"{name}-1": ray.Job("RUNNING", folder=str(left))}
+    (shard,) = ray._living(whole, told, config.ray)
+    assert shard.plan == parts[0]
+
+
+class Stubborn:
+    """A worker that cannot be stopped, or is."""
+
+    def __init__(self, stopped: list[str], name: str, *, is_deaf: bool) -> None:
+        self.stopped, self.name, self.is_deaf = stopped, name, is_deaf
+
+    def stop(self) -> None:
+        self.stopped.append(self.name)
+        if self.is_deaf:
+            raise StoreError("it does not hear", remedy="none")
+
+
+def test_where_one_cannot_be_started_all_that_were_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+    begun = [Stubborn(stopped, "first", is_deaf=True), Stubborn(stopped, "second", is_deaf=False)]
+
+    def start(folder: Path, slot: object, config: Config) -> Any:
+        if not begun:
+            raise OSError("no more processes")
+        return begun.pop(0)
+
+    monkeypatch.setattr(local, "_start", start)
+    config = Two(tmp_path).config()
+    config = config.model_copy(update={"worker": config.worker.model_copy(update={"slots": 3})})
+    with pytest.raises(StoreError):
+        local.launch(lambda places: [made_up("a", {}, None)] * places, config, most=3)
+    assert sorted(stopped) == ["first", "second"]
 
 
 def test_what_waits_goes_before_a_second_worker(tmp_path: Path) -> None:

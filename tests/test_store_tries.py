@@ -32,6 +32,19 @@ def test_three_infrastructure_failures_are_final(store, subject):
 
 
 @folders_only
+def test_what_hinders_all_that_were_begun_together_counts_once(store):
+    for together in ("first", "second", "third"):
+        assert tries.state(store, ARRIVAL) is None
+        for begun in [tries.start(store, ARRIVAL, together=together) for _ in range(4)]:
+            begun.end("failed", INFRASTRUCTURE)
+    failure = tries.state(store, ARRIVAL)
+    assert failure is not None
+    assert "3 tries" in failure.reason
+    assert len(tries.retry(store, ARRIVAL, "me", "mended")) == 12
+    assert tries.state(store, ARRIVAL) is None
+
+
+@folders_only
 @pytest.mark.parametrize("class_", ["deterministic", "gone"])
 def test_what_will_not_pass_by_itself_is_final_at_once(store, class_):
     fail(store, ARRIVAL)

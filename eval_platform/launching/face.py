@@ -1,6 +1,7 @@
 """What whoever starts a worker promises to whoever wants it: how it goes, what it says, its end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +21,9 @@ class Handle(Protocol):
     def messages(self) -> Iterator[list[dict[str, Any]]]:
         """What was said since the last look, often nothing; ends when the worker has ended and all is read.
 
-        Several are followed in turn, so none may keep the others waiting: a look takes less than a second. Beside the
-        worker's messages (docs/launchers.md) `{"type": "log", "text": ...}`: what it printed meanwhile.
+        Several are followed in turn, so a look takes less than a second where all is well; one at a cluster that does
+        not answer keeps the others' messages waiting for as long as its questions are waited for. Beside the worker's
+        messages (docs/launchers.md) `{"type": "log", "text": ...}`: what it printed meanwhile.
         """
         ...
 
@@ -39,3 +41,11 @@ class Shard(NamedTuple):
 
     plan: Plan
     handle: Handle
+
+
+def stop_all(handles: Sequence[Handle]) -> None:
+    """All at once, for each may take its 10 s. Raises what stopping one of them raises, when all were asked."""
+    with ThreadPoolExecutor(max(1, len(handles))) as pool:
+        stopping = [pool.submit(handle.stop) for handle in handles]
+    for one in stopping:
+        one.result()

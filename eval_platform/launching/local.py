@@ -24,7 +24,7 @@ from eval_platform.config import Config
 from eval_platform.devices import missing_devices
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders
-from eval_platform.launching.face import Shard
+from eval_platform.launching.face import Shard, stop_all
 from eval_platform.nursery import Child, fork_worker
 from eval_platform.plan import OtherRelease, Plan, read_plan
 from eval_platform.store.process import known_dead
@@ -91,8 +91,7 @@ def launch(
             for plan, folder, slot in zip(plans, folders.make_folders(plans, config), slots, strict=False):
                 shards.append(Shard(plan, _start(folder, slot, config)))
         except BaseException:  # a share of the work is of no use to anybody
-            for shard in shards:
-                shard.handle.stop()
+            stop_all([shard.handle for shard in shards])
             raise
     return shards
 

@@ -3,6 +3,7 @@
 `docs/planning.md` says it in words. Nothing is invented: of what nobody knows nothing is expected.
 """
 
+import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -69,17 +70,19 @@ def share_out(plan: Plan, most: int) -> list[Plan]:
     What is expected of nothing counts as much as the mean of the others; where nothing is known, all is one worker's.
     """
     known, load = plan.expected_seconds, plan.expected_load_seconds
-    if most == 1 or not known or load is None:
+    asked = [seconds for seconds in known.values() if seconds]  # what is answered already takes nothing
+    if most == 1 or not asked or load is None:
         return [plan]
-    usual = mean(known.values())
+    usual = mean(asked)
     shards = share_out_costs([known.get(task.name, usual) for task in plan.tasks], load, most)
-    return [plan] if len(shards) == 1 else [_part(plan, shard) for shard in shards]
+    together = uuid.uuid4().hex
+    return [plan] if len(shards) == 1 else [_part(plan, shard, together) for shard in shards]
 
 
-def _part(plan: Plan, places: Collection[int]) -> Plan:
+def _part(plan: Plan, places: Collection[int], together: str) -> Plan:
     tasks = tuple(plan.tasks[i] for i in places)
     expected: Mapping[str, float] = {
         task.name: plan.expected_seconds[task.name] for task in tasks if task.name in plan.expected_seconds
     }
     # Whichever ends first must not let go of what another has yet to stage.
-    return replace(plan, tasks=tasks, expected_seconds=expected, keep_hold=True)
+    return replace(plan, tasks=tasks, expected_seconds=expected, keep_hold=True, together=together)

@@ -75,16 +75,25 @@ class Told:
     failure: Failure | None = None
     detail: str = ""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    together: str = ""
     forgiven: bool = False
 
 
-def start(store: Store, subject: Subject, *, evaluation: Mapping[str, Any] | None = None) -> Try:
+def start(store: Store, subject: Subject, *, evaluation: Mapping[str, Any] | None = None, together: str = "") -> Try:
     """Record that this process begins. `evaluation`: what a catalog shows of it if no commit ever does (JSON values).
+    together: of processes that were begun for one purpose at one time the same id; what hinders all counts once.
 
     Raises StoreError when it cannot be written.
     """
     try_id = uuid.uuid4().hex
-    record = {"try": try_id, "process": this_process(), "time": utc_now(), "evaluation": dict(evaluation or {})}
+    record: dict[str, Any] = {
+        "try": try_id,
+        "process": this_process(),
+        "time": utc_now(),
+        "evaluation": dict(evaluation or {}),
+    }
+    if together:
+        record["together"] = together
     log.write(store, "try", **_announced(subject))
     k = max((k for k, _ in _starts(store, subject)), default=0) + 1
     while not create_record(store, layout.try_start(subject, k), record):
@@ -110,6 +119,7 @@ def history(store: Store, subject: Subject) -> list[Told]:
                 failure=failure,
                 detail=ended.get("detail", ""),
                 evaluation=begun["evaluation"],
+                together=begun.get("together", ""),
                 forgiven=begun["try"] in forgiven,
             )
         )
@@ -130,7 +140,7 @@ def state(store: Store, subject: Subject) -> Failure | None:
     """None while the subject may be tried; else why it may not until `retry`. class_ "gone": its checkpoint is gone.
 
     A deterministic failure is final at once, and so is a deleted checkpoint. Of infrastructure failures and abandoned
-    tries the third is. Abandoned is what started, never ended, and is not at work any more: its process is known dead
+    tries the third is, where those of one launch (`start`) count as one. Abandoned is what started, never ended, and is not at work any more: its process is known dead
     on this machine, or it is an evaluation's and its process no longer holds the lease. (An arrival's try on another
     machine counts as at work until it ends, since nothing says otherwise.) Lost and interrupted tries do not count,
     nor does what came before a success.
@@ -139,11 +149,12 @@ def state(store: Store, subject: Subject) -> Failure | None:
     final = [told.failure for told in counted if told.failure and told.failure.class_ != "infrastructure"]
     if final:
         return final[-1]
-    if len(counted) < MAX_TRIES:
+    times = {told.together or told.try_id for told in counted}
+    if len(times) < MAX_TRIES:
         return None
     last = counted[-1]
     reason = last.failure.reason if last.failure else _killed(last)
-    return Failure("infrastructure", f"{len(counted)} tries ended without a result; the last: {reason}")
+    return Failure("infrastructure", f"{len(times)} tries ended without a result; the last: {reason}")
 
 
 def retry(store: Store, subject: Subject, actor: str, reason: str) -> list[str]:
