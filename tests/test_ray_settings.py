@@ -57,19 +57,36 @@ def test_who_asks_ray_for_gpus_never_computes_on_a_cpu_in_silence(tmp_path: Path
 def test_no_secret_goes_where_others_can_read_it() -> None:
     secrets = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGINGFACE_API_KEY")
     never = ("EVAL_PLATFORM_POSTGRES", "EVAL_PLATFORM_WEBHOOK", "RAY_AUTH_TOKEN", "HTTPS_PROXY", "OPENAI_API_KEY")
+    secrets += ("HF_PASSWD", "PYTHON_INDEX_CREDENTIALS", "HF_HUB_PAT", "AWS_PROXY_AUTH", "HUGGING_FACE_HUB_TOKEN")
     mine = {
         **dict.fromkeys((*secrets, *never), "secret"),
+        **dict.fromkeys(("AWS_ENDPOINT_URL_S3", "HF_ENDPOINT"), "https://me:secret@store.example/a"),
+        "AWS_ENDPOINT_URL": "https://store.example/a@b",
         **dict.fromkeys(("AWS_REGION", "HF_HOME", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "OMP_NUM_THREADS"), "sent"),
         "PATH": "of this machine",
         "MY_TOKEN": "named",
     }
     sent = open_environment(mine, ("MY_TOKEN", "EVAL_PLATFORM_WEBHOOK", "NOT_SET"))
-    assert "secret" not in sent.values()
+    assert not [value for value in sent.values() if "secret" in value]
+    assert sent["AWS_ENDPOINT_URL"] == "https://store.example/a@b"
     assert {name for name, value in sent.items() if value == "sent"} == {
         *("AWS_REGION", "HF_HOME", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "OMP_NUM_THREADS"),
     }
     assert sent["MY_TOKEN"] == "named"
     assert "PATH" not in sent
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_token_file_that_cannot_be_read_is_told(
+    tmp_path: Path, page: str, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    with pytest.raises(RayError, match=rf"cannot be read from {file}: (.|\n)*RAY_AUTH_TOKEN_PATH"):
+        launch(tmp_path, page)
 
 
 class Page(BaseHTTPRequestHandler):
@@ -89,7 +106,7 @@ class Page(BaseHTTPRequestHandler):
 @pytest.fixture
 def page() -> Iterator[str]:
     server = HTTPServer(("127.0.0.1", 0), Page)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -11,7 +11,7 @@ from eval_platform.plan import Plan
 
 # What a worker may need of its driver's environment; the rest stays here. Never CUDA_VISIBLE_DEVICES: clusters set it.
 _LIKE = (
-    *("PYTHON", "EVAL_PLATFORM_", "AWS_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("PYTHON", "EVAL_PLATFORM_", "AWS_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_"),
     *("OMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH_", "PYTORCH_", "TRITON_", "NCCL_"),
 )
 # What makes the node's shell the driver's own: of use where both are one user on one file system, as Slurm has it.
@@ -24,7 +24,10 @@ _OF_THE_USER = frozenset(
 )
 _LIKE_OF_THE_USER = ("LC_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _LIKE_OF_PROVIDERS = ("OPENAI_", "ANTHROPIC_", "AZURE_")  # where a served model is asked
-_SECRET = re.compile(r"(^|_)(KEY|KEYS|TOKEN|SECRET|PASSWORD)(_|$)")
+_SECRET = re.compile(
+    r"(^|_)(KEYS?|TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS?|AUTH|PAT)(_|$)", re.IGNORECASE
+)
+_HAS_PASSWORD = re.compile(r"://[^/\s]*@")  # an address with its user's name
 
 
 def hidden_environment(
@@ -39,8 +42,13 @@ def hidden_environment(
 
 
 def open_environment(mine: Mapping[str, str], named: Sequence[str]) -> dict[str, str]:
-    """What goes over where others can read it: nothing whose name says that it is a secret, save what `named` has."""
-    without_secrets = {name: value for name, value in mine.items() if name in named or not _SECRET.search(name)}
+    """What goes over where others can read it: nothing whose name says that it is a secret, and no address with a
+    password, save what `named` has."""
+    without_secrets = {
+        name: value
+        for name, value in mine.items()
+        if name in named or not (_SECRET.search(name) or _HAS_PASSWORD.search(value))
+    }
     return _chosen(without_secrets, set(named), _LIKE)
 
 

@@ -149,15 +149,19 @@ class JobHandle(ABC, Generic[ToldT]):
     def stop(self) -> None:
         """A job that waits is cancelled; a worker that runs is asked to leave, and killed when it does not.
 
-        Raises ClusterError when the cluster does not do so: the job may then go on.
+        Raises ClusterError when the cluster does not do so: the job may then go on, and is found again.
         """
         if self.poll() is not None:
             return
         self._stopped = True
         why = "stopped by its driver"
-        let_go(self.folder, self.job, why)
-        self._ask()
-        self._end_it()
+        let_go(self.folder, self.job, why)  # before the end, so that nobody takes up what is being stopped
+        try:
+            self._ask()
+            self._end_it()
+        except BaseException:
+            (self.folder / "ended.json").unlink(missing_ok=True)
+            raise
         self._read()
         self._has_ended(why)
 

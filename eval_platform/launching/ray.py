@@ -2,12 +2,14 @@
 
 Everything is said to the cluster's job server by its REST API, so that neither the platform nor its workers need a
 package of Ray's. Ray takes no id of a job twice: an id is the plan's name, the number of its life and, where several
-workers share a checkpoint out, the worker's. Of two drivers that come at once only one gets the id that is next. With
-each job Ray keeps the worker's folder. Facts were seen on 2.60.
+workers share a checkpoint out, the worker's. With each job Ray keeps the worker's folder. Of two drivers that come at
+once only one gets the id that is next; the other takes that job where its folder is the one that it wanted a job for,
+so that a folder never has two. Facts were seen on 2.60.
 """
 
 import http.client
 import json
+import logging
 import os
 import re
 import shlex
@@ -15,7 +17,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from eval_platform.launching.environment import open_environment
 from eval_platform.launching.face import Shard
 from eval_platform.launching.jobs import STOP_SECONDS, ClusterError, JobHandle, Told
 from eval_platform.plan import Plan, read_plan
+
+log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0
 # Ray kills what has not left STOP_SECONDS after SIGTERM, and then has to notice.
@@ -67,9 +71,9 @@ class RayHandle(JobHandle[Job]):
 
     def _look_up(self) -> Job:
         told = _look_up(self.asked, self.job)
-        if told.error == _NEVER_STARTED and not self._stopped and _too_much(self.asked) is None:
+        if told.error == _NEVER_STARTED and jobs.may_be_waited_for(self.folder) and _too_much(self.asked) is None:
             name, life, shard = _read_id(self.job)
-            self.job = _submit_as_next(name, life + 1, shard, self.folder, self.asked)
+            self.job = _submit_or_take(name, life + 1, shard, self.folder, self.asked)
             jobs.remember(self.folder, "ray", self.job)
             return Job("PENDING", "it has waited for so long that Ray wanted it to be submitted anew")
         return told
@@ -78,7 +82,7 @@ class RayHandle(JobHandle[Job]):
         if self.told.state in _ENDED:
             return
         status, said = _request(self.asked, f"/api/jobs/{self.job}/stop", {})
-        if status not in (200, 404):
+        if status != 200 and not _is_unknown(status, said):
             raise RayError(f"Ray does not stop job {self.job}: {_line(said)}", remedy=f"`ray job stop {self.job}`")
         if self.told.state in self.waiting:
             return  # it holds nothing; Ray ends it as soon as it begins
@@ -106,8 +110,10 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
         found = _living(plan, ours, asked)
         if found:
             return found
+        newest = _newest(told)
         for folder, job in submitted:
-            if job not in told or told[job].state in _ENDED:  # its driver was killed, and who comes after finds no job
+            last = told.get(newest.get(str(folder), job))
+            if last is None or _is_over(last):  # its driver was killed, and who comes after finds no job
                 jobs.let_go(folder, job, "it ended with nobody looking")
         problem = _too_much(asked)
         if problem is not None:
@@ -117,14 +123,31 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
         for folder in made:
             # Made here, so that no client of a network file system remembers for a while that it is not there.
             (folder / "messages.jsonl").touch()
-        life = _next_life(ours)
-        first = _id(name, life, 0)
-        if _submit(first, made[0], asked):
-            rest = [_submit_as_next(name, life, i, folder, asked) for i, folder in enumerate(made[1:], 1)]
-            parts = zip(plans, [first, *rest], made, strict=True)
-            return [_shard(own, RayHandle(job, folder, asked=asked)) for own, job, folder in parts]
+        shards = _submitted(name, _next_life(ours), plans, made, asked)
+        if shards:
+            return shards
         for folder in made:  # another driver was quicker: what it submitted is ours as well
             shutil.rmtree(folder)
+
+
+def _submitted(name: str, life: int, plans: Sequence[Plan], made: Sequence[Path], asked: Ray) -> list[Shard]:
+    """A job for each plan, in its folder; nothing where another driver has begun this life."""
+    first = _id(name, life, 0)
+    if not _submit(first, made[0], asked):
+        return []
+    shards = [_shard(plans[0], RayHandle(first, made[0], asked=asked))]
+    try:
+        for i, (plan, folder) in enumerate(zip(plans[1:], made[1:], strict=True), 1):
+            job = _submit_or_take(name, life, i, folder, asked)
+            shards.append(_shard(plan, RayHandle(job, folder, asked=asked)))
+    except BaseException:  # a share of the work is of no use to anybody
+        for shard in shards:
+            try:
+                shard.handle.stop()
+            except ClusterError as error:
+                log.warning("the worker in %s goes on: %s", shard.handle.folder, error)
+        raise
+    return shards
 
 
 def _living(plan: Plan, told: Mapping[str, Job], asked: Ray) -> list[Shard]:
@@ -132,19 +155,19 @@ def _living(plan: Plan, told: Mapping[str, Job], asked: Ray) -> list[Shard]:
 
     Where several workers share a checkpoint out all of them, also those that have ended: what they said is read again.
     """
-    oldest_first = sorted(told, key=_read_id)
-    newest = {told[job].folder: job for job in oldest_first}
-    for job in reversed(oldest_first):
+    newest = _newest(told)
+    for job in sorted(newest.values(), key=_read_id, reverse=True):
         folder = Path(told[job].folder)
-        if told[job].state in _ENDED or not jobs.may_be_waited_for(folder):
+        if _is_over(told[job]) or not jobs.may_be_waited_for(folder):
             continue
-        if told[job].state == "PENDING" and jobs.is_of_another_release(folder):
+        if told[job].state != "RUNNING" and jobs.is_of_another_release(folder):
             continue  # when its turn comes it refuses
         shards = []
-        made = _siblings(folder)
+        name, life, _ = _read_id(job)
+        made = folders.shards(folder)
         for i, own in enumerate(made):
-            its_job = newest.get(str(own))  # none: its driver was killed before it had submitted all
-            its_job = its_job or _submit_as_next(jobs.name_of(plan), _next_life(told), i, own, asked)
+            its_job = newest.get(str(own))  # none: its driver was killed, or has not come so far
+            its_job = its_job or _submit_or_take(name, life, i, own, asked)
             its_plan = read_plan(own / "plan.json") if folders.is_shard(own) else plan
             shards.append(_shard(its_plan, RayHandle(its_job, own, asked=asked, was_found=True)))
         return shards
@@ -171,19 +194,24 @@ def _next_life(told: Iterable[str]) -> int:
     return 1 + max((_read_id(job)[1] for job in told), default=0)
 
 
-def _siblings(folder: Path) -> list[Path]:
-    """The folders of all workers that share a checkpoint out with this one (`folders.make_folders`)."""
-    first, _, _ = folder.name.rpartition("-")
-    if "-" not in first:
-        return [folder]
-    return sorted(folder.parent.glob(f"{first}-*"), key=lambda one: int(one.name.rpartition("-")[2]))
+def _newest(told: Mapping[str, Job]) -> dict[str, str]:
+    """The last job of each folder: those before it were never started."""
+    return {told[job].folder: job for job in sorted(told, key=_read_id)}
 
 
-def _submit_as_next(name: str, life: int, shard: int, folder: Path, asked: Ray) -> str:
-    """The id under which it is submitted: of this life, or of the next that is free."""
-    while not _submit(_id(name, life, shard), folder, asked):
+def _is_over(told: Job) -> bool:
+    """Whether it has ended for good: one that was never started is submitted anew by its driver, or by the next."""
+    return told.state in _ENDED and told.error != _NEVER_STARTED
+
+
+def _submit_or_take(name: str, life: int, shard: int, folder: Path, asked: Ray) -> str:
+    """The id under which it is submitted: of this life, or of the next that is free. Or under which another driver was
+    quicker to submit a job in this folder."""
+    while not _submit(job := _id(name, life, shard), folder, asked):
+        if _look_up(asked, job).folder == str(folder):
+            break
         life += 1
-    return _id(name, life, shard)
+    return job
 
 
 def _submit(job: str, folder: Path, asked: Ray) -> bool:
@@ -226,7 +254,12 @@ def _look_up(asked: Ray, job: str) -> Job:
     """What Ray says of it now. Raises RayError when it says nothing."""
     status, said = _request(asked, f"/api/jobs/{job}")
     with _of_rays_form(asked):
-        return Job(_UNKNOWN) if status == 404 else _job(_parsed(asked, status, said))
+        return Job(_UNKNOWN) if _is_unknown(status, said) else _job(_parsed(asked, status, said))
+
+
+def _is_unknown(status: int, said: str) -> bool:
+    """Whether Ray has no such job: a proxy that does not reach it answers 404 as well."""
+    return status == 404 and "does not exist" in said
 
 
 def _job(told: Mapping[str, Any]) -> Job:
@@ -270,7 +303,10 @@ def _in_words(job: str, told: Job, asked: Ray) -> tuple[str, str]:
     if told.state == _UNKNOWN:
         return f"Ray has forgotten job {job}: mostly its head node was restarted; {kept}", again
     if told.error == _NEVER_STARTED:
-        return _too_much(asked) or (f"Ray has not started job {job}: {told.reason}", again)
+        with suppress(RayError):  # no more can be had than is known
+            if (problem := _too_much(asked)) is not None:
+                return problem
+        return f"Ray has not started job {job}: {told.reason}", again
     if "node has died" in told.reason:
         return f"the node {told.node} failed under job {job}; {kept}", again
     if code is None:
@@ -354,6 +390,13 @@ def _token() -> dict[str, str]:
     if not token:
         named = os.environ.get("RAY_AUTH_TOKEN_PATH")
         file = Path(named) if named else Path.home() / ".ray" / "auth_token"
-        if named or file.exists():
-            token = file.read_text(encoding="utf-8").strip()
+        try:
+            if named or file.exists():
+                token = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RayError(
+                f"the token for Ray's job server cannot be read from {file}: {type(error).__name__}",
+                remedy="name a file that holds it in RAY_AUTH_TOKEN_PATH, or put it in RAY_AUTH_TOKEN; "
+                "`ray get-auth-token` shows it",
+            ) from error
     return {"Authorization": f"Bearer {token}"} if token else {}

@@ -41,7 +41,8 @@ _ENDED = frozenset(
         *("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", _UNKNOWN),
     )
 )
-_COMES_BACK = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED"})  # in the next moment, where it is queued again
+# Options by which sbatch waits for the job, writes elsewhere, or submits what we would not find.
+_NEVER_OPTIONS = frozenset({"SBATCH_WAIT", "SBATCH_CLUSTERS", "SBATCH_ARRAY_INX", "SBATCH_ERROR"})
 # Reasons for which a job waits until somebody changes it: it would wait for ever, and the run with it.
 _NEVER = {
     "AccountNotAllowed": "name another [slurm] account, or partition",
@@ -123,7 +124,7 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
     found = _living(name, plan, told)
     if found:
         return found
-    at_work = {job for job, state, *_ in told if state not in _ENDED or state in _COMES_BACK}
+    at_work = {job for job, state, *_ in told if state not in _ENDED}
     for folder, job in submitted:
         if job not in at_work:  # its driver was killed, and who comes after it finds it no more
             jobs.let_go(folder, job, "it ended with nobody looking")
@@ -198,8 +199,12 @@ def _mend(said: str) -> str:
 
 
 def _environment(plan: Plan, asked: Slurm) -> dict[str, str]:
-    """The variables that go over to the node: through Slurm, as `--export` does it, and in no file or command line."""
-    return hidden_environment(plan, os.environ, ("SLURM_CONF", *asked.variables), ("SBATCH_",))
+    """The variables that go over to the node: through Slurm, as `--export` does it, and in no file or command line.
+
+    Those of sbatch's options are its user's defaults, save what [slurm] arguments may not say either.
+    """
+    mine = {name: value for name, value in os.environ.items() if name not in _NEVER_OPTIONS}
+    return hidden_environment(plan, mine, ("SLURM_CONF", *asked.variables), ("SBATCH_",))
 
 
 def _jobs() -> list[tuple[str, str, str, str]]:
@@ -224,7 +229,7 @@ def _living(name: str, plan: Plan, told: Sequence[tuple[str, str, str, str]]) ->
         if state in _WAITING and jobs.is_of_another_release(folder):
             continue  # when its turn comes it refuses
         shards = []
-        for own in (made := folders.shards(folder)):
+        for own in folders.shards(folder):
             its_job = f"{number}_{own.name.rpartition('-')[2]}" if element else job
             jobs.remember(own, "slurm", its_job)  # its driver may have been killed before it could
             its_plan = read_plan(own / "plan.json") if element else plan
@@ -312,8 +317,12 @@ def _in_words(job: str, told: Job) -> tuple[str, str]:
 
 
 def _exit_code(job: str) -> tuple[int, int] | None:
-    """(exit status, signal) of its worker's process, while Slurm knows."""
-    done = _run(["scontrol", "--oneliner", "show", "job", job], os.environ)
+    """(exit status, signal) of its worker's process, while Slurm knows and answers."""
+    try:
+        done = _run(["scontrol", "--oneliner", "show", "job", job], os.environ)
+    except SlurmError as error:  # how it ended is known; this would only say more
+        log.warning("job %s: %s", job, error)
+        return None
     found = re.search(r" ExitCode=(\d+):(\d+) ", done.stdout) if done.returncode == 0 else None
     return (int(found[1]), int(found[2])) if found else None
 
