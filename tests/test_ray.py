@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from fault_tools import Driver, until
-from job_world import SECONDS_A_REQUEST, JobWorld, all_published
+from job_world import N_REQUESTS, SECONDS_A_REQUEST, JobWorld, all_published
 from ray_cluster import HEAD, NODES, OTHER, REAL_CLUSTER, START_TIMEOUT_S, Cluster, ray_cluster, why_not
 from running_platform import Up
 
@@ -26,7 +26,8 @@ from eval_platform.config import Ray
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders
 from eval_platform.launching import jobs as launched
-from eval_platform.launching.ray import RayError
+from eval_platform.launching import ray as ray_launcher
+from eval_platform.launching.ray import RayError, RayHandle
 from eval_platform.worker import EXIT_TRY_AGAIN, FLUSH_RESPONSES
 
 if REAL_CLUSTER not in os.environ:
@@ -268,6 +269,32 @@ def test_a_checkpoint_that_is_shared_out_is_found_again_as_it_was(
         assert one.handle.poll() == 0
     assert len(cluster.jobs().keys() - before.keys()) == 2
     assert len(world.commits()) == 2
+
+
+def test_a_driver_that_comes_between_two_submissions_shares_both_jobs(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config, before = world.plan(world.arrived(24)), world.config(), cluster.jobs()
+    parts = [replace(whole, tasks=(task,)) for task in whole.tasks]
+    second: list[launching.Shard] = []
+    submit = ray_launcher._submit
+
+    def submit_and_be_overtaken(*asked: Any) -> bool:
+        is_new = submit(*asked)
+        monkeypatch.setattr(ray_launcher, "_submit", submit)
+        second.extend(launching.launch(whole, config, split=lambda most: parts))
+        return is_new
+
+    monkeypatch.setattr(ray_launcher, "_submit", submit_and_be_overtaken)
+    first = launching.launch(whole, config, split=lambda most: parts)
+    jobs = [[one.handle.job for one in shards if isinstance(one.handle, RayHandle)] for shards in (first, second)]
+    assert jobs[0] == jobs[1]
+    for one in (*first, *second):
+        assert list(one.handle.messages())
+        assert one.handle.poll() == 0
+    assert cluster.jobs().keys() - before.keys() == set(jobs[0])
+    assert len(world.commits()) == 2
+    assert world.n_asked() == N_REQUESTS
 
 
 def test_somebody_who_stops_the_job_is_told(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

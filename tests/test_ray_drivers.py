@@ -70,9 +70,8 @@ class JobServer(ThreadingHTTPServer):
 
 
 class Answers(BaseHTTPRequestHandler):
-    server: JobServer
-
     def _answer(self) -> None:
+        assert isinstance(self.server, JobServer)
         said = self.rfile.read(int(self.headers["Content-Length"] or 0))
         status, answer = self.server.answer(self.command, self.path, json.loads(said or "{}"))
         self.server.meanwhile.pop(f"{self.command} {self.path}", lambda: None)()

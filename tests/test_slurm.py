@@ -456,6 +456,30 @@ def test_a_controller_that_is_away_is_waited_for(
     assert len(world.told("hello")) == 1
 
 
+def test_a_job_that_could_not_be_stopped_is_found_again(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
+    arrival = world.arrived(25)
+    handle = world.launch(arrival)
+    until(lambda: world.n_asked() > 2, "answers", 60)
+    away = cluster.running.pop("slurmctld")
+    away.terminate()
+    away.wait(30)
+    try:
+        with pytest.raises(slurm.SlurmError, match="scontrol ping"):
+            handle.stop()
+    finally:
+        cluster.start("slurmctld", "slurmctld", "-D", "-f", str(cluster.folder / "slurm.conf"))
+        cluster.until(lambda: bool(cluster.ask("squeue", "-h")), "the controller")
+    again = world.launch(arrival)
+    assert (again.job, again.was_found) == (handle.job, True)
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.002")
+    again.stop()
+    all_published(world.driven(arrival))
+    world.all_is_there(1, stops=1)
+
+
 def test_a_state_folder_that_the_node_cannot_see_is_told(world: World, cluster: Cluster) -> None:
     """The node in a mount namespace of its own, where the state folder is another one, as a local disk is."""
     state = world.config().state_dir
