@@ -62,6 +62,7 @@ class ApiServer:
     environment: Mapping[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     is_away: bool = False
+    log_late: float = 0.0  # seconds between a question for a log and what its node then takes for now
     endpoint: str = ""
     _turn: threading.RLock = field(default_factory=threading.RLock)
 
@@ -91,9 +92,15 @@ class ApiServer:
             condition = {"type": kind, "status": "True", "reason": reason, "message": message}
             self.jobs[job]["status"] = {"conditions": [condition]}
 
-    def warns(self, about: Json, reason: str, message: str) -> None:
+    def tells(self, about: Json, reason: str, message: str, *, kind: str = "Warning", at: str = "") -> None:
+        """An event, seen last at this moment."""
         told = {"uid": about["metadata"]["uid"], "name": about["metadata"]["name"]}
-        event = {"metadata": _metadata("event", {}), "involvedObject": told, "type": "Warning"}
+        event = {
+            "metadata": _metadata("event", {}),
+            "involvedObject": told,
+            "type": kind,
+            "lastTimestamp": at or _now(),
+        }
         self.events.append({**event, "reason": reason, "message": message})
 
     # ------------------------------------------------------------------------------------------------ what it answers
@@ -158,7 +165,8 @@ class ApiServer:
         (state,) = (one["state"] for one in self.pods[name]["status"].get("containerStatuses", [{"state": {}}]))
         if not state.keys() & {"running", "terminated"}:
             return 400, status(400, f'container "worker" in pod "{name}" is waiting to start: ContainerCreating')
-        since = time.time() - int(query["sinceSeconds"]) if "sinceSeconds" in query else 0.0
+        now = time.time() + self.log_late
+        since = now - int(query["sinceSeconds"]) if "sinceSeconds" in query else 0.0
         return 200, "".join(f"{_moment(at)} {line}\n" for at, line in self.logs.get(name, []) if at >= since)
 
     def _collect(self) -> None:
@@ -228,15 +236,16 @@ class ApiServer:
         for one in streams:
             one.join()
         code = process.wait()
+        ended = {"exitCode": code if code >= 0 else 128 - code, "reason": "Completed" if code == 0 else "Error"}
+        states = [{"name": "worker", "state": {"terminated": ended}}]
+        for phase in ("Running", "Succeeded" if code == 0 else "Failed"):  # each is to be seen alone, and the Job's end
+            self.pod(job, phase, name=pod, containerStatuses=states)
+            time.sleep(0.1)
         with self._turn:
-            ended = {"exitCode": code if code >= 0 else 128 - code, "reason": "Completed" if code == 0 else "Error"}
-            states = [{"name": "worker", "state": {"terminated": ended}}]
-            is_deleted = "deletionTimestamp" in self.pods[pod]["metadata"]
-            self.pod(job, "Succeeded" if code == 0 else "Failed", name=pod, containerStatuses=states)
-            if not is_deleted:
+            if "deletionTimestamp" not in self.pods[pod]["metadata"]:
                 self.job_ends(job, *(["Complete"] if code == 0 else ["Failed", "BackoffLimitExceeded"]))
                 return
-        time.sleep(0.5)  # until the kubelet has told that it has ended, and the pod is forgotten
+        time.sleep(0.3)  # until the kubelet has told that it has ended, and the pod is forgotten
         with self._turn:
             del self.pods[pod]
             self._collect()

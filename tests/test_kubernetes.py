@@ -19,7 +19,7 @@ from fault_tools import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_world import SECONDS_A_REQUEST, JobWorld, all_published
-from kubernetes_server import NAMESPACE, NODE, ApiServer, api_server, write_kubeconfig
+from kubernetes_server import NAMESPACE, NODE, ApiServer, api_server, status, write_kubeconfig
 
 from eval_platform import launching
 from eval_platform.config import Config, Kubernetes, Worker, load_config
@@ -198,7 +198,7 @@ def test_what_is_submitted(todo: Plan, config: Config, api: ApiServer, monkeypat
 def test_it_is_valid_to_kubernetes_own_schemas(todo: Plan, gpus: int) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="`make lint-docker` installs kubernetes-validate")
     manifest = manifests.read_manifest(Kubernetes(image=IMAGE, gpus=gpus))
-    job = manifests.job_of(manifest, todo, "one", {manifests.LAUNCH_ID: launch_id(todo), manifests.LIFE: "1"})
+    job = manifests.job_of(manifest, todo, "one", {manifests.LAUNCH_ID: launch_id(todo)}, manifests.shares_of([todo]))
     for version in ("1.31", validator.latest_version()):
         validator.validate(job, version, strict=True)
     with pytest.raises(validator.ValidationError):
@@ -217,6 +217,69 @@ def test_shards_are_jobs_of_their_own_and_are_found_as_they_were(todo: Plan, con
     assert {shard.handle.folder for shard in found} & {shard.handle.folder for shard in first} == set()
     assert all(folders.job(shard.handle.folder) for shard in found)
     until(lambda: all(shard.handle.poll() is None and shard.handle._unread for shard in found), "messages", 5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("split_by_other", [1, 2])
+def test_two_drivers_share_one_set_of_jobs_whenever_the_other_comes(
+    todo: Plan, config: Config, api: ApiServer, split_by_other: int
+) -> None:
+    """Before the first of its jobs is made, between the two, and after; also where the other would not share it out."""
+    parts = [replace(todo, tasks=(task,), keep_hold=True) for task in todo.tasks]
+    answer, sets = api.answer, list[list[launching.Shard]]()
+
+    def answers(method: str, path: str, query: Any, body: Any) -> Any:
+        if method == "POST" and not sets and len(api.jobs) == comes_after:
+            sets.append([])
+            sets[0] += kubernetes.launch(todo, parts if split_by_other == 2 else [todo], config)
+        return answer(method, path, query, body)
+
+    api.answer = answers  # type: ignore[method-assign]
+    for comes_after in (0, 1):
+        sets.clear()
+        api.jobs.clear()
+        ours = kubernetes.launch(todo, parts, config)
+        n = split_by_other if comes_after == 0 else 2
+        assert len(api.jobs) == n
+        for one in (ours, sets[0]):
+            assert [shard.handle.job for shard in one] == [f"{NAMESPACE}/{name}" for name in sorted(api.jobs)]  # type: ignore[attr-defined]
+            assert [task for shard in one for task in shard.plan.tasks] == list(todo.tasks)
+        for name, shard in zip(sorted(api.jobs), ours, strict=True):
+            assert json.loads(manifests.plan_in(api.jobs[name])) == json.loads(shard.plan.to_json())
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_a_driver_that_was_killed_had_not_submitted_yet_is_submitted_by_the_next(
+    todo: Plan, config: Config, api: ApiServer, gone: int
+) -> None:
+    parts = [replace(todo, tasks=(task,), keep_hold=True) for task in todo.tasks]
+    kubernetes.launch(todo, parts, config)
+    names = sorted(api.jobs)
+    del api.jobs[names[gone]]
+    shards = kubernetes.launch(todo, [todo], config)
+    assert sorted(api.jobs) == names
+    assert [shard.plan for shard in shards] == [replace(part, cache=config.kubernetes.cache) for part in parts]
+    assert [shard.handle.was_found for shard in shards] == [i != gone for i in (0, 1)]  # type: ignore[attr-defined]
+
+
+def test_where_not_all_can_be_submitted_none_is_left_and_the_cause_is_told(
+    todo: Plan, config: Config, api: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of them cannot be ended."""
+    parts = [replace(todo, tasks=(PlannedTask(name, name, name),)) for name in ("a", "b", "c")]
+    whole = replace(todo, tasks=tuple(task for part in parts for task in part.tasks))
+    answer = api.answer
+
+    def answers(method: str, path: str, query: Any, body: Any) -> Any:
+        if method == "POST" and len(api.jobs) == 2:
+            return 403, status(403, "exceeded quota: gpus")
+        if method == "DELETE" and path.endswith(f"{launch_id(whole)}-1"):
+            return 500, status(500, "etcdserver: request timed out")
+        return answer(method, path, query, body)
+
+    monkeypatch.setattr(api, "answer", answers)
+    with pytest.raises(ConfigError, match="exceeded quota: gpus"):
+        kubernetes.launch(whole, parts, config)
+    assert list(api.jobs) == [f"eval-platform-{launch_id(whole)}-1"]
 
 
 def test_another_driver_that_was_faster_is_joined(todo: Plan, config: Config, api: ApiServer) -> None:
@@ -318,9 +381,23 @@ DISTURBED = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionBy
             "mend nodeSelector",
         ),
         (
-            lambda api, job: api.warns(api.jobs[job], "FailedCreate", 'serviceaccount "missing" not found'),
+            lambda api, job: api.tells(api.jobs[job], "FailedCreate", 'serviceaccount "missing" not found'),
             'FailedCreate: serviceaccount "missing" not found',
             "make what it names",
+        ),
+        (
+            lambda api, job: api.tells(
+                api.pods[api.pod(job, "Pending", containerStatuses=state(waiting={"reason": "ContainerCreating"}))],
+                "FailedMount",
+                'MountVolume.SetUp failed for volume "keys": secret "keys" not found',
+            ),
+            'cannot begin: FailedMount: MountVolume.SetUp failed for volume "keys"',
+            "mend the volume, secret",
+        ),
+        (
+            lambda api, job: ended(api, job, 75, "Error", reason="Terminated", message="imminent node shutdown"),
+            "failed: Terminated: imminent node shutdown",
+            "the next run asks again",
         ),
         (is_lost, "the node a-node-that-is-lost does not answer", "another node"),
         (lambda api, job: api.jobs.clear(), "somebody deleted job", "run it again"),
@@ -361,12 +438,97 @@ def test_a_full_cluster_is_waited_for(todo: Plan, config: Config, api: ApiServer
     while time.monotonic() < deadline:
         assert all(one["type"] != "failed" for one in next(said))
     del api.pods[pod]
-    api.warns(api.jobs[job], "FailedCreate", "pods is forbidden: exceeded quota: gpus")
+    api.tells(api.jobs[job], "FailedCreate", "pods is forbidden: exceeded quota: gpus")
     until(lambda: hears("exceeded quota"), "the reason", 5)
     deadline = time.monotonic() + 0.4
     while time.monotonic() < deadline:
         assert all(one["type"] != "failed" for one in next(said))
     handle.stop()
+
+
+def test_what_was_warned_of_and_is_over_ends_nothing(todo: Plan, config: Config, api: ApiServer) -> None:
+    """A volume was late, and now a large image is pulled: of the two events the warning was made later, and seen
+    earlier."""
+    handle = launched(todo, config)
+    (job,) = api.jobs
+    pod = api.pods[api.pod(job, "Pending", containerStatuses=state(waiting={"reason": "ContainerCreating"}))]
+    api.tells(pod, "Pulling", "Pulling image", kind="Normal", at="2026-11-23T04:02:00Z")
+    api.tells(pod, "FailedAttachVolume", "Multi-Attach error", at="2026-11-23T04:01:00Z")
+    said = handle.messages()
+    deadline = time.monotonic() + 0.5  # several patiences
+    while time.monotonic() < deadline:
+        assert all(one["type"] != "failed" for one in next(said))
+    handle.stop()
+
+
+def test_last_words_that_come_after_the_end_are_heard(
+    todo: Plan, config: Config, api: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster does it: the container has ended, then the Job; the log's last lines come, or can be read, after."""
+    monkeypatch.setattr(kubernetes, "_LATE", 10.0)
+    handle = launched(todo, config)
+    (job,) = api.jobs
+    pod = api.pod(job, "Running", containerStatuses=state(running={}))
+    api.prints(pod, HELLO)
+    said = handle.messages()
+
+    def hears(kind: str) -> bool:
+        return any((one["type"], one.get("state", "")) in ((kind, ""), ("kubernetes", kind)) for one in next(said))
+
+    until(lambda: hears("hello"), "the worker", 5)
+    api.pod(job, "Failed", name=pod, containerStatuses=state(terminated={"exitCode": 70, "reason": "Error"}))
+    until(lambda: hears("slot") or handle.told.state == "waiting", "its end to be seen", 5)
+    api.job_ends(job, "Failed", "BackoffLimitExceeded")
+    until(lambda: hears("ending"), "its last words", 5)
+    api.prints(pod, line("end", code=1))
+    assert [one["type"] for messages in said for one in messages if one["type"] != "kubernetes"] == ["end"]
+    assert handle.poll() == 1
+
+
+@pytest.mark.parametrize(("patience", "code"), [(10.0, 1), (0.1, 70)])
+def test_a_node_that_cannot_say_the_last_words_is_asked_for_a_while(
+    todo: Plan, config: Config, api: ApiServer, monkeypatch: pytest.MonkeyPatch, patience: float, code: int
+) -> None:
+    monkeypatch.setattr(kubernetes, "_UNHEARD", patience)
+    handle = launched(todo, config)
+    (job,) = api.jobs
+    api.refusals["GET", "/log$"] = (500, "Get https://10.0.0.7:10250/containerLogs: dial tcp: i/o timeout")
+    ended(api, job, 70, "Error")
+    (pod,) = api.pods
+    api.prints(pod, HELLO, line("end", code=1))
+    deadline = time.monotonic() + 0.4  # longer than last words may be late
+    until(lambda: handle.poll() is not None or time.monotonic() > deadline, "a while", 5)
+    api.refusals.clear()
+    until(lambda: handle.poll() is not None, "its end", 5)
+    assert handle.poll() == code
+
+
+def test_what_a_node_says_late_is_not_passed_over(todo: Plan, config: Config, api: ApiServer) -> None:
+    """It counts the seconds back from when it answers, as late as a request may take. No request is repeated unseen."""
+    handle = launched(todo, config)
+    (job,) = api.jobs
+    pod = api.pod(job, "Running", containerStatuses=state(running={}))
+    api.prints(pod, HELLO)
+    until(lambda: handle.poll() is not None or handle._unread, "the worker", 5)
+    api.log_late = sum(kubernetes._REQUEST)
+    api.prints(pod, line("end", code=0))
+    until(lambda: handle.poll() == 0, "the end", 5)
+    api.is_away = True
+    api.requests.clear()
+    with pytest.raises(ClusterError):
+        handle.api.job(job)
+    assert len(api.requests) == 1
+
+
+def test_who_the_worker_is_is_never_seen_in_part(todo: Plan, config: Config, api: ApiServer) -> None:
+    handle = launched(todo, config)
+    (job,) = api.jobs
+    seen, file = handle.folder / "seen.json", handle.folder / "process.json"
+    file.write_text("of an earlier life")
+    seen.hardlink_to(file)
+    api.prints(api.pod(job, "Running", containerStatuses=state(running={})), HELLO)
+    until(lambda: handle.poll() is not None or handle._unread, "the worker", 5)
+    assert (json.loads(file.read_text())["worker"], seen.read_text()) == ({"pid": 7}, "of an earlier life")
 
 
 def test_a_pod_that_was_disturbed_comes_again_and_its_worker_goes_on(
@@ -549,4 +711,4 @@ def test_no_image_a_folder_that_no_pod_sees_and_a_plan_that_is_too_large(todo: P
         launching.launch(here, config)
     many = replace(todo, tasks=tuple(PlannedTask(f"task {i}", "x" * 64, "y" * 64) for i in range(2_000)))
     with pytest.raises(ConfigError, match="the plan of 2000 tasks has"):
-        manifests.job_of(manifests.read_manifest(config.kubernetes), many, "one", {})
+        manifests.job_of(manifests.read_manifest(config.kubernetes), many, "one", {}, "[]")

@@ -48,6 +48,13 @@ def make_folders(plans: Sequence[Plan], config: Config) -> list[Path]:
     return made
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Whoever looks sees it whole, or as it was before."""
+    aside = file.with_name(f"{file.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
 def shards(folder: Path) -> list[Path]:
     """All that were made with this one, itself among them, in their order."""
     if not is_shard(folder):

@@ -21,7 +21,7 @@ from typing import Any
 
 from eval_platform import __version__
 from eval_platform.config import Config, Kubernetes
-from eval_platform.errors import ConfigError
+from eval_platform.errors import ConfigError, EvalPlatformError
 from eval_platform.launching import folders, jobs, manifests, pods
 from eval_platform.launching.face import Shard
 from eval_platform.launching.jobs import ClusterError, JobHandle
@@ -42,10 +42,11 @@ _NO_ROOM = 900.0
 _REFUSED = 60.0
 # From a pod's deletion to the end of a node that answers; beyond, it is lost.
 _LOST = 60.0
-# How long after a worker's end its last words may come.
+# How long after a worker's end its last words may come; and how long they are asked for when its node cannot say them.
 _LATE = 3.0
-# How far back the log is read again, so that no clock's step hides a line.
-_OVERLAP = 5.0
+_UNHEARD = 60.0
+# How far back the log is read again: an answer may begin so much later than it was asked for, and clocks step.
+_OVERLAP = sum(_REQUEST) + 5.0
 _GRACE = 10  # a worker told to leave has left
 # How long a job may have no pod, or one that is being made, until the cluster's warnings are asked for.
 _WARNS_AFTER = 10.0
@@ -102,17 +103,17 @@ class Cluster:
         )
 
     def warning(self, uid: str) -> tuple[str, str]:
-        """(reason, message) of the last warning about an object; empty where there is none, or we may not see it."""
-        selector = f"involvedObject.uid={uid},type=Warning"
+        """(reason, message) of the last event about an object where that is a warning; empty where it is none (what was
+        warned of is over), or we may not see it."""
         events = self._ask(
             "see events",
             self.core.list_namespaced_event,
             self.namespace,
-            field_selector=selector,
+            field_selector=f"involvedObject.uid={uid}",
             absent=(403,),
         )
-        last = max((events or {}).get("items", []), key=lambda one: one["metadata"]["creationTimestamp"], default={})
-        return last.get("reason", ""), last.get("message", "")
+        last = max((events or {}).get("items", []), key=pods.seen_last, default={})
+        return (last.get("reason", ""), last.get("message", "")) if last.get("type") == "Warning" else ("", "")
 
     def nodes(self) -> list[dict[str, Any]] | None:
         """None where this account may not see them: they are no namespace's."""
@@ -210,7 +211,7 @@ def _connect(asked: Kubernetes) -> Cluster:
             'field worker.launcher: "kubernetes" needs the package kubernetes, which is not installed',
             remedy="pip install 'eval-platform[kubernetes]'",
         ) from error
-    settings = client.Configuration()
+    settings: Any = client.Configuration()
     is_inside = "KUBERNETES_SERVICE_HOST" in os.environ and asked.context is None and "KUBECONFIG" not in os.environ
     file = os.environ.get("KUBECONFIG")
     try:
@@ -227,16 +228,19 @@ def _connect(asked: Kubernetes) -> Cluster:
             f"field kubernetes.context: there is no cluster to be reached: {error}",
             remedy="`kubectl config get-contexts` lists those that are known here; KUBECONFIG names their file",
         ) from error
+    settings.retries = False  # we ask again ourselves; the client would do so at once, and look back too little
     api = client.ApiClient(settings)
     return Cluster(asked.namespace or usual, client.BatchV1Api(api), client.CoreV1Api(api))
 
 
 @dataclass
 class _Cursor:
-    """How far a pod's log is read. last: its last line with its time; at: when it was asked for."""
+    """How far a pod's log is read. last: its last line with its time; at: when it was asked for; ended_at: when the
+    worker was first seen to have ended."""
 
     last: str | None = None
     at: float | None = None
+    ended_at: float | None = None
     is_done: bool = False
 
     def since(self) -> int | None:
@@ -270,7 +274,6 @@ class KubernetesHandle(JobHandle[Told]):
     _cursors: dict[str, _Cursor] = field(default_factory=dict)
     _kind: str = ""  # of what it waits for
     _since: float = 0.0  # when that began
-    _ended_at: float | None = None
     _hopeless: tuple[str, str] | None = None
 
     @property
@@ -289,12 +292,9 @@ class KubernetesHandle(JobHandle[Told]):
         job = self.api.job(self.name)
         lives = self.api.pods(self.name) if job is not None else []
         told = pods.tell(job, lives)
-        if told.state in self.ended and self._ended_at is None:
-            self._ended_at = time.monotonic()
-        for pod in lives:
-            self._fetch(pod)
+        may_be_late = [self._fetch(pod) for pod in lives]
         self._read()
-        if told.state in ("succeeded", "failed") and self._end is None and self._may_be_late():
+        if told.state in self.ended and self._end is None and any(may_be_late):
             return Told("ending", node=told.node)
         if told.state == "waiting" and not told.reason and time.monotonic() - self._changed > _WARNS_AFTER:
             reason, message = self.api.warning((lives[-1] if lives else job or {})["metadata"]["uid"])
@@ -304,7 +304,9 @@ class KubernetesHandle(JobHandle[Told]):
     def _judged(self, told: Told, lives: Sequence[Mapping[str, Any]]) -> Told:
         """As it is told, unless it has been so for too long: then its node is lost, or it will never begin."""
         remedy = pods.unmended(told)
-        kind = "unmended" if remedy is not None else told.reason if told.reason == "Unschedulable" else told.state
+        kind = told.reason if told.reason == "Unschedulable" else told.state
+        if remedy is not None:
+            kind = "may come" if told.reason in pods.MAY_COME else "unmended"
         now = time.monotonic()
         if kind != self._kind:
             self._kind, self._since = kind, now
@@ -312,7 +314,7 @@ class KubernetesHandle(JobHandle[Told]):
         if kind == "Unschedulable" and stands > _NO_ROOM:
             remedy = pods.never_fits(told, self.api.nodes(), self.asked.gpu_resource, self.asked.gpus)
             self._since = now  # where there is room when others have ended: looked at again after as long
-        elif stands <= _UNMENDED:
+        elif stands <= (_NO_ROOM if kind == "may come" else _UNMENDED):
             remedy = None
         if remedy is not None:
             self._hopeless = (f"job {self.job} cannot begin: {told.reason}: {told.message}", remedy)
@@ -321,30 +323,33 @@ class KubernetesHandle(JobHandle[Told]):
             return replace(told, state="killed", reason="NodeLost")
         return told
 
-    def _may_be_late(self) -> bool:
-        return self._ended_at is not None and time.monotonic() - self._ended_at < _LATE
-
-    def _fetch(self, pod: Mapping[str, Any]) -> None:
-        """What its worker has said since the last look goes into the folder."""
+    def _fetch(self, pod: Mapping[str, Any]) -> bool:
+        """What its worker has said since the last look goes into the folder. True where it has ended, and may have
+        said more than can be read yet."""
         cursor = self._cursors.setdefault(pod["metadata"]["uid"], _Cursor())
         state = pods.container_state(pod)
         if cursor.is_done or not ("running" in state or "terminated" in state):
-            return
+            return False
         asked_at, has_ended = time.monotonic(), "terminated" in state
+        if has_ended and cursor.ended_at is None:
+            cursor.ended_at = asked_at
+        for_seconds = 0.0 if cursor.ended_at is None else asked_at - cursor.ended_at
         try:
             text = self.api.log(pod["metadata"]["name"], cursor.since())
         except KubernetesError as error:
             if error.status is None or error.status < 500:
                 raise
             log.warning("job %s: its log cannot be read now: %s", self.job, error)  # its node does not answer
-            return
+            cursor.is_done = for_seconds > _UNHEARD
+            return has_ended and not cursor.is_done
         cursor.at = asked_at
-        said, printed = split(cursor.new(text, is_all=has_ended))
+        cursor.is_done = for_seconds > _LATE
+        said, printed = split(cursor.new(text, is_all=cursor.is_done))
         for name, lines in (("messages.jsonl", said), ("worker.log", printed)):
             if lines:
                 with (self.folder / name).open("a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines)
-        cursor.is_done = has_ended and not self._may_be_late()
+        return has_ended and not cursor.is_done
 
     def _read(self) -> None:
         before = len(self._unread)
@@ -352,7 +357,7 @@ class KubernetesHandle(JobHandle[Told]):
         for message in self._unread[before:]:
             if message["type"] == "hello":
                 processes = {"worker": {"pid": message["pid"]}, "driver": this_process()}
-                (self.folder / "process.json").write_text(json.dumps(processes), encoding="utf-8")
+                folders.write_whole(self.folder / "process.json", json.dumps(processes))
 
     def _ask(self) -> None:
         super()._ask()
@@ -417,14 +422,14 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
     """
     asked = config.kubernetes
     manifest = manifests.read_manifest(asked)
-    plans = [replace(one, cache=asked.cache) for one in plans]
-    manifests.must_see(manifest, plans[0])
+    plan, *plans = (replace(one, cache=asked.cache) for one in (plan, *plans))
+    manifests.must_see(manifest, plan)
     api = _connect(asked)
     try:
         _let_go_of_ended(config, api)
-        return _found(plan, config, api) or _submitted(plan, plans, manifest, config, api)
+        return _found(plan, manifest, config, api) or _submitted(plan, plans, manifest, config, api)
     except KubernetesError as error:
-        if error.status == 409 and (found := _found(plan, config, api)):  # another driver was faster
+        if error.status == 409 and (found := _found(plan, manifest, config, api)):  # another driver was faster
             return found
         if error.status in (400, 401, 403, 404, 413, 422):  # a person must mend it
             raise ConfigError(str(error)) from error
@@ -444,23 +449,32 @@ def _same(plan: Plan, api: Cluster) -> list[dict[str, Any]]:
     return api.jobs(f"{manifests.LAUNCH_ID}={launch_id(plan)}")
 
 
-def _found(plan: Plan, config: Config, api: Cluster) -> list[Shard]:
-    """The workers of this plan's last life, where one lives: the others too, whose words are read again."""
+def _found(plan: Plan, manifest: Mapping[str, Any], config: Config, api: Cluster) -> list[Shard]:
+    """The workers of this plan's last life, where one lives: the others too, whose words are read again.
+
+    Those that are not there are submitted now: their driver was killed between two of them, or comes to it this moment.
+    """
     same = _same(plan, api)
-    last = [job for job in same if _life(job) == max(map(_life, same))]
-    if not any(pods.is_living(job) for job in last):
+    life = max(map(_life, same), default=0)
+    last = {int(job["metadata"]["labels"][manifests.SHARD]): job for job in same if _life(job) == life}
+    if not any(pods.is_living(job) for job in last.values()):
         return []
-    texts = [manifests.plan_in(job) for job in last]
-    if any(json.loads(text)["platform"] != __version__ for text in texts):
+    texts = {i: manifests.plan_in(job) for i, job in last.items()}
+    if any(json.loads(text)["platform"] != __version__ for text in texts.values()):
         return []  # its worker's words need not be ours; what it has leased is left to it
-    names = [f"{api.namespace}/{job['metadata']['name']}" for job in last]
+    shares = manifests.shares_in(next(iter(last.values())))
+    plans = manifests.share(plan, shares)
+    names = [f"{api.namespace}/{_name(plan, life, i)}" for i in range(len(plans))]
     for folder, job in jobs.submitted(config, "kubernetes"):
         if job in names:
             jobs.let_go(folder, job, "whoever drives it now has a folder of its own")
     shards = []
-    for folder, name, text in zip(folders.make_folders([plan] * len(last), config), names, texts, strict=True):
-        (folder / "plan.json").write_text(text, encoding="utf-8")
-        shards.append(Shard(read_plan(folder / "plan.json"), _handle(folder, name, config, api, was_found=True)))
+    for i, (own, folder, name) in enumerate(zip(plans, folders.make_folders(plans, config), names, strict=True)):
+        if i in texts:
+            folders.write_whole(folder / "plan.json", texts[i])
+        else:
+            _create(plan, own, life, i, shares, manifest, api)
+        shards.append(Shard(read_plan(folder / "plan.json"), _handle(folder, name, config, api, was_found=i in texts)))
     return shards
 
 
@@ -468,18 +482,36 @@ def _submitted(
     plan: Plan, plans: Sequence[Plan], manifest: Mapping[str, Any], config: Config, api: Cluster
 ) -> list[Shard]:
     life = 1 + max(map(_life, _same(plan, api)), default=0)
-    labels = {manifests.LAUNCH_ID: launch_id(plan), manifests.LIFE: str(life)}
+    shares = manifests.shares_of(plans)
     shards: list[Shard] = []
     try:
         for i, (own, folder) in enumerate(zip(plans, folders.make_folders(plans, config), strict=True)):
-            name = f"{jobs.name_of(plan)}-{life}" + (f"-{i}" if len(plans) > 1 else "")
-            api.create(manifests.job_of(manifest, own, name, labels))
-            shards.append(Shard(own, _handle(folder, f"{api.namespace}/{name}", config, api)))
+            _create(plan, own, life, i, shares, manifest, api)
+            shards.append(Shard(own, _handle(folder, f"{api.namespace}/{_name(plan, life, i)}", config, api)))
     except BaseException:  # a share of the work is of no use to anybody
-        for shard in shards:
-            shard.handle.stop()
+        for i, shard in enumerate(shards):
+            try:
+                shard.handle.stop()
+            except EvalPlatformError as error:  # what is raised is why the launch failed
+                log.error("job %s may go on, and the next run finds it: %s", _name(plan, life, i), error)
         raise
     return shards
+
+
+def _create(whole: Plan, own: Plan, life: int, i: int, shares: str, manifest: Mapping[str, Any], api: Cluster) -> None:
+    """The Job of shard i. That another driver has made it is an error for the first only, which says how all is shared
+    out: the others were made from what stands there."""
+    labels = {manifests.LAUNCH_ID: launch_id(whole), manifests.LIFE: str(life), manifests.SHARD: str(i)}
+    try:
+        api.create(manifests.job_of(manifest, own, _name(whole, life, i), labels, shares))
+    except KubernetesError as error:
+        if error.status != 409 or i == 0:
+            raise
+
+
+def _name(whole: Plan, life: int, i: int) -> str:
+    """The first's is the same in however many the work is shared out, so that only one driver can make it."""
+    return f"{jobs.name_of(whole)}-{life}" + (f"-{i}" if i else "")
 
 
 def _handle(folder: Path, job: str, config: Config, api: Cluster, *, was_found: bool = False) -> KubernetesHandle:

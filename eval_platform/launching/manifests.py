@@ -6,8 +6,9 @@ run, too, so that a driver that has lost its own files reads it there.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +17,13 @@ import yaml
 from eval_platform.config import Kubernetes
 from eval_platform.errors import ConfigError
 from eval_platform.launching.local import WORKER_ENV
-from eval_platform.plan import Plan
+from eval_platform.plan import Plan, PlannedTask
 
 OWN_MANIFEST = Path(__file__).parent / "worker_job.yaml"
 LAUNCH_ID = "eval-platform/launch-id"  # label: `plan.launch_id` of the whole plan
 LIFE = "eval-platform/life"  # label: how often the same was asked of the cluster before, and 1
+SHARD = "eval-platform/shard"  # label: which of the workers that share the whole plan out, from 0
+SHARES = "eval-platform/shares"  # annotation: of each of these workers the beginnings of its task_ids
 PLAN = "eval-platform/plan"  # annotation of the pod
 CONTAINER = "worker"
 PLAN_FOLDER = "/etc/eval-platform"
@@ -101,7 +104,27 @@ def must_see(job: Mapping[str, Any], plan: Plan) -> None:
             )
 
 
-def job_of(manifest: Mapping[str, Any], plan: Plan, name: str, labels: Mapping[str, str]) -> dict[str, Any]:
+def shares_of(plans: Sequence[Plan]) -> str:
+    """How these plans share the whole out; `share` reads it."""
+    return json.dumps([[_short(task) for task in plan.tasks] for plan in plans])
+
+
+def share(plan: Plan, shares: str) -> list[Plan]:
+    """The plans that share out `plan` in this way."""
+    parts = [set(part) for part in json.loads(shares)]
+    if len(parts) == 1:
+        return [plan]
+    of = [tuple(task for task in plan.tasks if _short(task) in part) for part in parts]
+    return [replace(plan, tasks=tasks, keep_hold=True) for tasks in of]
+
+
+def _short(task: PlannedTask) -> str:
+    return task.task_id[:16]
+
+
+def job_of(
+    manifest: Mapping[str, Any], plan: Plan, name: str, labels: Mapping[str, str], shares: str
+) -> dict[str, Any]:
     """The Job to submit. Raises ConfigError for a plan that is too large to travel with it."""
     text = json.dumps(json.loads(plan.to_json()))  # on one line
     if len(text.encode()) > _MOST_PLAN_BYTES:
@@ -113,7 +136,7 @@ def job_of(manifest: Mapping[str, Any], plan: Plan, name: str, labels: Mapping[s
     job = deepcopy(dict(manifest))
     template = job["spec"]["template"]
     shown = {"eval-platform/arrival": f"{plan.arrival.key}@{plan.arrival.n}"}
-    for one, more in ((job, shown), (template, {**shown, PLAN: text})):
+    for one, more in ((job, {**shown, SHARES: shares}), (template, {**shown, PLAN: text})):
         metadata = one.setdefault("metadata", {})
         metadata["labels"] = {**metadata.get("labels", {}), **labels}
         metadata["annotations"] = {**metadata.get("annotations", {}), **more}
@@ -135,6 +158,11 @@ def job_of(manifest: Mapping[str, Any], plan: Plan, name: str, labels: Mapping[s
 def plan_in(job: Mapping[str, Any]) -> str:
     """The plan, as JSON, that a Job was submitted with."""
     return job["spec"]["template"]["metadata"]["annotations"][PLAN]
+
+
+def shares_in(job: Mapping[str, Any]) -> str:
+    """How the whole was shared out when this Job was submitted, the same for all its workers."""
+    return job["metadata"]["annotations"][SHARES]
 
 
 def _container(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ Json = Mapping[str, Any]
 ENDED = frozenset({"succeeded", "failed", "killed", "gone"})
 # Reasons of a container that waits as every one does.
 _BEING_MADE = frozenset({"", "ContainerCreating", "PodInitializing"})
+# What the cluster warns of and tries again, as a volume that is still another node's.
+MAY_COME = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
 # Why a worker cannot begin until a person has mended something, and what.
 _UNMENDED = {
     **dict.fromkeys(
@@ -28,6 +30,11 @@ _UNMENDED = {
     "RunContainerError": "mend the container in [kubernetes] manifest, or the image",
     "FailedCreate": "make what it names (a service account, a quota, what the namespace's policy allows), or mend "
     "[kubernetes] manifest",
+    **dict.fromkeys(
+        MAY_COME,
+        "mend the volume, secret or config map that it names (`kubectl describe pod`), or volumes in [kubernetes] "
+        "manifest",
+    ),
 }
 _DISTURBED = {
     "PreemptionByScheduler": "a more urgent pod took its place",
@@ -131,6 +138,12 @@ def _container_waits(pod: Json) -> Json:
     return next((waits for waits in waiting if waits.get("reason", "") not in _BEING_MADE), {})
 
 
+def seen_last(event: Json) -> str:
+    """When: an event that comes again is counted, not made anew."""
+    series = (event.get("series") or {}).get("lastObservedTime")
+    return series or event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+
+
 def unmended(told: Told) -> str | None:
     """What a person must do before this worker can begin; None where waiting may be enough."""
     if told.state != "waiting" or "exceeded quota" in told.message:
@@ -196,9 +209,9 @@ def in_words(job: str, told: Told) -> tuple[str, str]:
                 "the image must have the worker as its entrypoint, as docker/worker.Dockerfile has, or [kubernetes] "
                 "manifest must say its command",
             )
-        case _ if told.code is not None and told.code > 128:
+        case "" if told.code is not None and told.code > 128:
             return f"the worker of job {job} was killed by signal {told.code - 128}{on}; {kept}", again
-        case _ if told.code is not None:
+        case "" if told.code is not None:
             return f"the worker of job {job} ended with code {told.code}{on} without a word", again
         case reason:
             return f"job {job} failed: {reason or 'Kubernetes does not say why'}{says}; {kept}", again
