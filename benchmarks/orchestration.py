@@ -145,6 +145,8 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--alone", type=int, default=4, help="checkpoints on one slot")
     arguments = parser.parse_args()
+    if arguments.alone < 2:
+        parser.error("--alone must be at least 2: an overhead is from the end of one run to the end of the next")
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a `timeout` ends the platform too
     with tempfile.TemporaryDirectory(prefix="orchestration-") as folder:
@@ -267,6 +269,8 @@ def _report(asked: argparse.Namespace, alone: Measured, many: Measured) -> int:
     efficiency = rounds * asked.seconds / many.seconds
     a_checkpoint = alone.seconds / asked.alone
     overhead = statistics.median(_overheads(alone.runs))
+    if not many.memory.resident:
+        raise SystemExit("no run was seen at work, so that nothing is known of its memory: give it more --seconds")
     resident, own = (max(sizes.values()) / 1e6 for sizes in (many.memory.resident, many.memory.own))
     print(f"{asked.alone} checkpoints of {asked.seconds:g} s on one slot: {alone.seconds:.1f} s")
     print(f"{asked.checkpoints} on {asked.slots} slots: {many.seconds:.1f} s; load {os.getloadavg()[0]:.1f}")

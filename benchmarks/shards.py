@@ -81,6 +81,8 @@ def _measure(config: Config, store: Store, folders: Sequence[Path]) -> float:
                 f"{used:.1f} s of a core, {took:.1f} s by the clock, "
                 f"{planning.expected_seconds(shard) or float('nan'):.1f} s expected besides loading ({names})"
             )
+        if len(processor) < 2:
+            raise RuntimeError(f"{todo.arrival.key} was not shared out: {expected.expected_seconds} is expected of it")
         over = max(processor) / (sum(processor) / len(processor)) - 1
         worst = max(worst, over)
         print(f"{todo.arrival.key}: " + "; ".join(told) + f"; slowest {over:.1%} over the mean", flush=True)

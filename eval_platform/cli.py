@@ -196,7 +196,9 @@ def status(
     if as_json:
         print_json([asdict(one) for one in found])
     elif found:
-        print_status(found, all_tasks=all_tasks, queue_left=library.queue_left(found, config.worker.slots))
+        # How many work at once on a cluster is the cluster's to say.
+        left = library.queue_left(found, config.worker.slots) if config.worker.launcher == "subprocess" else None
+        print_status(found, all_tasks=all_tasks, queue_left=left)
     else:
         say(f"No checkpoint yet. Write one into {' or '.join(root.path for root in config.checkpoints)}")
 

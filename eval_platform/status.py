@@ -58,7 +58,8 @@ class CheckpointStatus:
     """One key; `state` is the one of its tasks that most wants attention. where: its workers' machines and devices.
 
     seconds_left: until its workers have ended, or while it is queued what one worker is expected to take; None where
-    that is not known.
+    that is not known. workers: what each of its workers still needs; waiting: what is queued of it that none of them
+    has, for one worker (0: nothing is).
     """
 
     key: str
@@ -70,6 +71,8 @@ class CheckpointStatus:
     tasks: tuple[TaskStatus, ...] = ()
     where: str = ""
     seconds_left: float | None = None
+    workers: tuple[float | None, ...] = ()
+    waiting: float | None = 0.0
 
 
 _ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published", "skipped")
@@ -86,10 +89,14 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
         for row in rows:
             by_key.setdefault(row["key"], []).append(row)
         tasks = {name: task.task_id for name, task in lock.tasks.items()}
-        owed = [group[0] for group in by_key.values() if tasks.keys() - {row["task"] for row in group}]
+        models: dict[str, tuple[str, int | None, bool | Literal["auto"]]] = {
+            key: (group[0]["run"], planning.parameters_at(group[0]["uri"]), config.run_settings(key=key).chat)
+            for key, group in by_key.items()
+            if group[0]["task"] is None  # of others nothing is queued
+        }
         expected = {
-            run: planning.expected(con, run=run, uri=uri, tasks=tasks)
-            for run, uri in {row["run"]: row["uri"] for row in owed}.items()
+            model: planning.expected(con, run=model[0], n_parameters=model[1], tasks=tasks, chat=model[2])
+            for model in set(models.values())
         }
     broken = {(row["key"], row["n"]): row["reason"] for row in failed}
     at_work: dict[str, list[launching.Running]] = {}
@@ -103,7 +110,7 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
             lock,
             broken,
             at_work.get(key, []),
-            expected.get(group[0]["run"]),
+            expected[models[key]] if key in models else ({}, None),
             not_asked(config, lock, store, key),
             unasked[key],
         )
@@ -133,7 +140,7 @@ def _one(
     lock: TaskLock,
     broken: dict[tuple[str, int], str],
     workers: Sequence[launching.Running],
-    expected: tuple[dict[str, float], float | None] | None,
+    expected: tuple[dict[str, float], float | None],
     impossible: dict[str, str],
     unasked: dict[str, str],
 ) -> CheckpointStatus:
@@ -170,6 +177,14 @@ def _one(
     if worst == "skipped" and len(told) == 1:  # not in its tasks alone, which are shown when they are asked for
         reason = told.pop()
     where = "; ".join(dict.fromkeys(worker.where for worker in workers if worker.where))
+    given = {task.name for worker in workers for task in worker.plan.tasks}
+    seconds, load = expected
+    queued = [seconds.get(task.task) for task in tasks if task.state == "queued" and task.task not in given]
+    waiting = known_sum([load, *queued]) if queued else 0.0
+    each = tuple(_worker_left(worker) for worker in workers)
+    seconds_left = waiting if worst == "queued" else None
+    if workers:
+        seconds_left = None if None in each else max(one for one in each if one is not None)
     return CheckpointStatus(
         key,
         worst,
@@ -179,30 +194,19 @@ def _one(
         first["n"],
         tuple(tasks),
         where,
-        _seconds_left(tasks, workers, expected) if worst in ("running", "queued") else None,
+        seconds_left,
+        each,
+        waiting,
     )
-
-
-def _seconds_left(
-    tasks: Sequence[TaskStatus],
-    workers: Sequence[launching.Running],
-    expected: tuple[dict[str, float], float | None] | None,
-) -> float | None:
-    """See `CheckpointStatus.seconds_left`. expected: of each task, and of loading the model."""
-    if workers:
-        each = [_worker_left(worker) for worker in workers]
-        return None if None in each else max(seconds for seconds in each if seconds is not None)
-    seconds, load = expected or ({}, None)
-    return known_sum([load, *(seconds.get(task.task) for task in tasks if task.state == "queued")])
 
 
 def queue_left(found: Sequence[CheckpointStatus], slots: int) -> float | None:
     """Seconds until all that is at work or queued is done, on so many slots; None where that is not known."""
-    going_on = [one for one in found if one.state in ("running", "queued")]
-    if not going_on or any(one.seconds_left is None for one in going_on):
+    at_work = [seconds for one in found for seconds in one.workers]
+    waiting = [one.waiting for one in found if one.waiting != 0]
+    if None in at_work or None in waiting or not (at_work or waiting):
         return None
-    at_work, queued = ([one.seconds_left or 0.0 for one in going_on if one.state == s] for s in ("running", "queued"))
-    return planning.end_of_queue(at_work, queued, slots)
+    return planning.end_of_queue([one or 0.0 for one in at_work], [one or 0.0 for one in waiting], slots)
 
 
 def _unasked(
@@ -252,7 +256,8 @@ def _whose(workers: Sequence[launching.Running], name: str) -> launching.Running
 
 
 def _started(worker: launching.Running, name: str) -> dict[str, Any] | None:
-    return next((m for m in worker.messages if m["type"] == "started" and m["task"] == name), None)
+    """Its last: a cluster's job that is begun anew goes on in the same file."""
+    return next((m for m in reversed(worker.messages) if m["type"] == "started" and m["task"] == name), None)
 
 
 def _running(name: str, worker: launching.Running) -> TaskStatus:
@@ -260,11 +265,13 @@ def _running(name: str, worker: launching.Running) -> TaskStatus:
     started = _started(worker, name)
     if started is None:
         return TaskStatus(name, "queued", seconds_left=expected)
-    progress = [m for m in worker.messages if m["type"] == "progress" and m["task"] == name]
-    last = progress[-1] if progress else {"done": 0, "time": started["time"]}
-    done, total = last["done"], started["total"]
-    spent = last["time"] - started["time"]
-    left = spent / done * (total - done) if done and spent > 0 else expected
+    since = worker.messages[worker.messages.index(started) :]
+    progress = [m for m in since if m["type"] == "progress" and m["task"] == name]
+    done, total = progress[-1]["done"] if progress else 0, started["total"]
+    left = None if expected is None or not total else expected * (total - done) / total
+    if progress:  # the first is told when the model is loaded, with what the journal had
+        asked, spent = done - progress[0]["done"], progress[-1]["time"] - progress[0]["time"]
+        left = spent / asked * (total - done) if asked and spent > 0 else left
     return TaskStatus(name, "running", done=done, total=total, seconds_left=left)
 
 

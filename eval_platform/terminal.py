@@ -160,7 +160,7 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool, queue_le
         if one.reason:
             _told(one.reason, one.state)
         if one.where or one.seconds_left is not None:
-            what = "left" if one.state == "running" else "for one worker"
+            what = "left" if one.workers else "for one worker"
             about = [] if one.seconds_left is None else [f"about {planning.duration(one.seconds_left)} {what}"]
             _told("; ".join([*([f"on {one.where}"] if one.where else []), *about]), one.state)
         if all_tasks:

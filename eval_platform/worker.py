@@ -459,6 +459,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "generated_tokens": asked.generated_tokens,
         **_device_cost(model, seconds),
         "n_requests": len(requests),
+        "asked_requests": asked.n_requests,
         "n_tokens": known_sum(response.n_tokens for response in responses),
         "truncated": sum(response.truncated_left_tokens > 0 for response in responses),
         **_bill(model.plan, responses),
@@ -551,6 +552,7 @@ class _Asked:
     """
 
     answers: dict[tuple[str, int], Response]
+    n_requests: int = 0
     seconds: float = 0.0
     tokens: int = 0
     generated_tokens: int | None = 0
@@ -613,6 +615,7 @@ def _ask(
     computed = _computed_tokens(running)
     return _Asked(
         answers,
+        len(missing),
         answer_seconds,
         known_sum(n_tokens for _, n_tokens in found) or 0,
         known_sum(n_tokens for kind, n_tokens in found if kind == "generate"),

@@ -1,6 +1,7 @@
 """What is expected against a world whose truth is known, and work shared out against all ways there are."""
 
 import itertools
+import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from stub_engine import StubEngine
+from warehouse_world import World
 
 from eval_platform import checkpoints, launching, planning, status, worker
 from eval_platform.checkpoints import count_parameters, held, hold
@@ -27,10 +29,12 @@ from eval_platform.launching import Running, folders, jobs, local, ray, slurm
 from eval_platform.plan import Plan, PlannedTask, Wanted, plan
 from eval_platform.planning import cost
 from eval_platform.planning.cost import Past, Rate
+from eval_platform.planning.history import past
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
-from eval_platform.store import tries
+from eval_platform.store import arrivals, commits, tries
 from eval_platform.tasks import read_lock
 from eval_platform.values import Arrival, Request, Response, RunSettings
+from eval_platform.warehouse import connect, refresh
 
 # ------------------------------------------------------------------------------------------------------------- the cost
 
@@ -96,8 +100,31 @@ def test_what_nobody_knows_is_not_invented() -> None:
     assert cost.task_seconds("new task", "this", 100, known) is None
     assert cost.task_seconds("task", "new", None, known) is None  # of a model that lies in a bucket
     assert cost.task_seconds("else", "this", 100, known) == 6.5  # six beside the model, which is half as large
-    assert (cost.load_seconds("this", None, known), cost.load_seconds("new", 400, known)) == (4.0, 18.0)
+    assert cost.parameters_of("this", known) == 100
+    assert cost.parameters_of("this", [*known, Past("this", "task", 200, 7.0, 1.0)]) is None
+    assert (cost.load_seconds("this", 100, known), cost.load_seconds("new", 400, known)) == (4.0, 18.0)
     assert cost.answer_seconds(1, 1, 100, Rate(1.0, None)) is None
+
+
+def test_a_folder_of_models_of_many_sizes_is_no_one_model() -> None:
+    small = [Past("models", "task", 70_000_000, 10.0, 8.0, 1.0) for _ in range(5)]
+    assert cost.task_seconds("task", "models", 12_000_000_000, small) == pytest.approx(2.0 + 8.0 * 12_000 / 70)
+    assert cost.load_seconds("models", 140_000_000, small) == 2.0
+    large = Past("models", "task", 12_000_000_000, 900.0, 890.0)
+    assert cost.task_seconds("task", "models", 12_000_000_000, [*small, large]) == 900.0
+    assert cost.task_seconds("task", "models", 90_000_000, small) == 10.0  # tied weights that were saved twice
+    assert cost.task_seconds("task", "served", None, [Past("served", "task", None, 5.0, 4.0)]) == 5.0
+
+
+def test_another_kind_of_device_tells_tokens_but_no_time() -> None:
+    far, here = Device(1e12, 1e10), Device(1e9, 1e7)
+    there = replace(far.took("this", 100, "task", 1_000, 50, 3.0), is_here=False)
+    assert cost.task_seconds("task", "this", 100, [there]) is None
+    assert cost.load_seconds("this", 100, [there]) is None
+    uncounted = replace(there, computed_tokens=None)
+    known = [here.took("this", 100, "scored", 500, 0, 1.0), here.took("this", 100, "drawn", 500, 10, 1.0)]
+    assert cost.task_seconds("task", "this", 100, [*known, uncounted]) is None
+    assert cost.task_seconds("task", "this", 100, [*known, there]) == pytest.approx(3.0 + here.answers(100, 1_000, 50))
 
 
 def test_a_rate_needs_what_was_counted() -> None:
@@ -111,11 +138,109 @@ def test_a_rate_needs_what_was_counted() -> None:
 
 def test_parameters_are_counted_from_headers_alone(tmp_path: Path) -> None:
     save_file({"a": np.zeros((3, 5), np.float16), "b": np.zeros(7, np.float32)}, tmp_path / "model-1.safetensors")
-    save_file({"c": np.zeros((2, 2, 2), np.float32)}, tmp_path / "model-2.safetensors")
+    mask = np.zeros((1, 1, 9, 9), np.bool_)
+    save_file({"c": np.zeros((2, 2, 2), np.float32), "bias": mask}, tmp_path / "model-2.safetensors")
+    save_file({"all": np.zeros(30, np.float32)}, tmp_path / "consolidated.safetensors")  # the same once more
+    assert count_parameters(tmp_path) is None
+    files = {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     assert count_parameters(tmp_path) == 15 + 7 + 8
+    save_file({"d": np.zeros(11, np.float32)}, tmp_path / "model.safetensors")  # goes before the index
+    assert count_parameters(tmp_path) == 11
     (tmp_path / "adapter_config.json").write_text("{}")
     assert count_parameters(tmp_path) is None
     assert count_parameters(tmp_path / "nowhere") is None
+    assert count_parameters(tmp_path / ("n" * 300)) is None  # which the file system refuses to look at
+
+
+# ------------------------------------------------------------------------------------------------ what was asked before
+
+
+class Told(World):
+    """A world whose evaluations say what they took."""
+
+    def asked(self, checkpoint: str, task: str = "t", **fields: Any) -> str:
+        whole = {"n_requests": 10, "asked_requests": 10, "load_seconds": 1.0, "n_parameters": 100, "seconds": 5.0}
+        key, checkpoint_id = f"r/{checkpoint}", f"c-{checkpoint}"
+        return self.publish(checkpoint_id, task, f"id of {task}", key=key, **{**whole, **fields})
+
+    def past(self, run: str = "run", limit: int | None = None, chat: bool | None = False) -> list[Past]:
+        refresh(self.store, self.catalog)
+        with connect(self.catalog, self.store, samples=False) as con:
+            return past(con, run=run, task_ids=["id of t"], limit=limit, chat=chat)
+
+    def took(self, **asked: Any) -> list[float]:
+        return sorted(one.seconds for one in self.past(**asked) if one.is_here)
+
+
+def test_of_what_was_asked_before_only_what_tells_counts(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for step in range(9):
+        told.arrive(f"r/{step}", f"c-{step}", step)
+    told.asked("0")
+    assert told.took() == [4.0]  # loading is apart
+    told.asked("1", seconds=50.0, asked_requests=3)  # gone on with after an interruption
+    told.asked("2", seconds=51.0, asked_requests=None, load_seconds=None)  # of an older release
+    told.asked("3", seconds=52.0, origin="rescored", answer_seconds=0.0, asked_requests=0)
+    told.asked("4", seconds=53.0, settings={"chat": True})
+    told.asked("5", seconds=8.0, limit=5)
+    assert told.took() == [4.0]
+    assert (told.took(chat=True), told.took(chat=None)) == ([52.0], [4.0, 52.0])
+    assert told.took(limit=5) == [2.0, 7.0]  # of ten items half, and what was asked so
+    told.asked("6", "other", seconds=6.0)
+    assert [told.took(run=run) for run in ("run", "nobody's")] == [[4.0, 5.0], []]  # any task on this run
+    told.asked("7", devices=["cuda:0, cuda:1"], seconds=1.5, finished_at="2026-01-03T00:00:00Z")
+    assert told.took() == [0.5]  # the run has moved to a GPU
+    assert len(told.past()) == 3
+
+
+def test_a_run_goes_by_the_devices_of_the_platform_that_found_it(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for run, watcher in (("laptop", "one"), ("cluster", "two"), ("new", "one"), ("newer", "three")):
+        kept = {"key": f"r/{run}", "uri": run, "fingerprint": "f", "run": run, "step": 1, "tags": {}}
+        told.identify(arrivals.register(told.store, watcher=watcher, **kept)[0], f"c-{run}")
+    told.asked("laptop", seconds=90.0)
+    told.asked("cluster", seconds=3.0, devices=["cuda:3"], finished_at="2026-01-03T00:00:00Z")
+    assert (told.took(run="new"), told.took(run="cluster"), told.took(run="newer")) == ([89.0], [2.0], [])
+
+
+def test_the_newest_five_of_each_size_count(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for step in range(8):
+        told.arrive(f"r/{step}", f"c-{step}", step)
+        size = 100 if step < 7 else 900
+        told.asked(str(step), seconds=11.0 + step, n_parameters=size, finished_at=f"2026-01-0{step + 1}T00:00:00Z")
+    assert told.took() == [12.0, 13.0, 14.0, 15.0, 16.0, 17.0]
+
+
+def test_nothing_is_expected_of_what_the_worker_finds_answered(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for step in range(2):
+        told.arrive(f"r/{step}", f"c-{step}", step)
+    how: dict[str, Any] = {"dtype": "float32", "max_length": 128, **dict.fromkeys(("limit", "system_prompt"))}
+    how |= {"seed": 0, "chat": False, "backend": "transformers", "trust_remote_code": False}
+    evaluations = {task: told.asked("0", task, settings=how) for task in ("t", "u")}
+    told.asked("1", "v", settings=how)
+    arrival = arrivals.get(told.store, "r/0", 1)
+    assert arrival is not None
+    config = Two(tmp_path).config()
+
+    def expected(names: str, **settings: Any) -> tuple[dict[str, float], float | None]:
+        tasks = tuple(PlannedTask(name, f"id of {name}", f"ask-{name}") for name in names)
+        whole = replace(made_up("", {}, None), arrival=arrival, tasks=tasks, settings=RunSettings(**settings))
+        found = planning.expect(whole, config, told.store)
+        return dict(found.expected_seconds), found.expected_load_seconds
+
+    assert expected("tuv") == ({"t": 0.0, "u": 0.0, "v": 4.0}, 1.0)
+    assert expected("tu") == ({"t": 0.0, "u": 0.0}, 0.0)  # nothing is loaded to say so
+    for others in ({"max_length": 64}, {"dtype": "float16"}, {"seed": 1}, {"limit": 5}):
+        assert expected("t", **others) == ({"t": 4.0 if "limit" not in others else 2.0}, 1.0)
+    assert expected("t", chat=True) == ({}, None)
+    assert expected("t", dtype="float32", chat="auto") == ({"t": 0.0}, 0.0)
+    commits.open_rerun(told.store, evaluations["t"], "me", "once more")
+    assert expected("tuv") == ({"t": 4.0, "u": 0.0, "v": 4.0}, 1.0)
+    changed = replace(made_up("", {}, None), arrival=arrival, tasks=(PlannedTask("u", "scored otherwise", "ask-u"),))
+    assert dict(planning.expect(changed, config, told.store).expected_seconds) == {"u": 0.0}
 
 
 # ---------------------------------------------------------------------------------------------------------- sharing out
@@ -442,16 +567,25 @@ def test_status_says_when_all_is_done() -> None:
     begins = Running(whole, (), 1, is_orphan=False)
     assert status._worker_left(begins) == 64.0
     messages = (
-        {"type": "loaded", "time": 4.0},
+        message("started", "a", 1.0, total=100),  # of an earlier life of its job
+        message("progress", "a", 2.0, done=0, total=100),
         message("started", "a", 10.0, total=100),
-        message("progress", "a", 20.0, done=25, total=100),
-        message("committed", "b", 9.0),
+        {"type": "loaded", "time": 70.0},
+        message("progress", "a", 70.0, done=20, total=100),  # the journal had them
     )
-    assert status._worker_left(replace(begins, messages=messages)) == 30.0 + 20.0  # 25 took 10 s
+    assert status._worker_left(replace(begins, messages=messages[:3])) == 64.0
+    assert status._worker_left(replace(begins, messages=messages)) == 0.8 * 30.0 + 10.0 + 20.0
+    messages = (*messages, message("progress", "a", 80.0, done=45, total=100), message("committed", "b", 81.0))
+    assert status._worker_left(replace(begins, messages=messages)) == 22.0 + 20.0  # 25 took 10 s
     unknown = Running(made_up("ab", {"a": 1.0}, 1.0), (), 1, is_orphan=False)
     assert status._worker_left(unknown) is None
-    at_work = status.CheckpointStatus("a", "running", seconds_left=50.0)
-    queued = [status.CheckpointStatus(str(i), "queued", seconds_left=40.0) for i in range(3)]
+    # One task of it has failed, one is queued in a run of another tier: its worker goes on all the same.
+    at_work = status.CheckpointStatus("a", "failed", workers=(50.0,))
+    queued = [status.CheckpointStatus(str(i), "queued", waiting=40.0) for i in range(3)]
     assert status.queue_left([at_work, *queued], 2) == 90.0
-    assert status.queue_left([at_work, *queued, status.CheckpointStatus("?", "queued")], 2) is None
+    assert status.queue_left([replace(at_work, waiting=45.0), *queued], 2) == 125.0
+    both = status.CheckpointStatus("a", "queued", workers=(100.0, 100.0))  # they load
+    assert status.queue_left([both, status.CheckpointStatus("b", "queued", waiting=100.0)], 2) == 200.0
+    for unknown_ in (status.CheckpointStatus("?", "queued", waiting=None), replace(at_work, workers=(None,))):
+        assert status.queue_left([at_work, *queued, unknown_], 2) is None
     assert status.queue_left([status.CheckpointStatus("done", "published")], 2) is None

@@ -2,9 +2,8 @@
 
 from eval_platform.checkpoints.discovery import Found, discover, locate
 from eval_platform.checkpoints.hashing import Progress
-from eval_platform.checkpoints.headers import count_parameters
 from eval_platform.checkpoints.identification import Identity, identify, tokenizer_id
-from eval_platform.checkpoints.inspection import Inspection, inspect
+from eval_platform.checkpoints.inspection import Inspection, count_parameters, inspect
 from eval_platform.checkpoints.served import as_checkpoint, as_found
 from eval_platform.checkpoints.staging import (
     held,

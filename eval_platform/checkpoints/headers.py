@@ -4,7 +4,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,16 @@ class BadHeader(Exception):
         self.final = final
 
 
-def count_parameters(folder: Path) -> int | None:
-    """The elements of all tensors in the model's safetensors files; None where there are none, or it cannot be told."""
-    if (folder / "adapter_config.json").exists():  # its base model's are elsewhere
-        return None
-    try:
-        headers = [_read(path) for path in sorted(folder.glob("*.safetensors"))]
-        return sum(math.prod(entry["shape"]) for header in headers for entry in header.values()) or None
-    except (BadHeader, OSError, KeyError, TypeError):  # whoever loads it says what is wrong
-        return None
-
-
 def tensor_names(path: Path) -> frozenset[str]:
     """The tensors in a whole safetensors file.
 
     Raises BadHeader when the file is shorter than its header says (still being copied), or when header and data
     contradict each other; OSError when it cannot be read.
     """
-    return frozenset(_read(path))
+    return frozenset(read_header(path))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """name -> dtype, shape and offsets, of a whole file; raises as `tensor_names` does."""
     with path.open("rb") as file:
         size = file.seek(0, 2)

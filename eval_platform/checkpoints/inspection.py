@@ -1,14 +1,15 @@
 """Is this folder a whole checkpoint, as far as its files can prove, and if not, why?"""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval_platform.checkpoints.bases import base_address
 from eval_platform.checkpoints.files import MAX_JSON_BYTES, Listing, is_pickle, list_folder, role
-from eval_platform.checkpoints.headers import BadHeader, tensor_names
+from eval_platform.checkpoints.headers import BadHeader, read_header, tensor_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -65,6 +66,26 @@ def inspect(folder: Path, listing: Listing | None = None, at: str | None = None)
     except OSError as error:
         return Inspection(listing, kind, f"{_name(error)} cannot be read: {error.strerror}; look at the disk or mount")
     return Inspection(listing, kind, base=base)
+
+
+def count_parameters(folder: Path) -> int | None:
+    """The elements of the model's tensors, as its files' headers tell; None where it has none, or it cannot be told."""
+    try:
+        if (folder / "adapter_config.json").exists():  # its base model's are elsewhere
+            return None
+        names = [SINGLE]
+        if not (folder / SINGLE).exists():
+            names = sorted(set(_read_object(folder / INDEX)["weight_map"].values()))
+        shapes = [entry["shape"] for name in names for entry in read_header(folder / name).values()]
+        return sum(math.prod(shape) for shape in shapes if not _is_mask(shape)) or None
+    # Whoever loads it says what is wrong.
+    except (_Problem, BadHeader, OSError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_mask(shape: Sequence[int]) -> bool:
+    """Of attention: older exports of GPT-2 and GPT-NeoX hold one a layer, which no model counts as its parameters."""
+    return len(shape) == 4 and shape[0] == shape[1] == 1 and shape[2] == shape[3]
 
 
 def _name(error: OSError) -> str:

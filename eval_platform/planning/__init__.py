@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from eval_platform import warehouse
 from eval_platform.checkpoints import count_parameters
@@ -18,42 +18,78 @@ from eval_platform.planning import cost
 from eval_platform.planning.history import answered, past
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
 from eval_platform.planning.words import duration, planned, took
-from eval_platform.store import Store
+from eval_platform.store import Store, commits
 from eval_platform.values import known_sum
 
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["duration", "end_of_queue", "expect", "expected", "expected_seconds", "planned", "share_out", "took"]
+__all__ = [
+    "duration",
+    "end_of_queue",
+    "expect",
+    "expected",
+    "expected_seconds",
+    "parameters_at",
+    "planned",
+    "share_out",
+    "took",
+]
 
 
 def expect(plan: Plan, config: Config, store: Store) -> Plan:
     """The plan with what each of its tasks, and loading the model, is expected to take, where it can be told.
 
-    What is answered already takes nothing; where all is, it is to be asked anew.
+    What is answered already, or need only be scored anew, takes nothing; where all is, nothing is loaded.
     """
     warehouse.refresh(store, config.catalog_path)
-    arrival, limit = plan.arrival, plan.settings.limit
+    arrival, settings = plan.arrival, plan.settings
     with warehouse.connect(config.catalog_path, store, samples=False) as con:
-        tasks = {task.name: task.task_id for task in plan.tasks}
-        seconds, load = expected(con, run=arrival.run, uri=arrival.uri, tasks=tasks, limit=limit)
-        done = answered(con, key=arrival.key, n=arrival.n, limit=limit)
-    if not done.issuperset(tasks.values()):
-        seconds |= {name: 0.0 for name, task_id in tasks.items() if task_id in done}
+        seconds, load = expected(
+            con,
+            run=arrival.run,
+            n_parameters=parameters_at(arrival.uri),
+            tasks={task.name: task.task_id for task in plan.tasks},
+            limit=settings.limit,
+            chat=settings.chat,
+        )
+        found = answered(con, key=arrival.key, n=arrival.n, settings=settings)
+    by_task = {one.task_id: one for one in found}
+    asked = {one.ask_id for one in found if one.is_published}
+    done = set()
+    for task in plan.tasks:
+        own = by_task.get(task.task_id)
+        if own is None:
+            is_done = not asked.isdisjoint((task.ask_id, task.base_ask_id))
+        else:  # unless somebody has asked for it once more
+            is_done = commits.slot(store, own.evaluation_id) == own.attempt
+        if is_done:
+            done.add(task.name)
+    seconds |= dict.fromkeys(done, 0.0)
+    load = 0.0 if len(done) == len(plan.tasks) else load
     return replace(plan, expected_seconds=seconds, expected_load_seconds=load)
 
 
-def expected(
-    con: "duckdb.DuckDBPyConnection", *, run: str, uri: str, tasks: Mapping[str, str], limit: int | None = None
-) -> tuple[dict[str, float], float | None]:
-    """(task -> seconds, seconds to load the model) of a checkpoint at `uri`; what is not known is left out, or None.
+def parameters_at(uri: str) -> int | None:
+    """How many parameters the checkpoint in a folder has; None where it is none, or cannot be told."""
+    return None if "://" in uri else count_parameters(Path(uri))
 
-    tasks: name -> task_id.
+
+def expected(
+    con: "duckdb.DuckDBPyConnection",
+    *,
+    run: str,
+    n_parameters: int | None,
+    tasks: Mapping[str, str],
+    chat: bool | Literal["auto"],
+    limit: int | None = None,
+) -> tuple[dict[str, float], float | None]:
+    """(task -> seconds, seconds to load the model) of a checkpoint; what is not known is left out, or None.
+
+    n_parameters: of its files (`parameters_at`); None: as many as the run's others have. tasks: name -> task_id.
     """
-    known = past(con, run=run, task_ids=tasks.values(), limit=limit)
-    n_parameters = cost.parameters_of(run, known)
-    if n_parameters is None and "://" not in uri:
-        n_parameters = count_parameters(Path(uri))
+    known = past(con, run=run, task_ids=tasks.values(), limit=limit, chat=None if chat == "auto" else chat)
+    n_parameters = n_parameters or cost.parameters_of(run, known)
     seconds = {name: cost.task_seconds(task_id, run, n_parameters, known) for name, task_id in tasks.items()}
     found = {name: value for name, value in seconds.items() if value is not None}
     return found, cost.load_seconds(run, n_parameters, known)

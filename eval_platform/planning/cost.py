@@ -10,6 +10,9 @@ from statistics import median
 
 # Two models of one size: their parameters differ by less than this share.
 _SAME_SIZE = 0.01
+# Two counts of one model, by its files and when it was loaded: tied weights may be saved twice. Other models of a
+# folder differ by more.
+_SAME_MODEL = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class Past:
 
     seconds: without loading. computed_tokens: positions that went through the model, generated_tokens of them drawn one
     after another; None where nobody counted them. load_seconds: None where an older release did not tell it, 0 where
-    the model was loaded already.
+    the model was loaded already. is_here: on the kind of device that is used for the run.
     """
 
     run: str
@@ -29,6 +32,7 @@ class Past:
     load_seconds: float | None = None
     computed_tokens: float | None = None
     generated_tokens: float | None = None
+    is_here: bool = True
 
     @property
     def is_counted(self) -> bool:
@@ -66,23 +70,25 @@ def rate(known: Iterable[Past]) -> Rate:
 def task_seconds(task_id: str, run: str, n_parameters: int | None, known: Sequence[Past]) -> float | None:
     """Expected seconds of a task, without loading; None where nothing tells.
 
-    The median of what it took on checkpoints of this run, else of this size. Else what it takes beside the model on the
-    models nearest in size, and for the model its tokens at this size's rate, or the time there by the sizes' ratio.
+    The median of what it took here on checkpoints of this run of this size, else of this size. Else what it takes
+    beside the model on the models nearest in size, and for the model its tokens at this size's rate, or, where that was
+    here, the time there by the sizes' ratio.
     """
     alike = _alike(run, n_parameters, known)
     own = [one.seconds for one in alike if one.task_id == task_id]
     if own:
         return median(own)
-    nearest = _nearest([one for one in known if one.task_id == task_id], n_parameters)
-    if n_parameters is None or not nearest:
+    if n_parameters is None:
         return None
     here = rate(alike)
-    return median(one.seconds - one.answer_seconds + _answers(one, n_parameters, here) for one in nearest)
+    answers = {one: _answers(one, n_parameters, here) for one in known if one.task_id == task_id}
+    nearest = _nearest([one for one, seconds in answers.items() if seconds is not None], n_parameters)
+    return _median(one.seconds - one.answer_seconds + (answers[one] or 0.0) for one in nearest)
 
 
 def load_seconds(run: str, n_parameters: int | None, known: Sequence[Past]) -> float | None:
     """Expected seconds to load the model; None where nothing tells."""
-    loaded = [one for one in known if one.load_seconds]
+    loaded = [one for one in known if one.load_seconds and one.is_here]
     own = _median(one.load_seconds for one in _alike(run, n_parameters, loaded) if one.load_seconds)
     if own is not None:
         return own
@@ -93,16 +99,24 @@ def load_seconds(run: str, n_parameters: int | None, known: Sequence[Past]) -> f
 
 
 def parameters_of(run: str, known: Iterable[Past]) -> int | None:
-    """How many parameters the run's models have; None where none was loaded."""
-    return next((one.n_parameters for one in known if one.run == run and one.n_parameters), None)
+    """How many parameters the run's models have; None where none was loaded, or they differ."""
+    sizes = [one.n_parameters for one in known if one.run == run and one.n_parameters]
+    return sizes[0] if sizes and _distance(min(sizes), max(sizes)) < _SAME_SIZE else None
 
 
 def _alike(run: str, n_parameters: int | None, known: Iterable[Past]) -> list[Past]:
-    """Of the run itself, or of models as large where it has none yet."""
-    found = [one for one in known if one.run == run]
-    if found or n_parameters is None:
-        return found
-    return [one for one in known if one.n_parameters and _distance(one.n_parameters, n_parameters) < _SAME_SIZE]
+    """Of the run itself, of its models of this size, or of models as large where it has none yet; here.
+
+    n_parameters None: of a run whose models have no size that is known, served ones.
+    """
+    here = [one for one in known if one.is_here]
+    own = [one for one in here if one.run == run]
+    if n_parameters is None:
+        return [one for one in own if one.n_parameters is None]
+    nearest = _nearest(own, n_parameters)
+    if nearest and _distance(nearest[0].n_parameters or 1, n_parameters) < _SAME_MODEL:
+        return nearest
+    return [one for one in here if one.n_parameters and _distance(one.n_parameters, n_parameters) < _SAME_SIZE]
 
 
 def _nearest(known: Iterable[Past], n_parameters: int | None) -> list[Past]:
@@ -117,14 +131,14 @@ def _distance(one: int, other: int) -> float:
     return abs(math.log(one / other))
 
 
-def _answers(one: Past, n_parameters: int, here: Rate) -> float:
-    """What the model is expected to take for what `one` was asked."""
+def _answers(one: Past, n_parameters: int, here: Rate) -> float | None:
+    """What the model is expected to take for what `one` was asked; None where another device's time tells nothing."""
     if one.is_counted:
         generated = one.generated_tokens or 0.0
         counted = answer_seconds((one.computed_tokens or 0.0) - generated, generated, n_parameters, here)
         if counted is not None:
             return counted
-    return one.answer_seconds * n_parameters / (one.n_parameters or 1)
+    return one.answer_seconds * n_parameters / (one.n_parameters or 1) if one.is_here and one.n_parameters else None
 
 
 def _work(one: Past) -> float:

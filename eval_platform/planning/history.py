@@ -1,50 +1,94 @@
 """What does the catalog know of what tasks took? Two questions, each of a connection of the caller's (`connect`)."""
 
+import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NamedTuple
 
 from eval_platform.planning.cost import Past
+from eval_platform.values import RunSettings
 
 if TYPE_CHECKING:
     import duckdb
 
-# Of each task on each run: enough for a median that forgets what was slow once, and the device of a month ago.
+# Of each task on each run: enough for a median that forgets what was slow once.
 NEWEST = 5
 
 
-def past(con: "duckdb.DuckDBPyConnection", *, run: str, task_ids: Iterable[str], limit: int | None) -> list[Past]:
+def past(
+    con: "duckdb.DuckDBPyConnection", *, run: str, task_ids: Iterable[str], limit: int | None, chat: bool | None
+) -> list[Past]:
     """What these tasks took anywhere, and any task on this run; the newest of each, as if so many items were asked.
 
     Only evaluations that one worker asked in whole: of one that was interrupted and gone on with nobody has the sum.
+    "Here" is the kind of device of the run's last evaluation; of a new run's, what whoever found it used last. chat:
+    asked as conversations or not; None: whichever.
     """
     rows = con.execute(
         f"""
         with asked as (
-            select a.run, e.task_id, e.n_parameters, e.seconds, e.answer_seconds, e.load_seconds, e.computed_tokens,
-                e.generated_tokens, e.finished_at,
+            select a.run, a.watcher, e.task_id, e.n_parameters, e.seconds, e.answer_seconds, e.load_seconds,
+                e.computed_tokens, e.generated_tokens, e.finished_at,
+                coalesce(split_part(e.devices[1], ':', 1), '') as device,
                 case when e.item_limit is not distinct from $limit then 1.0
                     when e.item_limit is null then least($limit / e.planned_items, 1.0) end as part
             from evaluations e join arrivals a on a.key = e.key and a.n = e.arrival
-            where e.origin = 'asked' and e.answer_seconds > 0 and (a.run = $run or e.task_id in (select unnest($tasks)))
-                and (e.n_tokens is null or abs(e.tokens_per_second * e.answer_seconds - e.n_tokens) < 0.5)
+            where e.origin = 'asked' and e.answer_seconds > 0 and e.asked_requests = e.n_requests
+                and ($chat is null or e.chat = $chat)
+        ),
+        here as (
+            select device from asked where run = $run
+                or watcher = (select watcher from arrivals where run = $run order by arrived_at desc limit 1)
+            order by run = $run desc, finished_at desc limit 1
         )
-        select run, task_id, n_parameters, part * (seconds - coalesce(load_seconds, 0)), part * answer_seconds,
-            load_seconds, part * computed_tokens, part * generated_tokens
-        from asked where part is not null
-        qualify row_number() over (partition by run, task_id order by finished_at desc) <= {NEWEST}
+        select run, task_id, n_parameters, part * (seconds - load_seconds), part * answer_seconds, load_seconds,
+            part * computed_tokens, part * generated_tokens, coalesce(device = (select device from here), false)
+        from asked where part is not null and (run = $run or task_id in (select unnest($tasks)))
+        qualify row_number() over (
+            partition by run, task_id, device, n_parameters order by finished_at desc
+        ) <= {NEWEST}
         """,
-        {"run": run, "limit": limit, "tasks": list(task_ids)},
+        {"run": run, "limit": limit, "tasks": list(task_ids), "chat": chat},
     ).fetchall()
     return [Past(*row) for row in rows]
 
 
-def answered(con: "duckdb.DuckDBPyConnection", *, key: str, n: int, limit: int | None) -> frozenset[str]:
-    """Tasks that have a result for this arrival's content; none where nobody has staged it yet."""
+class Answered(NamedTuple):
+    """An evaluation that has a result. attempt: the last."""
+
+    evaluation_id: str
+    attempt: int
+    task_id: str
+    ask_id: str
+    is_published: bool
+
+
+def answered(con: "duckdb.DuckDBPyConnection", *, key: str, n: int, settings: RunSettings) -> list[Answered]:
+    """What has a result for this arrival's content, asked as `settings` say; nothing where nobody has staged it yet."""
     rows = con.execute(
         """
-        select distinct e.task_id from evaluations e join arrivals a on a.checkpoint_id = e.checkpoint_id
-        where a.key = ? and a.n = ? and e.status <> 'failed' and e.item_limit is not distinct from ?
+        select e.evaluation_id, max(e.attempt), e.task_id, e.ask_id, bool_or(e.status = 'published'),
+            any_value(e.settings)
+        from evaluations e join arrivals a on a.checkpoint_id = e.checkpoint_id
+        where a.key = ? and a.n = ? and e.status <> 'failed'
+        group by e.evaluation_id, e.task_id, e.ask_id
         """,
-        [key, n, limit],
+        [key, n],
     ).fetchall()
-    return frozenset(task_id for (task_id,) in rows)
+    said = _said(settings)
+    return [Answered(*row) for *row, text in rows if _agrees(said, json.loads(text or "{}"))]
+
+
+def _said(settings: RunSettings) -> dict[str, object]:
+    """What of the settings is part of their identity and does not depend on the checkpoint."""
+    said = asdict(settings)
+    for recorded in ("device", "batch_tokens", "engine_path", "deterministic", "quantization"):
+        del said[recorded]
+    if settings.chat == "auto":
+        for name in ("chat", "system_prompt", "shots_as_turns"):
+            del said[name]
+    return {name: value for name, value in said.items() if value != "auto" and (name, value) != ("max_length", None)}
+
+
+def _agrees(said: dict[str, object], recorded: dict[str, object]) -> bool:
+    return all(recorded.get(name) == value for name, value in said.items())

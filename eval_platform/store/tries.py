@@ -140,10 +140,10 @@ def state(store: Store, subject: Subject) -> Failure | None:
     """None while the subject may be tried; else why it may not until `retry`. class_ "gone": its checkpoint is gone.
 
     A deterministic failure is final at once, and so is a deleted checkpoint. Of infrastructure failures and abandoned
-    tries the third is, where those of one launch (`start`) count as one. Abandoned is what started, never ended, and is not at work any more: its process is known dead
-    on this machine, or it is an evaluation's and its process no longer holds the lease. (An arrival's try on another
-    machine counts as at work until it ends, since nothing says otherwise.) Lost and interrupted tries do not count,
-    nor does what came before a success.
+    tries the third is, where those of one launch (`start`) count as one. Abandoned is what started, never ended, and is
+    not at work any more: its process is known dead on this machine, or it is an evaluation's and its process no longer
+    holds the lease. (An arrival's try on another machine counts as at work until it ends, since nothing says
+    otherwise.) Lost and interrupted tries do not count, nor does what came before a success.
     """
     counted = _counted(store, subject)
     final = [told.failure for told in counted if told.failure and told.failure.class_ != "infrastructure"]

@@ -85,6 +85,7 @@ TABLES: dict[str, pa.Schema] = {
             "tokens_per_second": pa.float64(),  # of `n_tokens`, those asked in this try, by `answer_seconds`
             "peak_memory_bytes": pa.int64(),  # of its worker up to then: on its GPUs, else in main memory
             "n_requests": pa.int64(),
+            "asked_requests": pa.int64(),  # of these, those asked in this try; null in older records
             "n_tokens": pa.int64(),
             "computed_tokens": pa.int64(),  # positions that went through the model in this try; null: not counted
             "generated_tokens": pa.int64(),  # of these, drawn one after another
