@@ -251,7 +251,7 @@ def test_two_drivers_share_one_set_of_jobs_whenever_the_other_comes(
 def test_what_a_driver_that_was_killed_had_not_submitted_yet_is_submitted_by_the_next(
     todo: Plan, config: Config, api: ApiServer, gone: int
 ) -> None:
-    parts = [replace(todo, tasks=(task,), keep_hold=True) for task in todo.tasks]
+    parts = [replace(todo, tasks=(task,), keep_hold=True, together="one") for task in todo.tasks]
     kubernetes.launch(todo, parts, config)
     names = sorted(api.jobs)
     del api.jobs[names[gone]]

@@ -460,10 +460,11 @@ def _found(plan: Plan, manifest: Mapping[str, Any], config: Config, api: Cluster
     if not any(pods.is_living(job) for job in last.values()):
         return []
     texts = {i: manifests.plan_in(job) for i, job in last.items()}
-    if any(json.loads(text)["platform"] != __version__ for text in texts.values()):
+    asked = [json.loads(text) for text in texts.values()]
+    if any(one["platform"] != __version__ for one in asked):
         return []  # its worker's words need not be ours; what it has leased is left to it
     shares = manifests.shares_in(next(iter(last.values())))
-    plans = manifests.share(plan, shares)
+    plans = manifests.share(replace(plan, together=asked[0]["together"]), shares)
     names = [f"{api.namespace}/{_name(plan, life, i)}" for i in range(len(plans))]
     for folder, job in jobs.submitted(config, "kubernetes"):
         if job in names:
