@@ -202,6 +202,8 @@ def test_a_run_goes_by_the_devices_of_the_platform_that_found_it(tmp_path: Path)
     told.asked("laptop", seconds=90.0)
     told.asked("cluster", seconds=3.0, devices=["cuda:3"], finished_at="2026-01-03T00:00:00Z")
     assert (told.took(run="new"), told.took(run="cluster"), told.took(run="newer")) == ([89.0], [2.0], [])
+    told.asked("new", seconds=2.0, devices=["cuda"], finished_at="2026-01-04T00:00:00Z")
+    assert told.took(run="laptop") == [89.0]  # its own goes before what was used since
 
 
 def test_the_newest_five_of_each_size_count(tmp_path: Path) -> None:
