@@ -349,7 +349,7 @@ print(*(faults() for _ in range(4)))
 
 
 def test_settled_memory_is_not_faulted_in_again() -> None:
-    """55,296 pages are written each time. A small block that another thread took in between may cost one tensor's once."""
+    """Of 55,296 written each time. A small block that another thread took in between may cost one tensor once."""
     faults = [int(n) for n in run_warm(_FAULTS)[0].split()]
     assert len(faults) == 4
     assert sorted(faults)[1] < 1000, faults
