@@ -10,6 +10,7 @@ when it refuses. What may change while it runs, the definitions with the lock an
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -48,6 +49,8 @@ def main(home: Path) -> None:
     nursery.begin(request)
     from dagster._cli.api import api_cli
 
+    # By SIGINT a run is cancelled; who starts the platform in a shell's background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 1
     try:
         api_cli(["execute_run", request["run"]], standalone_mode=False)

@@ -27,6 +27,7 @@ from eval_platform.worker import FLUSH_RESPONSES
 
 N_REQUESTS = 2 * truth.N_SUMS + truth.N_WORDS
 SECONDS_A_REQUEST = "EVAL_PLATFORM_TEST_SECONDS_A_REQUEST"
+SLOW_IMPORT = "slow_import"  # a worker does not get beyond its imports while `control` has a file of this name
 
 
 class JobWorld(Place):
@@ -45,7 +46,11 @@ class JobWorld(Place):
         (folder / "site" / "sitecustomize.py").write_text(
             "import os, sys\n"
             'if "eval_platform.worker" in sys.orig_argv:\n'
+            "    import time\n"
             "    from pathlib import Path\n"
+            f"    Path(os.environ[{CONTROL!r}], 'importing').touch()\n"
+            f"    while Path(os.environ[{CONTROL!r}], {SLOW_IMPORT!r}).exists():\n"
+            "        time.sleep(0.05)\n"
             "    from benchmarks.soak import stub\n"
             f"    stub._SECONDS_A_REQUEST = float(os.environ[{SECONDS_A_REQUEST!r}])\n"
             f"    stub.obey(Path(os.environ[{CONTROL!r}]))\n"

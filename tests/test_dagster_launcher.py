@@ -27,7 +27,8 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
-    one = subprocess.Popen(["sleep", "600"])
+    # Whoever runs the tests in a shell's background ignores SIGINT, and so would what it starts.
+    one = subprocess.Popen(["env", "--default-signal=INT", "sleep", "600"])
     yield one
     one.kill()
     one.wait()

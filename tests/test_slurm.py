@@ -10,29 +10,24 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_factory import make_checkpoint
-from fault_tools import Driver, Place, until
+from fault_tools import Driver, until
+from job_world import N_REQUESTS, SECONDS_A_REQUEST, SLOW_IMPORT, JobWorld, all_published
 from running_platform import Up
 from slurm_cluster import GPUS, REAL_CLUSTER, Cluster, slurm_cluster, why_not
 
-from benchmarks.soak import truth
-from benchmarks.soak.stub import CONTROL, lines
 from eval_platform import __version__, launching
-from eval_platform.config import Config, Slurm, Worker
-from eval_platform.drive import Outcome, drive
+from eval_platform.config import Slurm
+from eval_platform.drive import Outcome
 from eval_platform.errors import ConfigError
-from eval_platform.launching import folders, launch, slurm
+from eval_platform.launching import folders, slurm
 from eval_platform.launching import jobs as launched
-from eval_platform.plan import Plan, Wanted, plan
 from eval_platform.store.process import same_machine
-from eval_platform.tasks import read_lock
 from eval_platform.values import Arrival
 from eval_platform.worker import EXIT_TRY_AGAIN, FLUSH_RESPONSES
 
@@ -40,61 +35,19 @@ if REAL_CLUSTER not in os.environ:
     pytest.skip("a real Slurm: `make test-slurm`", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
-N_REQUESTS = 2 * truth.N_SUMS + truth.N_WORDS
-SECONDS_A_REQUEST = "EVAL_PLATFORM_TEST_SECONDS_A_REQUEST"
-SLOW_IMPORT = "slow_import"  # a worker does not get beyond its imports while `control` has a file of this name
 
 
-class World(Place):
-    """A results root, checkpoints, and two tasks of which `truth` knows every answer."""
+class World(JobWorld):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, slurm=Slurm(gres="gpu:1"))
 
-    asks: Slurm = Slurm(gres="gpu:1")
-    shards = 1
+    def wants(self, asked: Slurm) -> None:
+        self.asks = {"slurm": asked}
 
-    def config(self, state: str = "state") -> Config:
-        config = super().config(state)
-        worker = Worker(launcher="slurm", shards=self.shards, lease_seconds=4.0, retry_wait_seconds=0.1)
-        return config.model_copy(update={"worker": worker, "slurm": self.asks})
-
-    def checkpoint(self, name: str = "a/step_1", *, seed: int = 0) -> Path:
-        return make_checkpoint(self.checkpoints / name, seed=seed, values=2_000)
-
-    def plan(self, arrival: Arrival) -> Plan:
-        config = self.config()
-        return plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
-
-    def launch(self, arrival: Arrival, *, state: str = "state") -> slurm.SlurmHandle:  # type: ignore[override]
-        ((_, handle),) = launch(self.plan(arrival), self.config())
+    def job(self, arrival: Arrival) -> slurm.SlurmHandle:
+        handle = self.started(arrival)
         assert isinstance(handle, slurm.SlurmHandle)
         return handle
-
-    def driven(self, arrival: Arrival, on_message: Callable[[dict[str, Any]], None] = lambda _: None) -> list[Outcome]:
-        return list(drive(self.plan(arrival), self.config(), self.store, actor="test", on_message=on_message))
-
-    def arrived(self, seed: int) -> Arrival:
-        self.checkpoint(f"a/step_{seed}", seed=seed)
-        return self.arrive(f"a/step_{seed}")
-
-    def told(self, kind: str) -> list[dict[str, Any]]:
-        """What all workers said of this kind, by worker and in order."""
-        found = sorted(folders.workers(self.config()).glob("*"))
-        return [one for folder in found for one in folders.messages_from(folder, 0)[0] if one["type"] == kind]
-
-    def n_asked(self) -> int:
-        return len(lines(self.control / "asked.jsonl"))
-
-    def all_is_there(self, n: int, *, kills: int = 0, stops: int = 0) -> None:
-        """`n` checkpoints are on the leaderboard with the scores that their weights give, each committed once, and no
-        request was asked twice but what a kill may cost, and the one that was in hand when a worker was stopped."""
-        rows = self.sql("select key, task, value, attempt from leaderboard")
-        assert len(rows) == 2 * n
-        for row in rows:
-            weights = truth.weights_digest(self.checkpoints / row["key"].removeprefix("runs/"))
-            assert row["value"] == truth.expected_score(row["task"], weights)
-        assert len(self.commits()) == 2 * n
-        asked = Counter((line["weights"], *line["asked"]) for line in lines(self.control / "asked.jsonl"))
-        assert len(asked) == n * N_REQUESTS
-        assert asked.total() - len(asked) <= kills * FLUSH_RESPONSES + stops
 
 
 @pytest.fixture(scope="module")
@@ -110,29 +63,8 @@ def cluster() -> Iterator[Cluster]:
 def world(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """Its drivers are this process's threads or forks of it; its workers, on the cluster, obey it."""
     one = World(tmp_path / "world")
-    for name, rows, body in truth.task_files():
-        (one.tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        definition = {**body, "task": name, "documents": {"file": f"{name}.jsonl"}}
-        (one.tasks / f"{name}.yaml").write_text(json.dumps(definition))  # JSON is YAML
-    one.sync()
-    site = one.folder / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        'if "eval_platform.worker" in sys.orig_argv:\n'
-        "    import time\n"
-        "    from pathlib import Path\n"
-        f"    Path(os.environ[{CONTROL!r}], 'importing').touch()\n"
-        f"    while Path(os.environ[{CONTROL!r}], {SLOW_IMPORT!r}).exists():\n"
-        "        time.sleep(0.05)\n"
-        "    from benchmarks.soak import stub\n"
-        f"    stub._SECONDS_A_REQUEST = float(os.environ[{SECONDS_A_REQUEST!r}])\n"
-        f"    stub.obey(Path(os.environ[{CONTROL!r}]))\n"
-    )
-    root = Path(__file__).resolve().parent.parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(root)]))
-    monkeypatch.setenv(CONTROL, str(one.control))
-    monkeypatch.setenv(SECONDS_A_REQUEST, "0.002")
+    for name, value in one.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     monkeypatch.setattr(launched, "ASK_SECONDS", (0.3, 1.0))
     yield one
@@ -145,26 +77,13 @@ def jobs(cluster: Cluster) -> list[str]:
     return sorted(cluster.ask("squeue", "-h", "--states=all", "-o", "%A").split(), key=int)
 
 
-def in_background(world: World, arrival: Arrival, said: list[dict[str, Any]]) -> "Future[list[Outcome]]":
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(world.driven, arrival, said.append)
-    finally:
-        pool.shutdown(wait=False)
-
-
-def all_published(outcomes: list[Outcome]) -> bool:
-    assert [one.status for one in outcomes] == ["published"] * 2, outcomes
-    return True
-
-
 def test_checkpoints_run_at_once_on_gpus_of_their_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three that want two GPUs each on a node of four: two run, the third waits and says why."""
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.01")
-    world.asks = Slurm(gres="gpu:2", time_limit="10", arguments=("--mem=200M",))
+    world.wants(Slurm(gres="gpu:2", time_limit="10", arguments=("--mem=200M",)))
     arrivals = [world.arrived(seed) for seed in range(3)]
     said: list[list[dict[str, Any]]] = [[], [], []]
-    running = [in_background(world, one, heard) for one, heard in zip(arrivals, said, strict=True)]
+    running = [world.in_background(one, heard) for one, heard in zip(arrivals, said, strict=True)]
     for one in running:
         all_published(one.result(90))
     world.all_is_there(3)
@@ -189,7 +108,7 @@ def test_a_time_limit_keeps_the_journal_and_the_next_run_asks_only_the_rest(
 ) -> None:
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.2")  # Slurm looks at limits every so many seconds
     arrival, said = world.arrived(1), list[dict[str, Any]]()
-    running = in_background(world, arrival, said)
+    running = world.in_background(arrival, said)
     until(lambda: world.n_asked() > 10, "answers", 60)
     # Slurm counts limits in minutes; a job's end can be set to the second.
     cluster.ask("scontrol", "update", f"JobId={jobs(cluster)[-1]}", "EndTime=now+1seconds")
@@ -207,7 +126,7 @@ def test_a_node_that_fails_is_no_loss(world: World, cluster: Cluster, monkeypatc
     """The job is queued again under its number, and its driver goes on reading."""
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
     arrival, said = world.arrived(2), list[dict[str, Any]]()
-    running = in_background(world, arrival, said)
+    running = world.in_background(arrival, said)
     until(lambda: world.n_asked() > FLUSH_RESPONSES, "answers", 60)
     job = jobs(cluster)[-1]
     cluster.kill_node()
@@ -230,7 +149,7 @@ def test_a_more_urgent_job_goes_before_and_ours_goes_on_after_it(
 ) -> None:
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
     arrival, said = world.arrived(3), list[dict[str, Any]]()
-    running = in_background(world, arrival, said)
+    running = world.in_background(arrival, said)
     until(lambda: world.n_asked() > FLUSH_RESPONSES, "answers", 60)
     run_urgent_job(cluster)
     all_published(running.result(180))
@@ -242,7 +161,7 @@ def importing(world: World, seed: int, said: list[dict[str, Any]]) -> "tuple[Arr
     """A checkpoint whose driver waits for a worker that is importing, so that SIGTERM finds no handler yet."""
     (world.control / SLOW_IMPORT).touch()
     arrival = world.arrived(seed)
-    running = in_background(world, arrival, said)
+    running = world.in_background(arrival, said)
     until((world.control / "importing").exists, "a worker", 60)
     return arrival, running
 
@@ -271,8 +190,8 @@ def test_stopping_frees_the_gpus_within_ten_seconds(
 ) -> None:
     """A worker that runs, and one that waits: the first leaves by itself with what it has answered."""
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
-    world.asks = Slurm(gres=f"gpu:{GPUS}")
-    works, waits = world.launch(world.arrived(4)), world.launch(world.arrived(5))
+    world.wants(Slurm(gres=f"gpu:{GPUS}"))
+    works, waits = world.job(world.arrived(4)), world.job(world.arrived(5))
     until(lambda: world.n_asked() > 10, "answers", 60)
     for handle in (waits, works):
         began = time.monotonic()
@@ -283,14 +202,14 @@ def test_stopping_frees_the_gpus_within_ten_seconds(
     assert waits.poll() is not None
     assert world.n_asked() - len(world.journaled()) <= 1  # the one in hand
     assert [one for message in works.messages() for one in message if one["type"] == "failed"] == []
-    world.asks = Slurm(gres="gpu:1")
+    world.wants(Slurm(gres="gpu:1"))
     for seed in (4, 5):
         all_published(world.driven(world.arrive(f"a/step_{seed}")))
     world.all_is_there(2, stops=1)
 
 
 def test_a_worker_that_does_not_leave_is_killed_within_ten_seconds(world: World, cluster: Cluster) -> None:
-    handle = world.launch(world.arrived(6))
+    handle = world.job(world.arrived(6))
     until(lambda: world.told("hello"), "a worker", 60)
     (hello,) = world.told("hello")
     os.kill(hello["pid"], signal.SIGSTOP)  # SIGTERM does not reach it, nor its own watchdog
@@ -371,16 +290,16 @@ def test_a_driver_killed_before_it_wrote_the_jobs_number_down_is_no_loss(
 ) -> None:
     """And one whose job waits while another release is installed: that job would only refuse."""
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
-    world.asks = Slurm(gres=f"gpu:{GPUS}")
+    world.wants(Slurm(gres=f"gpu:{GPUS}"))
     arrivals = world.arrived(19), world.arrived(20)
-    works, waits = (world.launch(one) for one in arrivals)
+    works, waits = (world.job(one) for one in arrivals)
     (works.folder / "job.json").unlink()
-    again = world.launch(arrivals[0])
+    again = world.job(arrivals[0])
     assert (again.job, again.was_found) == (works.job, True)
     assert folders.job(works.folder) == f"slurm {works.job}"
     plan_file = waits.folder / "plan.json"
     plan_file.write_text(plan_file.read_text().replace(f'"platform": "{__version__}"', '"platform": "0.0.1"'))
-    other = world.launch(arrivals[1])
+    other = world.job(arrivals[1])
     assert other.job != waits.job
     for handle in (waits, other, again):
         handle.stop()
@@ -388,7 +307,7 @@ def test_a_driver_killed_before_it_wrote_the_jobs_number_down_is_no_loss(
 
 def test_somebody_elses_scancel_is_told(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.1")
-    running = in_background(world, world.arrived(8), said := [])
+    running = world.in_background(world.arrived(8), said := [])
     until(lambda: world.n_asked() > 2, "answers", 60)
     cluster.ask("scancel", jobs(cluster)[-1])
     assert all("somebody cancelled job" in one.reasons[0] for one in running.result(60))
@@ -397,7 +316,7 @@ def test_somebody_elses_scancel_is_told(world: World, cluster: Cluster, monkeypa
 
 def test_a_worker_that_is_killed_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.1")
-    running = in_background(world, world.arrived(9), [])
+    running = world.in_background(world.arrived(9), [])
     until(lambda: world.n_asked() > 2, "answers", 60)
     os.kill(world.told("hello")[0]["pid"], signal.SIGKILL)
     for one in running.result(60):
@@ -415,16 +334,16 @@ def test_a_worker_that_is_killed_is_told(world: World, monkeypatch: pytest.Monke
     ],
 )
 def test_what_slurm_refuses_is_told_with_the_remedy(world: World, asked: Slurm, problem: str, remedy: str) -> None:
-    world.asks = asked
+    world.wants(asked)
     with pytest.raises(ConfigError) as raised:
-        world.launch(world.arrived(10))
+        world.job(world.arrived(10))
     assert problem in str(raised.value)
     assert remedy in str(raised.value)
 
 
 def test_a_job_that_would_wait_for_ever_is_given_up(world: World, cluster: Cluster) -> None:
     """sbatch takes a limit beyond the partition's, and the job then waits until somebody changes one of them."""
-    world.asks = Slurm(time_limit="2:00:00")
+    world.wants(Slurm(time_limit="2:00:00"))
     outcomes = world.driven(world.arrived(11))
     assert all("would never start" in one.reasons[0] for one in outcomes)
     assert all("PartitionTimeLimit" in one.reasons[0] and "sinfo" in one.reasons[0] for one in outcomes)
@@ -436,7 +355,7 @@ def test_a_machine_without_slurm_is_told_so(world: World, monkeypatch: pytest.Mo
     with monkeypatch.context() as here:  # the cluster itself still has it
         here.setenv("PATH", str(tmp_path))
         with pytest.raises(slurm.SlurmError, match=r"there is no `squeue` on this machine(.|\n)*login node"):
-            world.launch(arrival)
+            world.job(arrival)
 
 
 def test_a_controller_that_is_away_is_waited_for(
@@ -444,13 +363,13 @@ def test_a_controller_that_is_away_is_waited_for(
 ) -> None:
     """Its restart costs nothing; while it is away nothing new can be submitted, which is told."""
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.03")
-    running = in_background(world, world.arrived(13), [])
+    running = world.in_background(world.arrived(13), [])
     until(lambda: world.n_asked() > 10, "answers", 60)
     away = cluster.running.pop("slurmctld")
     away.terminate()
     away.wait(30)
     with pytest.raises(slurm.SlurmError, match="scontrol ping"):
-        world.launch(world.arrived(14))
+        world.job(world.arrived(14))
     cluster.start("slurmctld", "slurmctld", "-D", "-f", str(cluster.folder / "slurm.conf"))
     all_published(running.result(90))
     assert len(world.told("hello")) == 1
@@ -461,7 +380,7 @@ def test_a_job_that_could_not_be_stopped_is_found_again(
 ) -> None:
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
     arrival = world.arrived(25)
-    handle = world.launch(arrival)
+    handle = world.job(arrival)
     until(lambda: world.n_asked() > 2, "answers", 60)
     away = cluster.running.pop("slurmctld")
     away.terminate()
@@ -472,7 +391,7 @@ def test_a_job_that_could_not_be_stopped_is_found_again(
     finally:
         cluster.start("slurmctld", "slurmctld", "-D", "-f", str(cluster.folder / "slurm.conf"))
         cluster.until(lambda: bool(cluster.ask("squeue", "-h")), "the controller")
-    again = world.launch(arrival)
+    again = world.job(arrival)
     assert (again.job, again.was_found) == (handle.job, True)
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.002")
     again.stop()
@@ -511,8 +430,8 @@ def test_a_job_goes_over_with_what_it_needs_and_nothing_else(
     monkeypatch.setenv("EVAL_PLATFORM_POSTGRES", "not-for-workers")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
-    world.asks = Slurm(gres="gpu:1", variables=("MY_TOKEN",))
-    handle = world.launch(world.arrived(17))
+    world.wants(Slurm(gres="gpu:1", variables=("MY_TOKEN",)))
+    handle = world.job(world.arrived(17))
     until(lambda: world.told("hello"), "a worker", 60)
     (hello,) = world.told("hello")
     assert same_machine(json.loads((handle.folder / "process.json").read_text())["worker"])

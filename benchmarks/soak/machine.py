@@ -56,7 +56,7 @@ def main(control: Path, seed: int, homes: Sequence[Path]) -> int:
     nursery._made_of = lambda: _MADE_OF
     nursery._forks_may_use_gpus = lambda: True  # nothing here has heard of one
     nursery._MODULES = ("eval_platform.worker", "eval_platform.store.s3", "boto3", "pyarrow.parquet")
-    local._start = _refuse  # a fresh interpreter would load a model, and not be seen
+    local._from_nothing = _refuse  # a fresh interpreter would load a model, and not be seen
     for module in nursery._MODULES:
         importlib.import_module(module)
     suites._batch_definition()

@@ -171,10 +171,11 @@ class JobHandle(ABC, Generic[ToldT]):
     def ends_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while True:
+            is_last = time.monotonic() > deadline  # before asking: a machine that stood still in between asks once more
             self._ask()
             if self.told.state in self.ended:
                 return True
-            if time.monotonic() > deadline:
+            if is_last:
                 return False
             time.sleep(2 * LOOK_SECONDS)
 
