@@ -3,32 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from eval_platform.config import load_config
-from eval_platform.errors import ConfigError
 from eval_platform.launching import folders
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ('[worker]\nlauncher = "lsf"', "worker.launcher"),
-        ('[worker]\nlauncher = "slurm"\ndevices = [0]', "devices: they are of this machine"),
-        ('[slurm]\narguments = ["--mem", "4G"]', "'4G' must be one option written whole"),
-        ('[slurm]\narguments = ["script.sh"]', "'script.sh' must be one option written whole"),
-        ('[slurm]\narguments = ["--export=NONE"]', "--export is set by the platform"),
-        ('[slurm]\narguments = ["--gres=gpu:1"]', "--gres is set by the platform, or by a field of its own"),
-        ('[slurm]\npartition = "gpu --wrap=x"', "must be one word"),
-        ("[slurm]\ngpus = 2", "slurm.gpus"),
-    ],
-)
-def test_a_section_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, problem: str) -> None:
-    file = tmp_path / "eval_platform.toml"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as raised:
-        load_config(file)
-    assert problem in str(raised.value)
 
 
 def test_options_of_sbatch_go_through_as_they_are(tmp_path: Path) -> None:
