@@ -13,7 +13,7 @@ from eval_platform.identity import content_id
 from eval_platform.sandbox import Mode
 from eval_platform.served import ROOT, ServedModel, why_not
 from eval_platform.store import Store, arrivals, layout, records
-from eval_platform.tasks import TaskLock
+from eval_platform.tasks import Size, TaskLock
 from eval_platform.tasks.sections import did_you_mean
 from eval_platform.values import IMPORTED, Arrival, RunSettings, Served
 
@@ -59,6 +59,7 @@ class PlannedTask:
     task_id: str
     ask_id: str
     base_ask_id: str | None = None  # where it is asked without a chat, of which its file says something
+    size: Size | None = None  # None where the lock does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def read_plan(path: Path) -> Plan:
         )
     try:
         body["arrival"] = arrivals.read_arrival(body["arrival"])
-        body["tasks"] = tuple(PlannedTask(**task) for task in body["tasks"])
+        body["tasks"] = tuple(_read_task(**task) for task in body["tasks"])
         body["settings"] = RunSettings(**body["settings"])
         return Plan(**body)
     except (KeyError, TypeError) as error:
@@ -136,6 +137,10 @@ def read_plan(path: Path) -> Plan:
             f"{path}: of eval-platform {body.get('platform', '?')}, and not as {__version__} writes them: {error}",
             remedy=_ONE_RELEASE,
         ) from error
+
+
+def _read_task(*, size: Mapping[str, int] | None, **ids: str) -> PlannedTask:
+    return PlannedTask(**ids, size=None if size is None else Size(**size))
 
 
 def plan(arrival: Arrival, wanted: Wanted, config: Config, store: Store) -> Plan:
@@ -149,7 +154,7 @@ def plan(arrival: Arrival, wanted: Wanted, config: Config, store: Store) -> Plan
     if not names:
         raise ConfigError("there is nothing to ask: the lock has no tasks", remedy="run `eval-platform tasks sync`")
     locked = [(name, lock.tasks[name]) for name in names]
-    planned = tuple(PlannedTask(name, task.task_id, task.ask_id, task.base_ask_id) for name, task in locked)
+    planned = tuple(PlannedTask(name, task.task_id, task.ask_id, task.base_ask_id, task.size) for name, task in locked)
     if not wanted.old_lock:
         _refuse_old_lock(store, planned)
     reasons = not_asked(config, lock, store, arrival.key)

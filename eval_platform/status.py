@@ -88,14 +88,13 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
         by_key: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             by_key.setdefault(row["key"], []).append(row)
-        tasks = {name: task.task_id for name, task in lock.tasks.items()}
         models: dict[str, tuple[str, int | None, bool | Literal["auto"]]] = {
             key: (group[0]["run"], planning.parameters_at(group[0]["uri"]), config.run_settings(key=key).chat)
             for key, group in by_key.items()
             if group[0]["task"] is None  # of others nothing is queued
         }
         expected = {
-            model: planning.expected(con, run=model[0], n_parameters=model[1], tasks=tasks, chat=model[2])
+            model: planning.expected(con, run=model[0], n_parameters=model[1], tasks=lock.tasks, chat=model[2])
             for model in set(models.values())
         }
     broken = {(row["key"], row["n"]): row["reason"] for row in failed}

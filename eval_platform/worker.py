@@ -459,6 +459,7 @@ def _evaluate(model: _Model, planned: PlannedTask, ids: _Evaluation, lease: leas
         "generated_tokens": asked.generated_tokens,
         **_device_cost(model, seconds),
         "n_requests": len(requests),
+        "characters": tasks.characters(requests),
         "asked_requests": asked.n_requests,
         "n_tokens": known_sum(response.n_tokens for response in responses),
         "truncated": sum(response.truncated_left_tokens > 0 for response in responses),

@@ -32,8 +32,8 @@ from eval_platform.planning.cost import Past, Rate
 from eval_platform.planning.history import past
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
 from eval_platform.store import arrivals, commits, tries
-from eval_platform.tasks import read_lock
-from eval_platform.values import Arrival, Request, Response, RunSettings
+from eval_platform.tasks import Size, characters, read_lock
+from eval_platform.values import Arrival, Request, Response, RunSettings, make_request
 from eval_platform.warehouse import connect, refresh
 
 # ------------------------------------------------------------------------------------------------------------- the cost
@@ -136,6 +136,37 @@ def test_a_rate_needs_what_was_counted() -> None:
     assert cost.rate([replace(scored, computed_tokens=None), Past("b", "t", None, 1.0, 1.0)]) == Rate(None, None)
 
 
+@settings(deadline=None)
+@given(amounts, amounts, st.floats(0.1, 1.0), st.floats(0, 0.1), st.floats(1, 300), st.integers(0, 1000))
+def test_a_new_task_costs_its_characters_at_this_runs_rate(
+    requests: float, letters: float, token: float, beside: float, drawn: float, longest: int
+) -> None:
+    """The run's model makes `token` tokens of a character, and ends a completion after `drawn`."""
+    device, size = Device(1e9, 1e7), Size(10, round(requests), round(letters), longest)
+
+    def was_asked(run: str, task: str, n: int, letters: int, length: float = 0.0) -> Past:
+        one = device.took(run, 1_000, task, letters * token, n * length, n * beside)
+        return replace(one, requests=n, characters=letters)
+
+    known = [was_asked("this", "scored", 50, 9_000), was_asked("this", "drawn", 20, 7_000, drawn)]
+    generated = size.requests * min(drawn, longest)
+    oracle = size.requests * beside + device.answers(1_000, size.characters * token, generated)
+    assert cost.new_task_seconds(size, "this", 1_000, known) == pytest.approx(oracle, rel=1e-6, abs=1e-6)
+    assert cost.new_task_seconds(size, "new", 1_000, known) == pytest.approx(oracle, rel=1e-6, abs=1e-6)
+    assert cost.new_task_seconds(size, "new", 5_000, known) is None  # of this size nobody has been asked anything
+    without = [replace(one, characters=None) for one in known]  # of an older release
+    assert cost.new_task_seconds(size, "this", 1_000, without) is None
+    scored_alone = cost.new_task_seconds(size, "this", 1_000, known[:1])
+    assert (scored_alone is None) == bool(longest)  # how long a completion is nobody knows
+
+
+@given(st.lists(st.tuples(st.text("ab", max_size=9), st.none() | st.text("ab", min_size=1, max_size=3)), min_size=1))
+def test_characters_are_those_of_the_tree_of_prompts(asked: list[tuple[str, str | None]]) -> None:
+    requests = [make_request("choice" if behind else "rolling", prompt, behind) for prompt, behind in asked]
+    nodes = {prompt[:end] for prompt, _ in asked for end in range(1, len(prompt) + 1)}
+    assert characters(requests) == len(nodes) + sum(len(behind) for _, behind in set(asked) if behind)
+
+
 def test_parameters_are_counted_from_headers_alone(tmp_path: Path) -> None:
     save_file({"a": np.zeros((3, 5), np.float16), "b": np.zeros(7, np.float32)}, tmp_path / "model-1.safetensors")
     mask = np.zeros((1, 1, 9, 9), np.bool_)
@@ -204,6 +235,27 @@ def test_a_run_goes_by_the_devices_of_the_platform_that_found_it(tmp_path: Path)
     assert (told.took(run="new"), told.took(run="cluster"), told.took(run="newer")) == ([89.0], [2.0], [])
     told.asked("new", seconds=2.0, devices=["cuda"], finished_at="2026-01-04T00:00:00Z")
     assert told.took(run="laptop") == [89.0]  # its own goes before what was used since
+
+
+def test_a_new_task_is_expected_to_take_what_its_characters_do(tmp_path: Path) -> None:
+    """Known: 200 tokens a second, two characters a token, a tenth of a second beside each request."""
+    told = Told(tmp_path)
+    told.arrive("r/0", "c-0")
+    counted = {"computed_tokens": 600, "generated_tokens": 0, "characters": 1_200}
+    told.asked("0", seconds=5.0, answer_seconds=3.0, load_seconds=1.0, **counted)
+    refresh(told.store, told.catalog)
+    tasks = {
+        "t": PlannedTask("t", "id of t", "ask", size=Size(10, 10, 1_200, 0)),
+        "new": PlannedTask("new", "id of new", "ask", size=Size(100, 300, 4_000, 0)),
+        "older": PlannedTask("older", "id of older", "ask"),  # of a lock that does not say
+    }
+    with connect(told.catalog, told.store, samples=False) as con:
+
+        def expected(limit: int | None) -> dict[str, float]:
+            return planning.expected(con, run="run", n_parameters=100, tasks=tasks, chat=False, limit=limit)[0]
+
+        assert expected(None) == pytest.approx({"t": 4.0, "new": 300 * 0.1 + 2_000 / 200})
+        assert expected(5) == pytest.approx({"t": 2.0, "new": (300 * 0.1 + 2_000 / 200) / 20})
 
 
 def test_the_newest_five_of_each_size_count(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from eval_platform.config import Tasks
 from eval_platform.errors import ConfigError, SchemaError, TaskError
 from eval_platform.store import LocalStore, layout, log, read_record
 from eval_platform.tasks import (
+    Size,
     SyncReport,
     build_task,
     check_tasks,
@@ -135,8 +136,14 @@ def test_what_is_known_to_work_is_not_rendered_again(world: World, monkeypatch: 
     world.write(**choices, title="Another title")
     report = world.sync()
     assert (report.lock.tasks["sums"].title, proved) == ("Another title", ["sums"])
+    size = report.lock.tasks["sums"].size
+    assert size == Size(items=4, requests=2, characters=len("?" + " x" + " y"), longest=0)  # four times the same
+    body = json.loads(world.lock.read_text())
+    del body["tasks"]["sums"]["size"]  # a lock from before it was counted
+    world.lock.write_text(json.dumps(body))
+    assert ([world.sync().lock.tasks["sums"].size for _ in range(2)], proved) == ([size] * 2, ["sums", "sums"])
     world.lock.unlink()
-    assert (world.sync().lock.tasks["sums"].chance, proved) == (0.5, ["sums", "sums"])
+    assert (world.sync().lock.tasks["sums"].chance, proved) == (0.5, ["sums", "sums", "sums"])
 
 
 def test_a_name_that_means_a_then_b_then_a_has_three_numbers(world: World) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Literal
 from eval_platform import warehouse
 from eval_platform.checkpoints import count_parameters
 from eval_platform.config import Config
-from eval_platform.plan import Plan
+from eval_platform.plan import Plan, PlannedTask
 from eval_platform.planning import cost
 from eval_platform.planning.history import answered, past
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
 from eval_platform.planning.words import duration, planned, took
 from eval_platform.store import Store, commits
+from eval_platform.tasks import LockedTask
 from eval_platform.values import known_sum
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def expect(plan: Plan, config: Config, store: Store) -> Plan:
             con,
             run=arrival.run,
             n_parameters=parameters_at(arrival.uri),
-            tasks={task.name: task.task_id for task in plan.tasks},
+            tasks={task.name: task for task in plan.tasks},
             limit=settings.limit,
             chat=settings.chat,
         )
@@ -80,18 +81,25 @@ def expected(
     *,
     run: str,
     n_parameters: int | None,
-    tasks: Mapping[str, str],
+    tasks: Mapping[str, PlannedTask | LockedTask],
     chat: bool | Literal["auto"],
     limit: int | None = None,
 ) -> tuple[dict[str, float], float | None]:
     """(task -> seconds, seconds to load the model) of a checkpoint; what is not known is left out, or None.
 
-    n_parameters: of its files (`parameters_at`); None: as many as the run's others have. tasks: name -> task_id.
+    n_parameters: of its files (`parameters_at`); None: as many as the run's others have. tasks: by their names.
     """
-    known = past(con, run=run, task_ids=tasks.values(), limit=limit, chat=None if chat == "auto" else chat)
+    ids = [task.task_id for task in tasks.values()]
+    known = past(con, run=run, task_ids=ids, limit=limit, chat=None if chat == "auto" else chat)
     n_parameters = n_parameters or cost.parameters_of(run, known)
-    seconds = {name: cost.task_seconds(task_id, run, n_parameters, known) for name, task_id in tasks.items()}
-    found = {name: value for name, value in seconds.items() if value is not None}
+    found: dict[str, float] = {}
+    for name, task in tasks.items():
+        seconds = cost.task_seconds(task.task_id, run, n_parameters, known)
+        if seconds is None and task.size is not None:
+            whole = cost.new_task_seconds(task.size, run, n_parameters, known)
+            seconds = whole if whole is None or limit is None else whole * min(limit / task.size.items, 1.0)
+        if seconds is not None:
+            found[name] = seconds
     return found, cost.load_seconds(run, n_parameters, known)
 
 

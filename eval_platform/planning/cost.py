@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from eval_platform.tasks import Size
+
 # Two models of one size: their parameters differ by less than this share.
 _SAME_SIZE = 0.01
 # Two counts of one model, by its files and when it was loaded: tied weights may be saved twice. Other models of a
@@ -21,7 +23,8 @@ class Past:
 
     seconds: without loading. computed_tokens: positions that went through the model, generated_tokens of them drawn one
     after another; None where nobody counted them. load_seconds: None where an older release did not tell it, 0 where
-    the model was loaded already. is_here: on the kind of device that is used for the run.
+    the model was loaded already. is_here: on the kind of device that is used for the run. characters: of what was
+    asked, None where an older release did not tell it.
     """
 
     run: str
@@ -33,6 +36,8 @@ class Past:
     computed_tokens: float | None = None
     generated_tokens: float | None = None
     is_here: bool = True
+    requests: float | None = None
+    characters: float | None = None
 
     @property
     def is_counted(self) -> bool:
@@ -86,6 +91,23 @@ def task_seconds(task_id: str, run: str, n_parameters: int | None, known: Sequen
     return _median(one.seconds - one.answer_seconds + (answers[one] or 0.0) for one in nearest)
 
 
+def new_task_seconds(size: Size, run: str, n_parameters: int | None, known: Iterable[Past]) -> float | None:
+    """Expected seconds of a task that nobody was asked yet, without loading; None where nothing tells.
+
+    Of this run, else of models as large: how many tokens a character makes, how many a completion, how long these take,
+    and how long a request takes beside the model.
+    """
+    alike = _alike(run, n_parameters, known)
+    per_character = _median(_prompt_tokens(one) / one.characters for one in alike if one.is_counted and one.characters)
+    beside = _median((one.seconds - one.answer_seconds) / one.requests for one in alike if one.requests)
+    drawn = _median(one.generated_tokens / one.requests for one in alike if one.generated_tokens and one.requests)
+    if n_parameters is None or per_character is None or beside is None or (size.longest and drawn is None):
+        return None
+    generated = size.requests * min(drawn or 0.0, size.longest)
+    answers = answer_seconds(size.characters * per_character, generated, n_parameters, rate(alike))
+    return None if answers is None else size.requests * beside + answers
+
+
 def load_seconds(run: str, n_parameters: int | None, known: Sequence[Past]) -> float | None:
     """Expected seconds to load the model; None where nothing tells."""
     loaded = [one for one in known if one.load_seconds and one.is_here]
@@ -135,7 +157,7 @@ def _answers(one: Past, n_parameters: int, here: Rate) -> float | None:
     """What the model is expected to take for what `one` was asked; None where another device's time tells nothing."""
     if one.is_counted:
         generated = one.generated_tokens or 0.0
-        counted = answer_seconds((one.computed_tokens or 0.0) - generated, generated, n_parameters, here)
+        counted = answer_seconds(_prompt_tokens(one), generated, n_parameters, here)
         if counted is not None:
             return counted
     return one.answer_seconds * n_parameters / (one.n_parameters or 1) if one.is_here and one.n_parameters else None
@@ -146,7 +168,11 @@ def _work(one: Past) -> float:
 
 
 def _prompt_work(one: Past) -> float:
-    return (one.n_parameters or 0) * ((one.computed_tokens or 0.0) - (one.generated_tokens or 0.0))
+    return (one.n_parameters or 0) * _prompt_tokens(one)
+
+
+def _prompt_tokens(one: Past) -> float:
+    return (one.computed_tokens or 0.0) - (one.generated_tokens or 0.0)
 
 
 def _median(values: Iterable[float]) -> float | None:

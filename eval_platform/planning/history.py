@@ -28,7 +28,7 @@ def past(
         f"""
         with asked as (
             select a.run, a.watcher, e.task_id, e.n_parameters, e.seconds, e.answer_seconds, e.load_seconds,
-                e.computed_tokens, e.generated_tokens, e.finished_at,
+                e.computed_tokens, e.generated_tokens, e.n_requests, e.characters, e.finished_at,
                 coalesce(split_part(e.devices[1], ':', 1), '') as device,
                 case when e.item_limit is not distinct from $limit then 1.0
                     when e.item_limit is null then least($limit / e.planned_items, 1.0) end as part
@@ -42,7 +42,8 @@ def past(
             order by run = $run desc, finished_at desc limit 1
         )
         select run, task_id, n_parameters, part * (seconds - load_seconds), part * answer_seconds, load_seconds,
-            part * computed_tokens, part * generated_tokens, coalesce(device = (select device from here), false)
+            part * computed_tokens, part * generated_tokens, coalesce(device = (select device from here), false),
+            part * n_requests, part * characters
         from asked where part is not null and (run = $run or task_id in (select unnest($tasks)))
         qualify row_number() over (
             partition by run, task_id, device, n_parameters order by finished_at desc

@@ -12,6 +12,7 @@ from eval_platform.tasks.scaffold import new_task_file
 from eval_platform.tasks.schema import TaskFile
 from eval_platform.tasks.selection import bundled_tasks, library_tasks
 from eval_platform.tasks.show import show_prompt
+from eval_platform.tasks.size import Size, characters
 from eval_platform.tasks.snapshots import write_prompts
 from eval_platform.tasks.suite import Suite, find_suite, shipped_suites
 from eval_platform.tasks.sync import SyncReport, check_tasks, sync_tasks
@@ -22,6 +23,7 @@ __all__ = [
     "Finding",
     "LockDifference",
     "LockedTask",
+    "Size",
     "SkippedTask",
     "Suite",
     "SyncReport",
@@ -31,6 +33,7 @@ __all__ = [
     "TaskLock",
     "build_task",
     "bundled_tasks",
+    "characters",
     "check_tasks",
     "compare_locks",
     "compare_tasks",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_platform.errors import SchemaError
+from eval_platform.tasks.size import Size
 
 LOCK_VERSION = 1
 
@@ -18,7 +19,8 @@ class LockedTask:
     """What must be known of a task without opening the store. The ids are identity, the rest is for people.
 
     suites: those of the configured suites that it is in, the first of them its group in Dagster. base_ask_id: what is
-    asked where it is not asked as a chat; None where its file says nothing of chats, so that this is the ask_id.
+    asked where it is not asked as a chat; None where its file says nothing of chats, so that this is the ask_id. size:
+    None in a lock from before it was counted.
     """
 
     task_id: str
@@ -39,6 +41,7 @@ class LockedTask:
     licence: str
     suites: tuple[str, ...] = ()
     base_ask_id: str | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ def write_lock(path: Path, lock: TaskLock) -> bool:
 
 
 # Left out where they say nothing, so that a lock from before them stays what it was.
-_LATER = ("suites", "base_ask_id")
+_LATER = ("suites", "base_ask_id", "size")
 
 
 def _entry(task: LockedTask) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def _entry(task: LockedTask) -> dict[str, Any]:
 def _locked(entry: Mapping[str, Any]) -> LockedTask:
     known = {one.name: entry[one.name] for one in fields(LockedTask) if one.name not in _LATER}
     lists = {name: tuple(known[name]) for name in ("score_names", "tags")}
-    later = {"suites": tuple(entry.get("suites", ())), "base_ask_id": entry.get("base_ask_id")}
+    size = Size(**entry["size"]) if "size" in entry else None
+    later = {"suites": tuple(entry.get("suites", ())), "base_ask_id": entry.get("base_ask_id"), "size": size}
     return LockedTask(**{**known, **lists, **later})
 
 

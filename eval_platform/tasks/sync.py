@@ -15,6 +15,7 @@ from eval_platform.tasks.facts import ItemFacts, item_facts
 from eval_platform.tasks.harness_files import Leaf
 from eval_platform.tasks.lock import LockedGroup, LockedTask, SkippedTask, TaskLock, read_lock, write_lock
 from eval_platform.tasks.selection import LIBRARY, bundled_tasks, library_tasks, select_files, select_harness
+from eval_platform.tasks.size import Size, size_of
 from eval_platform.tasks.snapshots import freeze_documents, frozen_ids
 from eval_platform.tasks.suite import NO_SUITES, OwnSuites, suites_of_tasks
 from eval_platform.tasks.task import Task
@@ -50,7 +51,8 @@ class SyncReport:
 class _Built:
     """tasks: that work. errors: of those that do not; broken: the names these claim. skipped: there is no data.
 
-    facts: of the items of those tasks that are to be checked. groups: of lm-evaluation-harness, as far as found.
+    facts: of the items of those tasks that are to be checked; sizes: of the tasks that were rendered. groups: of
+    lm-evaluation-harness, as far as found.
     """
 
     tasks: list[Task]
@@ -58,6 +60,7 @@ class _Built:
     broken: set[str]
     skipped: dict[str, SkippedTask]
     facts: dict[str, ItemFacts]
+    sizes: dict[str, Size]
     groups: Mapping[str, LockedGroup]
 
 
@@ -103,7 +106,9 @@ def sync_tasks(
     for task in built.tasks:
         if _record(store, task):
             changed.append(task.name)
-        locked[task.name] = _locked(task)
+        # What was not rendered is as the lock says.
+        size = built.sizes[task.name] if task.name in built.sizes else before.tasks[task.name].size
+        locked[task.name] = _locked(task, size)
         if task.name in before.tasks:
             old = before.tasks[task.name]
             if change := _change(store, old.dataset_id, task.dataset_id):
@@ -142,6 +147,7 @@ def _build(
     for leaf in of_harness.tasks:
         files.setdefault(leaf.name, []).append(leaf)
     facts: dict[str, ItemFacts] = {}
+    sizes: dict[str, Size] = {}
     built: dict[str, Task] = {}
     skipped: dict[str, SkippedTask] = {}
     for name, paths in files.items():
@@ -173,9 +179,11 @@ def _build(
             )
             continue
         built[name] = task
+        if items:
+            sizes[name] = size_of(items, task.repeats)
         if to_check(task):
             facts[name] = item_facts(task, items, shipped=_is_shipped(paths[0]))
-    return _Built(list(built.values()), errors, broken, skipped, facts, of_harness.groups)
+    return _Built(list(built.values()), errors, broken, skipped, facts, sizes, of_harness.groups)
 
 
 def _as_before(store: Store, opened: Task, locked: LockedTask | None) -> Task | None:
@@ -184,7 +192,7 @@ def _as_before(store: Store, opened: Task, locked: LockedTask | None) -> Task | 
     What is asked decides every prompt and, unless it is said, chance. So with the same ask_id, and chance said or not
     said as it was, the task is the same when its task_id is.
     """
-    if locked is None or opened.ask_id != locked.ask_id:
+    if locked is None or opened.ask_id != locked.ask_id or locked.size is None:
         return None
     record = find_record(store, layout.task(locked.task_id))
     if record is None or record["definition"]["chance"] != opened.definition.chance:
@@ -282,7 +290,7 @@ def _same(record: dict[str, Any], name: dict[str, Any]) -> bool:
     return {key: value for key, value in record.items() if key != "schema_version"} == name
 
 
-def _locked(task: Task) -> LockedTask:
+def _locked(task: Task, size: Size | None) -> LockedTask:
     definition = task.definition
     tags: Iterable[str] = [definition.tag] if isinstance(definition.tag, str) else definition.tag or []
     return LockedTask(
@@ -303,4 +311,5 @@ def _locked(task: Task) -> LockedTask:
         source=definition.source,
         licence=definition.licence,
         base_ask_id=task.base_ask_id,
+        size=size,
     )

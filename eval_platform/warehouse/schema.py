@@ -86,6 +86,7 @@ TABLES: dict[str, pa.Schema] = {
             "peak_memory_bytes": pa.int64(),  # of its worker up to then: on its GPUs, else in main memory
             "n_requests": pa.int64(),
             "asked_requests": pa.int64(),  # of these, those asked in this try; null in older records
+            "characters": pa.int64(),  # of what was asked (`tasks.characters`); null in older records
             "n_tokens": pa.int64(),
             "computed_tokens": pa.int64(),  # positions that went through the model in this try; null: not counted
             "generated_tokens": pa.int64(),  # of these, drawn one after another
