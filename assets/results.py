@@ -201,7 +201,7 @@ def _log_to(context: dg.AssetExecutionContext, logs: list[str]) -> Callable[[dic
                 logs.append(str(Path(message["folder"]) / "worker.log"))
                 context.log.info(f"a worker was started; what it prints is this run's stdout and {logs[-1]}")
             case "planned":
-                context.log.info(planning.planned(message["shards"], datetime.now(UTC)))
+                context.log.info(planning.planned(message, datetime.now(UTC)))
             case "took":
                 context.log.info(planning.took(message["shards"]))
             case "failed":

@@ -89,7 +89,7 @@ def drive(
     model come after the others, skipped. others: so many other checkpoints want a worker too. `on_message` is told what
     the workers say (docs/launchers.md), and besides `slot` (waiting: there is no room yet), `launched` (folder: a
     worker's), `log` (text: what it printed), and how the work is shared out: `planned` at the beginning, `took` at the
-    end (shards: of each its tasks, expected_seconds and, at the end, seconds).
+    end (shards: of each its tasks, expected_seconds and, at the end, seconds; begun: none waits in a cluster's queue).
     """
     if plan.tasks:
         yield from _asked(plan, config, store, actor, on_message, others)
@@ -117,7 +117,8 @@ def _asked(
     try:
         for worker in workers:
             on_message({"type": "launched", "folder": str(worker.handle.folder)})
-        on_message({"type": "planned", "shards": [_told(worker) for worker in workers]})
+        is_begun = config.worker.launcher == "subprocess"  # a job's queue is its cluster's own
+        on_message({"type": "planned", "shards": [_told(worker) for worker in workers], "begun": is_begun})
         for worker, messages in _heard(workers):
             is_fresh = False  # one refresh shows the gate all that these messages tell of
             for message in messages:

@@ -59,7 +59,7 @@ class CheckpointStatus:
 
     seconds_left: until its workers have ended, or while it is queued what one worker is expected to take; None where
     that is not known. workers: what each of its workers still needs; waiting: what is queued of it that none of them
-    has, for one worker (0: nothing is).
+    has, for one worker (0: nothing is). waits_for_cluster: a worker is a job that has not begun.
     """
 
     key: str
@@ -73,6 +73,7 @@ class CheckpointStatus:
     seconds_left: float | None = None
     workers: tuple[float | None, ...] = ()
     waiting: float | None = 0.0
+    waits_for_cluster: bool = False
 
 
 _ATTENTION: tuple[State, ...] = ("failed", "held", "running", "queued", "missing", "published", "skipped")
@@ -196,6 +197,7 @@ def _one(
         seconds_left,
         each,
         waiting,
+        any(worker.waits for worker in workers),
     )
 
 

@@ -160,7 +160,7 @@ def print_status(found: Sequence[CheckpointStatus], *, all_tasks: bool, queue_le
         if one.reason:
             _told(one.reason, one.state)
         if one.where or one.seconds_left is not None:
-            what = "left" if one.workers else "for one worker"
+            what = "once it has begun" if one.waits_for_cluster else "left" if one.workers else "for one worker"
             about = [] if one.seconds_left is None else [f"about {planning.duration(one.seconds_left)} {what}"]
             _told("; ".join([*([f"on {one.where}"] if one.where else []), *about]), one.state)
         if all_tasks:
@@ -579,7 +579,7 @@ def _show(progress: Progress, bars: dict[str, TaskID], message: Message) -> None
         case "staging":
             progress.update(bar("staging", "reading the checkpoint"), completed=message["done"], total=message["total"])
         case "planned" if not progress.disable:
-            err.print(escape(planning.planned(message["shards"], datetime.now(UTC))), soft_wrap=True)
+            err.print(escape(planning.planned(message, datetime.now(UTC))), soft_wrap=True)
         case "started":
             bar(message["task"], message["task"], message["total"])
         case "progress":

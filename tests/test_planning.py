@@ -33,6 +33,7 @@ from eval_platform.planning.history import past
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
 from eval_platform.store import arrivals, commits, tries
 from eval_platform.tasks import Size, characters, read_lock
+from eval_platform.terminal import print_status
 from eval_platform.values import Arrival, Request, Response, RunSettings, make_request
 from eval_platform.warehouse import connect, refresh
 
@@ -393,12 +394,21 @@ def test_a_run_says_who_does_what_and_when_it_ends() -> None:
         {"tasks": ["a", "b"], "expected_seconds": 40.0},
         {"tasks": ["c"], "expected_seconds": 30.0},
     ]
-    assert planning.planned(shards, now) == (
+    assert planning.planned({"shards": shards, "begun": True}, now) == (
         "2 workers share the tasks out; expected to end at 12:00:40 UTC, 40 s after the start: a, b (40 s expected); "
         "c (30 s expected)"
     )
     unknown = [{"tasks": ["a"], "expected_seconds": None}]
-    assert planning.planned(unknown, now) == "one worker for 1 task; when it ends is not known yet"
+    for begun in (True, False):
+        told = planning.planned({"shards": unknown, "begun": begun}, now)
+        assert told == "one worker for 1 task; when it ends is not known yet"
+    # Of what may wait in a cluster's queue nobody knows when it begins.
+    assert planning.planned({"shards": shards[:1], "begun": False}, now) == (
+        "one worker for 2 tasks; expected to take 40 s once it has begun"
+    )
+    assert planning.planned({"shards": shards, "begun": False}, now).startswith(
+        "2 workers share the tasks out; expected to take 40 s once all have begun: a, b"
+    )
     assert planning.took([{**shards[0], "seconds": 44.2}]) == "2 tasks: 40 s expected, took 44 s"
     assert [planning.duration(s) for s in (0.2, 99, 100, 3599, 7500)] == [
         "0 s",
@@ -610,6 +620,20 @@ def test_what_waits_goes_before_a_second_worker(tmp_path: Path) -> None:
         return seen[0]
 
     assert [places(others) for others in (0, 1, 7)] == [2, 1, 1]
+
+
+def test_of_a_job_in_a_clusters_queue_no_time_left_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    waits = Running(made_up("a", {}, None), (), 1, is_orphan=False, job="slurm 71")
+    hello = {"type": "hello", "host": "node4", "devices": None}
+    assert [one.waits for one in (waits, replace(waits, messages=(hello,)), replace(waits, job=None))] == [
+        True,
+        False,
+        False,
+    ]
+    of_job = status.CheckpointStatus("a", "queued", where=waits.where, seconds_left=64.0, workers=(64.0,))
+    print_status([of_job, replace(of_job, waits_for_cluster=True)], all_tasks=False)
+    told = [line.strip() for line in capsys.readouterr().out.splitlines() if "slurm 71" in line]
+    assert told == ["on slurm 71; about 64 s left", "on slurm 71; about 64 s once it has begun"]
 
 
 def test_status_says_when_all_is_done() -> None:

@@ -151,6 +151,11 @@ class Running:
     job: str | None = None  # of a cluster: "slurm 71"
 
     @property
+    def waits(self) -> bool:
+        """A cluster's job that has not begun, so far as its worker's own words tell."""
+        return self.job is not None and not any(message["type"] == "hello" for message in self.messages)
+
+    @property
     def where(self) -> str:
         """For people: "box, device 2" or "node4, devices 0, 1, slurm 71"; empty until the worker has said so."""
         hello = next((message for message in reversed(self.messages) if message["type"] == "hello"), None)

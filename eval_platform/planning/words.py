@@ -5,12 +5,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 
-def planned(shards: Sequence[Mapping[str, Any]], now: datetime) -> str:
-    """Of a message `planned` (`drive`): who does what, and when all is expected to be done."""
+def planned(message: Mapping[str, Any], now: datetime) -> str:
+    """Of a message `planned` (`drive`): who does what, and when all is expected to be done.
+
+    No time of day is told of what may wait in a cluster's queue: nobody knows when it begins.
+    """
+    shards: Sequence[Mapping[str, Any]] = message["shards"]
     each = [one["expected_seconds"] for one in shards]
     known = [seconds for seconds in each if seconds is not None]
     end = "when it ends is not known yet"
-    if len(known) == len(each):
+    if len(known) == len(each) and not message["begun"]:
+        end = f"expected to take {duration(max(known))} once {'it has' if len(shards) == 1 else 'all have'} begun"
+    elif len(known) == len(each):
         at = (now + timedelta(seconds=max(known))).astimezone(UTC)
         end = f"expected to end at {at:%H:%M:%S} UTC, {duration(max(known))} after the start"
     if len(shards) == 1:
