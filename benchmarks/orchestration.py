@@ -7,14 +7,14 @@ ready: `--alone` of them with one slot, then `--checkpoints` with `--slots`. A w
 engine, which sleeps `--seconds` in all and answers two tasks as `benchmarks.soak.truth` says; every score is compared
 with it. Prints
 
-efficiency   checkpoints x seconds / slots over the time from the first run's start to the last run's end; and the same
-             with what a checkpoint took on the one slot in place of `seconds`
+efficiency   what the checkpoints take by what one took on the one slot, shared out on the slots, over the time from the
+             first run's start to the last run's end; and the same with `seconds`, the sleep alone, in its place
 overhead     of a checkpoint on the one slot: from the end of one run to the end of the next, less its worker's own time
              (from its start to its last word)
 memory       of a run's process: the most that was resident (VmHWM), and what of it no other process shares
 processor    seconds a checkpoint of all processes together, workers included
 
-Exits 1 when the first efficiency is under 90 %, the median overhead over 5 s, or more than 200 MB of that memory are a
+Exits 1 when the first is under 90 %, the median overhead over 5 s, or more than 200 MB of that memory are a
 run's own. Needs an otherwise idle machine: the load average is printed beside the figures.
 """
 
@@ -266,15 +266,16 @@ def _overheads(one_after_another: Sequence[Run]) -> Iterator[float]:
 
 def _report(asked: argparse.Namespace, alone: Measured, many: Measured) -> int:
     rounds = asked.checkpoints / asked.slots
-    efficiency = rounds * asked.seconds / many.seconds
-    a_checkpoint = alone.seconds / asked.alone
+    efficiency = rounds * alone.seconds / asked.alone / many.seconds
     overhead = statistics.median(_overheads(alone.runs))
     if not many.memory.resident:
         raise SystemExit("no run was seen at work, so that nothing is known of its memory: give it more --seconds")
     resident, own = (max(sizes.values()) / 1e6 for sizes in (many.memory.resident, many.memory.own))
     print(f"{asked.alone} checkpoints of {asked.seconds:g} s on one slot: {alone.seconds:.1f} s")
     print(f"{asked.checkpoints} on {asked.slots} slots: {many.seconds:.1f} s; load {os.getloadavg()[0]:.1f}")
-    print(f"efficiency: {efficiency:.1%}, {rounds * a_checkpoint / many.seconds:.1%} of what the one slot did")
+    print(
+        f"efficiency: {efficiency:.1%} of the one slot's; the sleep alone {rounds * asked.seconds / many.seconds:.1%}"
+    )
     print(f"overhead of a checkpoint on one slot: {overhead:.1f} s (median of {asked.alone - 1})")
     for name, measured in (("one slot", alone), (f"{asked.slots} slots", many)):
         runs = sorted(measured.runs, key=lambda run: run.began)

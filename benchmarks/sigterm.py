@@ -1,6 +1,6 @@
 """How long does a worker take to leave once it is told to, whatever it is in the middle of?
 
-    python -m benchmarks.sigterm [--times 8]
+    python -m benchmarks.sigterm [--times 8] [--device cuda]
 
 The model is the demo's (`demo/train.py`), untrained, so that no completion ends early; the tasks are the demo's. Each
 line is one moment of a worker's life: the program is started `--times` times, is sent SIGTERM so long after it has come
@@ -45,7 +45,7 @@ require_success = true
 include = ["stories_perplexity", "gsm8k_50"]
 
 [engine]
-device = "cpu"
+device = "{device}"
 dtype = "float32"
 """
 
@@ -90,13 +90,15 @@ def main() -> int:
         prog="python -m benchmarks.sigterm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--times", type=int, default=8)
-    times = parser.parse_args().times
+    parser.add_argument("--device", default="cpu", help="as [engine] device names it")
+    arguments = parser.parse_args()
+    times = arguments.times
     os.environ["HF_HUB_OFFLINE"] = "1"
     chance = random.Random(0)
     good = True
     print("| moment | times | median, s | longest, s | codes |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="sigterm-") as made:
-        as_it_begins = _make_place(Path(made) / "place")
+        as_it_begins = _make_place(Path(made) / "place", arguments.device)
         for moment in (*MOMENTS, GATE):
             ends: list[tuple[float, int]] = []
             delay = chance.uniform(0, moment.seconds)
@@ -123,12 +125,12 @@ def main() -> int:
     return 0 if good else 1
 
 
-def _make_place(home: Path) -> Path:
+def _make_place(home: Path, device: str) -> Path:
     """One checkpoint of the demo's model, and its tasks."""
     from demo.train import make_model, train_tokenizer, write_checkpoint
 
     (home / "checkpoints").mkdir(parents=True)
-    (home / "eval_platform.toml").write_text(_TOML)
+    (home / "eval_platform.toml").write_text(_TOML.format(device=device))
     config = load_config(home / "eval_platform.toml")
     tokenizer = train_tokenizer(0)
     model = make_model(tokenizer, 0)

@@ -50,6 +50,7 @@ def status(code: int, message: str) -> Json:
 class ApiServer:
     """`refusals`: (method, pattern of the path) -> status and message, asked before anything is done."""
 
+    folder: Path
     jobs: dict[str, Json] = field(default_factory=dict)
     pods: dict[str, Json] = field(default_factory=dict)
     logs: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
@@ -207,7 +208,7 @@ class ApiServer:
         for volume in spec["volumes"]:
             if "downwardAPI" in volume:
                 (mount,) = (one for one in container["volumeMounts"] if one["name"] == volume["name"])
-                folder = tempfile.mkdtemp(prefix="downward-api-")
+                folder = tempfile.mkdtemp(prefix="downward-api-", dir=self.folder)
                 for item in volume["downwardAPI"]["items"]:
                     key = re.fullmatch(r"metadata\.annotations\['(.*)'\]", item["fieldRef"]["fieldPath"])
                     assert key is not None
@@ -217,7 +218,8 @@ class ApiServer:
         said = {one["name"]: one["value"] for one in container["env"]}
         environment = {"PATH": os.environ["PATH"], **self.environment, **said}
         process = subprocess.Popen(
-            [*command, *arguments],
+            # As in a container: no signal is ignored, though it be where the tests run (in a shell's background, say).
+            ["env", "--default-signal", *command, *arguments],
             env=environment,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -315,7 +317,7 @@ class _Server(ThreadingHTTPServer):
 def api_server(folder: Path) -> Iterator[ApiServer]:
     """One on a free port of 127.0.0.1; `folder`/kubeconfig leads there. Its pods end with it."""
     http = _Server(("127.0.0.1", 0), _Handler)
-    api = ApiServer(endpoint=f"http://127.0.0.1:{http.server_port}")
+    api = ApiServer(folder, endpoint=f"http://127.0.0.1:{http.server_port}")
     http.api = api
     threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
     write_kubeconfig(folder / "kubeconfig", api.endpoint)
