@@ -175,6 +175,11 @@ class Worker(_Section):
     )
     lease_seconds: float = Field(default=30.0, gt=0, description="a worker silent for this long is taken over")
     retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
+    exchange: str | None = Field(
+        default=None,
+        description="s3://bucket/prefix through which a cluster's workers get their plans and say their messages, "
+        "where its nodes do not share `state`",
+    )
     nursery: bool = Field(
         default=True,
         description="`eval-platform up` keeps a process that has imported torch and forks workers, and one that forks "
@@ -192,6 +197,18 @@ class Worker(_Section):
     def _are_this_machines(self) -> Self:
         if self.devices and self.launcher != "subprocess":
             raise ValueError(f"devices: they are of this machine; with launcher = {self.launcher!r} leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _is_exchanged_with_a_cluster(self) -> Self:
+        if self.exchange is None:
+            return self
+        if not re.fullmatch(r"s3://[^/\s]+/.*[^/\s]", self.exchange):
+            raise ValueError(f"exchange: {self.exchange!r} must be like s3://bucket/prefix")
+        if self.launcher not in ("slurm", "ray"):
+            raise ValueError(
+                f"exchange: it is for Slurm's and Ray's workers; with launcher = {self.launcher!r} leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -140,7 +140,8 @@ def _asked(
         yield Outcome(name, "failed", ("the folder of the worker that it was given to is gone; the next run asks it",))
     on_message({"type": "took", "shards": [_told(worker) for worker in workers]})
     is_done = codes == {0} and not lost and not any(worker.left for worker in workers)
-    if len(workers) > 1 and is_done and not plan.keep_hold:  # none of them could know that it was the last
+    # None of several could know that it was the last, and one that shares no folder does not see what is held here.
+    if is_done and not plan.keep_hold:
         checkpoints.release_hold(plan.arrival, Path(plan.cache))
     warehouse.refresh(store, config.catalog_path)  # so that whoever reads the catalog next finds every decision there
 

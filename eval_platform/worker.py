@@ -1,6 +1,6 @@
 """The worker: a process of its own that stages one checkpoint, loads the model once and answers the planned tasks.
 
-    python -m eval_platform.worker <folder with plan.json>
+    python -m eval_platform.worker <folder with plan.json, or s3://bucket/prefix>
 
 It appends messages to `messages.jsonl` in that folder, in Dagster Pipes' envelope (see docs/launchers.md), and
 commits every task as it finishes. What was answered before a crash is read from the journal and not asked again; what
@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TextIO
 
 import pyarrow as pa
 
-from eval_platform import __version__, checkpoints, scoring, stopping, tasks
+from eval_platform import __version__, checkpoints, outbox, scoring, stopping, tasks
 from eval_platform.config import S3
 from eval_platform.devices import peak_memory_bytes, visible_devices
 from eval_platform.engine import (
@@ -769,6 +769,8 @@ files in FOLDER:
   process.json     written: who this process is, and who asked for it
 With --messages stdout for who shares no folder with it, the messages go to standard output and FOLDER is only read; all
 else that is printed goes to standard error.
+Where FOLDER is s3://bucket/prefix, plan.json is read from there, and what is said and printed is written there, an
+object a second at most (1.json, 2.json, ...); the files are in a temporary folder then, downloads in $XDG_CACHE_HOME.
 Results and the journal go straight to the results root. Credentials come from the environment, never from the plan.
 
 CUDA_VISIBLE_DEVICES says which GPUs are its own. SIGTERM: what is answered is journalled, the lease released, and it
@@ -790,12 +792,37 @@ def _read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the worker's own, with plan.json in it")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="the worker's own, with plan.json in it, or s3://bucket/prefix"
+    )
     parser.add_argument("--messages", choices=("file", "stdout"), default="file", help="where they go; default: file")
+    parser.add_argument("--s3", type=_s3, default=S3(), metavar="JSON", help="of s3://...: the plan's `s3`")
     return parser.parse_args(arguments)
+
+
+def _s3(text: str) -> S3:
+    try:
+        return S3(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _in_bucket(address: str, s3: S3) -> NoReturn:
+    """The program where no folder is shared."""
+
+    def work_in(folder: Path) -> NoReturn:
+        leave(main(folder, process_record(os.getppid())))
+
+    try:
+        outbox.carry(address, s3, work_in)
+    except EvalPlatformError as error:
+        log.error("%s", error)
+        leave(EXIT_TRY_AGAIN)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     given = _read_arguments(sys.argv[1:])
-    leave(main(given.folder, process_record(os.getppid()), on_stdout=given.messages == "stdout"))
+    if given.folder.startswith("s3://"):
+        _in_bucket(given.folder, given.s3)
+    leave(main(Path(given.folder), process_record(os.getppid()), on_stdout=given.messages == "stdout"))

@@ -13,6 +13,9 @@ from eval_platform.errors import ConfigError
     [
         ('[worker]\nlauncher = "lsf"', "worker.launcher"),
         ('[worker]\nlauncher = "slurm"\ndevices = [0]', "devices: they are of this machine"),
+        ('[worker]\nlauncher = "slurm"\nexchange = "/shared"', "exchange: '/shared' must be like s3://bucket/prefix"),
+        ('[worker]\nlauncher = "ray"\nexchange = "s3://bucket"', "must be like s3://bucket/prefix"),
+        ('[worker]\nexchange = "s3://bucket/prefix"', "exchange: it is for Slurm's and Ray's workers"),
         ('[slurm]\narguments = ["--mem", "4G"]', "'4G' must be one option written whole"),
         ('[slurm]\narguments = ["script.sh"]', "'script.sh' must be one option written whole"),
         ('[slurm]\narguments = ["--export=NONE"]', "--export is set by the platform"),

@@ -72,6 +72,11 @@ class Wire:
         with self._turn:
             self._faults += [(re.compile(on), fault)] * times
 
+    def heals(self) -> None:
+        """Nothing is broken any more."""
+        with self._turn:
+            self._faults.clear()
+
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
         return self

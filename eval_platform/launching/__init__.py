@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from eval_platform.config import Config
-from eval_platform.launching import kubernetes, local, ray, slurm
+from eval_platform.launching import folders, inbox, kubernetes, local, ray, slurm
 from eval_platform.launching.face import Handle, Shard, stop_all
 from eval_platform.launching.local import WORKER_ENV, Running, running, stop_orphans
 from eval_platform.plan import Plan
@@ -21,10 +21,21 @@ def launch(
 ) -> list[Shard]:
     """Start a worker on `plan` as soon as there is room for it, or several that share it out.
 
+    What is kept of workers that ended long ago is then forgotten.
+
     `waiting` is called now and then until there is. split: the plans of as many workers as there is room for, or of
     fewer; None: `plan` as it is. others: so many other checkpoints want a worker, which goes before a second one here.
     """
-    split = split or (lambda _: [plan])
+    shards = _launch(plan, config, waiting, split or (lambda _: [plan]), others)
+    forgotten = folders.forget_old(folders.workers(config))
+    if forgotten and config.worker.exchange is not None:
+        inbox.forget(forgotten, config.worker.exchange, config.s3)
+    return shards
+
+
+def _launch(
+    plan: Plan, config: Config, waiting: Callable[[], None], split: Callable[[int], Sequence[Plan]], others: int
+) -> list[Shard]:
     if config.worker.launcher == "slurm":
         return slurm.launch(plan, split(config.worker.shards), config)
     if config.worker.launcher == "ray":

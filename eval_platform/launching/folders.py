@@ -6,6 +6,7 @@ worker.log       all else that it and its libraries print
 process.json     its process and its driver's (`store/process.py`), written by the worker when it begins
 job.json         of a cluster's job only: its number there
 ended.json       of a cluster's job only: why nobody waits for it any more
+inbox.json       where its worker does not see the folder: from where it is filled (`inbox.py`)
 """
 
 import json
@@ -33,7 +34,7 @@ def workers(config: Config) -> Path:
 
 
 def make_folder(plan: Plan, config: Config) -> Path:
-    """A new worker's folder with its plan; those of workers that ended long ago are forgotten."""
+    """A new worker's folder with its plan."""
     return make_folders([plan], config)[0]
 
 
@@ -44,13 +45,12 @@ def make_folders(plans: Sequence[Plan], config: Config) -> list[Path]:
     for folder, plan in zip(made, plans, strict=True):
         folder.mkdir(parents=True)
         (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    forget_old(workers(config))
     return made
 
 
 def write_whole(file: Path, text: str) -> None:
     """Whoever looks sees it whole, or as it was before."""
-    aside = file.with_name(f"{file.name}.new")
+    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")  # others may be writing the same
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)
 
@@ -152,8 +152,12 @@ def may_live(folder: Path, worker: Mapping[str, Any]) -> bool:
     return same_machine(worker) and not known_dead(worker)
 
 
-def forget_old(workers: Path) -> None:
-    """Keep the folders (plan, messages, log) of the last workers for people to look at, not of all that ever ran."""
+def forget_old(workers: Path) -> list[str]:
+    """Keep the folders (plan, messages, log) of the last workers for people to look at, not of all that ever ran.
+
+    Returns the names of those that are gone now.
+    """
+    forgotten = []
     for folder in sorted(workers.glob("*"))[:-KEPT_WORKERS]:
         try:
             processes = json.loads((folder / "process.json").read_text(encoding="utf-8"))
@@ -163,3 +167,5 @@ def forget_old(workers: Path) -> None:
             if job(folder) is not None and not (folder / "ended.json").exists():
                 continue  # it waits in its cluster's queue
         shutil.rmtree(folder, ignore_errors=True)  # another may be forgetting the same
+        forgotten.append(folder.name)
+    return forgotten

@@ -6,8 +6,8 @@ believed first; what the cluster says counts where it ended without a word, or w
 earlier life: a job that is queued again runs the same program in the same folder once more, and goes on in the same
 files.
 
-In the worker's folder, which must lie on a file system that driver and nodes share, stand beside what `folders.py`
-says:
+The worker's folder lies on a file system that driver and nodes share, or is filled from a bucket (`inbox.py`). In it
+stand beside what `folders.py` says:
 
 job.json     the job's name or number at its cluster
 ended.json   why nobody waits for it any more
@@ -20,16 +20,18 @@ import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from eval_platform.config import Config
+from eval_platform.config import S3, Config
 from eval_platform.errors import EvalPlatformError
 from eval_platform.launching import folders
+from eval_platform.launching.inbox import Inbox, address_of, send_plan, take_up
 from eval_platform.plan import OtherRelease, Plan, launch_id, read_plan
+from eval_platform.store.process import this_process
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,10 @@ ToldT = TypeVar("ToldT", bound=Told)
 
 @dataclass
 class JobHandle(ABC, Generic[ToldT]):
-    """A worker that is a job, or will be; see `face.Handle`. told: the cluster's last answer."""
+    """A worker that is a job, or will be; see `face.Handle`.
+
+    told: the cluster's last answer. inbox: what fills the folder where the worker does not see it.
+    """
 
     cluster: ClassVar[str]  # in job.json and as the type of messages: "slurm"
     waiting: ClassVar[frozenset[str]]  # states
@@ -76,11 +81,13 @@ class JobHandle(ABC, Generic[ToldT]):
     folder: Path
     told: ToldT = field(kw_only=True)
     was_found: bool = False
+    inbox: Inbox | None = field(default=None, kw_only=True)
     _changed: float = field(default_factory=time.monotonic)  # when that answer became another
     _answered: float = field(default_factory=time.monotonic)
     _ask_at: float = 0.0
     _offset: int = 0
     _unread: list[dict[str, Any]] = field(default_factory=list)
+    _was_heard: bool = False
     _end: int | None = None  # what the worker of the present life said of its end
     _code: int | None = None
     _stopped: bool = False
@@ -97,6 +104,10 @@ class JobHandle(ABC, Generic[ToldT]):
     def _in_words(self) -> tuple[str, str]:
         """(what happened, what can be done) where it did not end by its worker's own word."""
 
+    def _unsent(self) -> str:
+        """Where a person finds what a worker printed that never reached its bucket."""
+        return "its cluster's own log"
+
     def _never(self) -> tuple[str, str] | None:
         """(why, what can be done) of a job that would wait for ever; None for any other."""
         return None
@@ -112,8 +123,8 @@ class JobHandle(ABC, Generic[ToldT]):
                 self._has_ended("its worker said so")
             elif time.monotonic() >= self._ask_at:
                 self._ask()
-                if self.told.state in self.ended:
-                    self._read()  # what was written between the last look and the end
+                # With what was written between the last look and the end.
+                if self.told.state in self.ended and self._read(is_all=True):
                     self._has_ended(self.told.state)
         return self._code
 
@@ -141,7 +152,7 @@ class JobHandle(ABC, Generic[ToldT]):
                 news.append(_failed(*never))
                 ends = True
             elif ends and self._ended_without_a_word():
-                news.append(_failed(*self._in_words()))
+                news.append(_failed(*self._why()))
             yield news
             if not ends:
                 time.sleep(LOOK_SECONDS)
@@ -162,7 +173,7 @@ class JobHandle(ABC, Generic[ToldT]):
         except BaseException:
             (self.folder / "ended.json").unlink(missing_ok=True)
             raise
-        self._read()
+        self._read(is_all=True)
         self._has_ended(why)
 
     def last_words(self, n: int = 20) -> str:
@@ -179,14 +190,34 @@ class JobHandle(ABC, Generic[ToldT]):
                 return False
             time.sleep(2 * LOOK_SECONDS)
 
-    def _read(self) -> None:
+    def _read(self, *, is_all: bool = False) -> bool:
+        """What was said since the last look. is_all: no more comes; False where it cannot be had yet."""
+        is_there = self.inbox is None or self.inbox.fetch(is_all=is_all)
         new, self._offset = folders.messages_from(self.folder, self._offset)
         for message in new:
             if message["type"] == "hello":  # a new life: what was said of an end was of the one before
                 self._end = None
+                self._was_heard = True
+                if self._fills_folder():
+                    processes = {"worker": {"pid": message["pid"]}, "driver": this_process()}
+                    folders.write_whole(self.folder / "process.json", json.dumps(processes))
             elif message["type"] == "end":
                 self._end = message["code"]
         self._unread += new
+        return is_there
+
+    def _fills_folder(self) -> bool:
+        """Whether its worker, which does not see the folder, cannot say there who it is."""
+        return self.inbox is not None
+
+    def _why(self) -> tuple[str, str]:
+        what, remedy = self._in_words()
+        if self.inbox is not None and not self._was_heard:
+            where = self.inbox.store.uri
+            remedy += (
+                f"; it has never written to {where}, and {self._unsent()} may say why: can the node reach the bucket?"
+            )
+        return what, remedy
 
     def _ask(self) -> None:
         now = time.monotonic()
@@ -235,9 +266,37 @@ def name_of(plan: Plan) -> str:
     return f"eval-platform-{launch_id(plan)}"
 
 
-def worker_command(folder: Path) -> str:
-    """The worker's program for a shell of the node, where this installation must be too."""
-    return shlex.join([sys.executable, "-m", "eval_platform.worker", str(folder)])
+def worker_command(place: str, s3: S3) -> str:
+    """The worker's program for a shell of the node, where this installation must be too. place: as `place_of` says."""
+    settings = s3.model_dump(exclude_defaults=True) if place.startswith("s3://") else {}
+    said = ["--s3", json.dumps(settings)] if settings else []
+    return shlex.join([sys.executable, "-m", "eval_platform.worker", *said, place])
+
+
+def prepare(made: Sequence[Path], config: Config) -> None:
+    """Ready for their workers: on the file system, or in the bucket of [worker] exchange. Raises StoreError."""
+    for folder in made:
+        # Made here, so that no client of a network file system remembers for a while that it is not there.
+        (folder / "messages.jsonl").touch()
+        if config.worker.exchange is not None:
+            send_plan(folder, config.worker.exchange, config.s3)
+
+
+def place_of(folder: Path) -> str:
+    """Where its worker finds its plan: the folder itself, or the address from which the folder is filled."""
+    return address_of(folder) or str(folder)
+
+
+def folder_at(place: str, config: Config) -> Path:
+    """The folder here of a job that was submitted with this one; made anew from the bucket where another machine had
+    it. Raises StoreError."""
+    is_there = not place.startswith("s3://") and Path(place).exists()
+    if config.worker.exchange is None or is_there:
+        return Path(place)
+    name = place.rpartition("/")[2]
+    folder = folders.workers(config) / name
+    take_up(f"{config.worker.exchange}/{name}", folder, config.s3)
+    return folder
 
 
 def remember(folder: Path, cluster: str, job: str) -> None:

@@ -27,7 +27,6 @@ from eval_platform.launching.face import Shard
 from eval_platform.launching.jobs import ClusterError, JobHandle
 from eval_platform.launching.pods import Told
 from eval_platform.plan import Plan, launch_id, read_plan
-from eval_platform.store.process import this_process
 
 log = logging.getLogger(__name__)
 
@@ -351,13 +350,8 @@ class KubernetesHandle(JobHandle[Told]):
                     file.writelines(f"{line}\n" for line in lines)
         return has_ended and not cursor.is_done
 
-    def _read(self) -> None:
-        before = len(self._unread)
-        super()._read()
-        for message in self._unread[before:]:
-            if message["type"] == "hello":
-                processes = {"worker": {"pid": message["pid"]}, "driver": this_process()}
-                folders.write_whole(self.folder / "process.json", json.dumps(processes))
+    def _fills_folder(self) -> bool:
+        return True
 
     def _ask(self) -> None:
         super()._ask()

@@ -2,9 +2,9 @@
 
 Everything is said to the cluster's job server by its REST API, so that neither the platform nor its workers need a
 package of Ray's. Ray takes no id of a job twice: an id is the plan's name, the number of its life and, where several
-workers share a checkpoint out, the worker's. With each job Ray keeps the worker's folder. Of two drivers that come at
-once only one gets the id that is next; the other takes that job where its folder is the one that it wanted a job for,
-so that a folder never has two. Facts were seen on 2.60.
+workers share a checkpoint out, the worker's. With each job Ray keeps the worker's place (`jobs.place_of`): its folder,
+or an address in a bucket. Of two drivers that come at once only one gets the id that is next; the other takes that job
+where its place is the one that it wanted a job for, so that a place never has two. Facts were seen on 2.60.
 """
 
 import http.client
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from eval_platform.config import Config, Ray
+from eval_platform.config import S3, Config, Ray
 from eval_platform.errors import ConfigError
-from eval_platform.launching import folders, jobs
+from eval_platform.launching import folders, inbox, jobs
 from eval_platform.launching.environment import open_environment
 from eval_platform.launching.face import Shard
 from eval_platform.launching.jobs import STOP_SECONDS, ClusterError, JobHandle, Told
@@ -50,9 +50,9 @@ class RayError(ClusterError):
 
 @dataclass(frozen=True)
 class Job(Told):
-    """A job as Ray tells of it. reason: its message. folder: the worker's. error: a kind of Ray's."""
+    """A job as Ray tells of it. reason: its message. place: the worker's. error: a kind of Ray's."""
 
-    folder: str = ""
+    place: str = ""
     error: str = ""
     exit_code: int | None = None
 
@@ -67,13 +67,14 @@ class RayHandle(JobHandle[Job]):
     by_itself = frozenset({"SUCCEEDED", "FAILED", _UNKNOWN})
 
     asked: Ray = field(kw_only=True)
+    s3: S3 = field(kw_only=True)
     told: Job = field(default=Job("PENDING"), kw_only=True)
 
     def _look_up(self) -> Job:
         told = _look_up(self.asked, self.job)
         if told.error == _NEVER_STARTED and jobs.may_be_waited_for(self.folder) and _too_much(self.asked) is None:
             name, life, shard = _read_id(self.job)
-            self.job = _submit_or_take(name, life + 1, shard, self.folder, self.asked)
+            self.job = _submit_or_take(name, life + 1, shard, jobs.place_of(self.folder), self.asked, self.s3)
             jobs.remember(self.folder, "ray", self.job)
             return Job("PENDING", "it has waited for so long that Ray wanted it to be submitted anew")
         return told
@@ -95,6 +96,9 @@ class RayHandle(JobHandle[Job]):
     def _in_words(self) -> tuple[str, str]:
         return _in_words(self.job, self.told, self.asked)
 
+    def _unsent(self) -> str:
+        return f"`ray job logs {self.job}`"
+
 
 def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
     """Submit a job for each of `plans`, which share `plan` out, or find those that live already.
@@ -107,12 +111,12 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
         submitted = list(jobs.submitted(config, "ray"))
         told = _jobs(asked)
         ours = {job: one for job, one in told.items() if _read_id(job)[0] == name}
-        found = _living(plan, ours, asked)
+        found = _living(plan, ours, config)
         if found:
             return found
         newest = _newest(told)
         for folder, job in submitted:
-            last = told.get(newest.get(str(folder), job))
+            last = told.get(newest.get(jobs.place_of(folder), job))
             if last is None or _is_over(last):  # its driver was killed, and who comes after finds no job
                 jobs.let_go(folder, job, "it ended with nobody looking")
         problem = _too_much(asked)
@@ -120,26 +124,26 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
             what, remedy = problem
             raise ConfigError(what, remedy=remedy)
         made = folders.make_folders(plans, config)
-        for folder in made:
-            # Made here, so that no client of a network file system remembers for a while that it is not there.
-            (folder / "messages.jsonl").touch()
-        shards = _submitted(name, _next_life(ours), plans, made, asked)
+        jobs.prepare(made, config)
+        shards = _submitted(name, _next_life(ours), plans, made, config)
         if shards:
             return shards
         for folder in made:  # another driver was quicker: what it submitted is ours as well
             shutil.rmtree(folder)
+        if config.worker.exchange is not None:
+            inbox.forget([folder.name for folder in made], config.worker.exchange, config.s3)
 
 
-def _submitted(name: str, life: int, plans: Sequence[Plan], made: Sequence[Path], asked: Ray) -> list[Shard]:
+def _submitted(name: str, life: int, plans: Sequence[Plan], made: Sequence[Path], config: Config) -> list[Shard]:
     """A job for each plan, in its folder; nothing where another driver has begun this life."""
     first = _id(name, life, 0)
-    if not _submit(first, made[0], asked):
+    if not _submit(first, jobs.place_of(made[0]), config.ray, config.s3):
         return []
-    shards = [_shard(plans[0], RayHandle(first, made[0], asked=asked))]
+    shards = [_shard(plans[0], first, made[0], config)]
     try:
         for i, (plan, folder) in enumerate(zip(plans[1:], made[1:], strict=True), 1):
-            job = _submit_or_take(name, life, i, folder, asked)
-            shards.append(_shard(plan, RayHandle(job, folder, asked=asked)))
+            job = _submit_or_take(name, life, i, jobs.place_of(folder), config.ray, config.s3)
+            shards.append(_shard(plan, job, folder, config))
     except BaseException:  # a share of the work is of no use to anybody
         for shard in shards:
             try:
@@ -150,15 +154,17 @@ def _submitted(name: str, life: int, plans: Sequence[Plan], made: Sequence[Path]
     return shards
 
 
-def _living(plan: Plan, told: Mapping[str, Job], asked: Ray) -> list[Shard]:
+def _living(plan: Plan, told: Mapping[str, Job], config: Config) -> list[Shard]:
     """The newest jobs of this plan that wait or run, unless nobody waits for them any more.
 
     Where several workers share a checkpoint out all of them, also those that have ended: what they said is read again.
     """
     newest = _newest(told)
     for job in sorted(newest.values(), key=_read_id, reverse=True):
-        folder = Path(told[job].folder)
-        if _is_over(told[job]) or not jobs.may_be_waited_for(folder):
+        if _is_over(told[job]):
+            continue
+        folder = jobs.folder_at(told[job].place, config)
+        if not jobs.may_be_waited_for(folder):
             continue
         if told[job].state != "RUNNING" and jobs.is_of_another_release(folder):
             continue  # when its turn comes it refuses
@@ -166,17 +172,19 @@ def _living(plan: Plan, told: Mapping[str, Job], asked: Ray) -> list[Shard]:
         name, life, _ = _read_id(job)
         made = folders.shards(folder)
         for i, own in enumerate(made):
-            its_job = newest.get(str(own))  # none: its driver was killed, or has not come so far
-            its_job = its_job or _submit_or_take(name, life, i, own, asked)
+            place = jobs.place_of(own)
+            its_job = newest.get(place)  # none: its driver was killed, or has not come so far
+            its_job = its_job or _submit_or_take(name, life, i, place, config.ray, config.s3)
             its_plan = read_plan(own / "plan.json") if folders.is_shard(own) else plan
-            shards.append(_shard(its_plan, RayHandle(its_job, own, asked=asked, was_found=True)))
+            shards.append(_shard(its_plan, its_job, own, config, was_found=True))
         return shards
     return []
 
 
-def _shard(plan: Plan, handle: RayHandle) -> Shard:
-    jobs.remember(handle.folder, "ray", handle.job)
-    return Shard(plan, handle)
+def _shard(plan: Plan, job: str, folder: Path, config: Config, *, was_found: bool = False) -> Shard:
+    jobs.remember(folder, "ray", job)
+    fills = inbox.inbox_of(folder, config.s3)
+    return Shard(plan, RayHandle(job, folder, was_found=was_found, inbox=fills, asked=config.ray, s3=config.s3))
 
 
 def _id(name: str, life: int, shard: int) -> str:
@@ -195,8 +203,8 @@ def _next_life(told: Iterable[str]) -> int:
 
 
 def _newest(told: Mapping[str, Job]) -> dict[str, str]:
-    """The last job of each folder: those before it were never started."""
-    return {told[job].folder: job for job in sorted(told, key=_read_id)}
+    """The last job of each place: those before it were never started."""
+    return {told[job].place: job for job in sorted(told, key=_read_id)}
 
 
 def _is_over(told: Job) -> bool:
@@ -204,31 +212,32 @@ def _is_over(told: Job) -> bool:
     return told.state in _ENDED and told.error != _NEVER_STARTED
 
 
-def _submit_or_take(name: str, life: int, shard: int, folder: Path, asked: Ray) -> str:
+def _submit_or_take(name: str, life: int, shard: int, place: str, asked: Ray, s3: S3) -> str:
     """The id under which it is submitted: of this life, or of the next that is free. Or under which another driver was
-    quicker to submit a job in this folder."""
-    while not _submit(job := _id(name, life, shard), folder, asked):
-        if _look_up(asked, job).folder == str(folder):
+    quicker to submit a job in this place."""
+    while not _submit(job := _id(name, life, shard), place, asked, s3):
+        if _look_up(asked, job).place == place:
             break
         life += 1
     return job
 
 
-def _submit(job: str, folder: Path, asked: Ray) -> bool:
+def _submit(job: str, place: str, asked: Ray, s3: S3) -> bool:
     """False where a job of this id was there before. Raises ConfigError when Ray refuses it for another reason."""
-    output = shlex.quote(str(folder / "worker.log"))
+    # Where no folder is shared Ray keeps what is printed before the worker is at work.
+    output = "" if place.startswith("s3://") else f" >>{shlex.quote(f'{place}/worker.log')} 2>&1"
     variables = {
         **open_environment(os.environ, asked.variables),
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(STOP_SECONDS)),  # from SIGTERM to SIGKILL
     }
     body = {
         "submission_id": job,
-        "entrypoint": f"exec {jobs.worker_command(folder)} >>{output} 2>&1",
+        "entrypoint": f"exec {jobs.worker_command(place, s3)}{output}",
         "entrypoint_num_cpus": asked.num_cpus,
         "entrypoint_num_gpus": asked.num_gpus,
         "entrypoint_resources": asked.resources,
         "runtime_env": {"env_vars": variables},
-        "metadata": {"folder": str(folder)},
+        "metadata": {"folder": place},
     }
     status, said = _request(asked, "/api/jobs/", body)
     if status == 200:
@@ -267,7 +276,7 @@ def _job(told: Mapping[str, Any]) -> Job:
         state=told["status"],
         reason=told.get("message") or "",
         node=urlsplit(told.get("driver_agent_http_address") or "").hostname or "",
-        folder=(told.get("metadata") or {}).get("folder", ""),
+        place=(told.get("metadata") or {}).get("folder", ""),
         error=told.get("error_type") or "",
         exit_code=told.get("driver_exit_code"),
     )
@@ -314,7 +323,8 @@ def _in_words(job: str, told: Job, asked: Ray) -> tuple[str, str]:
     if any("worker.log" in line for line in told.reason.splitlines() if not line.startswith("Running entrypoint")):
         return (
             f"the node {told.node} could not start job {job}: it cannot write in the worker's folder",
-            "put `state` of the configuration on a file system that the nodes share, and the installation too",
+            "put `state` of the configuration on a file system that the nodes share, and the installation too, or set "
+            "[worker] exchange",
         )
     if code in (126, 127):
         return (

@@ -10,17 +10,15 @@ Only what Slurm prints for programs is read (a format given by us, `|` between f
 import logging
 import os
 import re
-import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval_platform.config import Config, Slurm
+from eval_platform.config import S3, Config, Slurm
 from eval_platform.errors import ConfigError
-from eval_platform.launching import folders, jobs
+from eval_platform.launching import folders, inbox, jobs
 from eval_platform.launching.environment import hidden_environment
 from eval_platform.launching.face import Shard
 from eval_platform.launching.jobs import STOP_SECONDS, ClusterError, JobHandle, Told
@@ -28,6 +26,8 @@ from eval_platform.plan import Plan, read_plan
 
 log = logging.getLogger(__name__)
 
+# On the node: what is printed before a worker that shares no folder is at work.
+NODE_LOG = "/tmp/eval-platform"
 KILL_SECONDS = 60.0
 COMMAND_SECONDS = 60.0
 # In place of a signal's number where a node could not begin a job, as when it cannot open the job's output.
@@ -107,6 +107,9 @@ class SlurmHandle(JobHandle[Job]):
     def _in_words(self) -> tuple[str, str]:
         return _in_words(self.job, self.told)
 
+    def _unsent(self) -> str:
+        return f"{NODE_LOG}-{self.job}.log on the node {self.told.node}"
+
     def _never(self) -> tuple[str, str] | None:
         remedy = _never(self.told)
         return None if remedy is None else (f"Slurm would never start job {self.job}: {self.told.reason}", remedy)
@@ -121,7 +124,7 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
     name = jobs.name_of(plan)
     submitted = list(jobs.submitted(config, "slurm"))
     told = _jobs()
-    found = _living(name, plan, told)
+    found = _living(name, plan, told, config)
     if found:
         return found
     at_work = {job for job, state, *_ in told if state not in _ENDED}
@@ -129,17 +132,21 @@ def launch(plan: Plan, plans: Sequence[Plan], config: Config) -> list[Shard]:
         if job not in at_work:  # its driver was killed, and who comes after it finds it no more
             jobs.let_go(folder, job, "it ended with nobody looking")
     made = folders.make_folders(plans, config)
-    for folder in made:
-        # Made here, so that no client of a network file system remembers for a while that it is not there.
-        (folder / "messages.jsonl").touch()
-    job = _submit(name, made, config.slurm, _environment(plan, config.slurm))
+    jobs.prepare(made, config)
+    job = _submit(name, made, config.slurm, config.s3, _environment(plan, config.slurm))
     numbers = [job] if len(made) == 1 else [f"{job}_{i}" for i in range(len(made))]
     for folder, number in zip(made, numbers, strict=True):
         jobs.remember(folder, "slurm", number)
-    return [Shard(own, SlurmHandle(*its)) for own, its in zip(plans, zip(numbers, made, strict=True), strict=True)]
+    return [
+        Shard(own, _handle(number, folder, config)) for own, number, folder in zip(plans, numbers, made, strict=True)
+    ]
 
 
-def _submit(name: str, made: Sequence[Path], asked: Slurm, environment: Mapping[str, str]) -> str:
+def _handle(job: str, folder: Path, config: Config, *, was_found: bool = False) -> SlurmHandle:
+    return SlurmHandle(job, folder, was_found=was_found, inbox=inbox.inbox_of(folder, config.s3))
+
+
+def _submit(name: str, made: Sequence[Path], asked: Slurm, s3: S3, environment: Mapping[str, str]) -> str:
     """The job's number. Several folders, whose names differ in the number at their end, make it an array."""
     wanted = {
         "partition": asked.partition,
@@ -148,10 +155,14 @@ def _submit(name: str, made: Sequence[Path], asked: Slurm, environment: Mapping[
         "time": asked.time_limit,
         "array": f"0-{len(made) - 1}" if len(made) > 1 else None,
     }
-    folder, number, pattern = str(made[0]), "", ""
+    place, number, pattern = jobs.place_of(made[0]), "", ""
     if len(made) > 1:
-        folder, number, pattern = folder.removesuffix("-0"), "-$SLURM_ARRAY_TASK_ID", "-%a"
-    worker = shlex.join([sys.executable, "-m", "eval_platform.worker", folder]) + number
+        place, number, pattern = place.removesuffix("-0"), "-$SLURM_ARRAY_TASK_ID", "-%a"
+    if place.startswith("s3://"):
+        output, starts_in = f"{NODE_LOG}-{'%A_%a' if number else '%j'}.log", "/tmp"
+    else:
+        output, starts_in = place.replace("%", "%%") + pattern + "/worker.log", str(Path.cwd())
+    worker = jobs.worker_command(place, s3) + number
     script = made[0] / "job.sh"
     script.write_text(f"#!/bin/bash\n# A worker of eval-platform: docs/slurm.md\nexec {worker}\n", encoding="utf-8")
     command = [
@@ -159,9 +170,9 @@ def _submit(name: str, made: Sequence[Path], asked: Slurm, environment: Mapping[
         "--parsable",
         f"--job-name={name}",
         "--ntasks=1",
-        "--output=" + folder.replace("%", "%%") + pattern + "/worker.log",
+        f"--output={output}",
         "--open-mode=append",  # a job that is queued again keeps what its earlier life printed
-        f"--chdir={Path.cwd()}",
+        f"--chdir={starts_in}",
         "--export=ALL",  # of the environment that it is given here: values never stand on a command line
         "--requeue" if asked.requeue else "--no-requeue",
         *(f"--{option}={value}" for option, value in wanted.items() if value is not None),
@@ -215,16 +226,19 @@ def _jobs() -> list[tuple[str, str, str, str]]:
     return [(line[0], line[1], line[2], line[3]) for line in lines if len(line) == 4]
 
 
-def _living(name: str, plan: Plan, told: Sequence[tuple[str, str, str, str]]) -> list[Shard]:
+def _living(name: str, plan: Plan, told: Sequence[tuple[str, str, str, str]], config: Config) -> list[Shard]:
     """The newest job with this name that waits or runs, unless nobody waits for it any more.
 
     Of an array all elements, also those that have ended: what they said is read again.
     """
     ours = [(job, state, Path(script).parent) for job, state, its_name, script in told if its_name == name]
     for job, state, first in sorted(ours, key=lambda one: _order(one[0]), reverse=True):
+        if state in _ENDED or state == "COMPLETING":
+            continue
         number, _, element = job.partition("_")
+        first = jobs.folder_at(str(first), config)
         folder = first.with_name(f"{first.name.removesuffix('-0')}-{element}") if element else first
-        if not jobs.may_be_waited_for(folder) or state in _ENDED or state == "COMPLETING":
+        if not jobs.may_be_waited_for(folder):
             continue
         if state in _WAITING and jobs.is_of_another_release(folder):
             continue  # when its turn comes it refuses
@@ -233,7 +247,7 @@ def _living(name: str, plan: Plan, told: Sequence[tuple[str, str, str, str]]) ->
             its_job = f"{number}_{own.name.rpartition('-')[2]}" if element else job
             jobs.remember(own, "slurm", its_job)  # its driver may have been killed before it could
             its_plan = read_plan(own / "plan.json") if element else plan
-            shards.append(Shard(its_plan, SlurmHandle(its_job, own, was_found=True)))
+            shards.append(Shard(its_plan, _handle(its_job, own, config, was_found=True)))
         return shards
     return []
 
@@ -304,7 +318,8 @@ def _in_words(job: str, told: Job) -> tuple[str, str]:
             if number == _NOT_LAUNCHED or code == (0, 0):
                 return (
                     f"the node {told.node} could not start job {job}: mostly it cannot write in the worker's folder",
-                    "put `state` of the configuration on a file system that the nodes share, and the installation too",
+                    "put `state` of the configuration on a file system that the nodes share, and the installation too, "
+                    "or set [worker] exchange",
                 )
             if status in (126, 127):
                 return (
