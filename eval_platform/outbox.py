@@ -187,6 +187,7 @@ def _start(folder: Path, work: Callable[[Path], NoReturn]) -> tuple[int, list[fl
         die_with_parent()
         os.dup2(output, 1)
         os.dup2(output, 2)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may be ignored where this was started
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         try:
             work(folder)
