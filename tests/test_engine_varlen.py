@@ -86,14 +86,21 @@ def test_scores_are_those_of_one_request_at_a_time(
         check_scored(llama, request, answered[request.request_id, 0])
 
 
-@settings(PLAIN, max_examples=10)
-@given(prompts=PROMPTS, slots=st.integers(1, 4), least_shared=st.integers(1, 40), budget=st.integers(1, 100))
+@settings(PLAIN, max_examples=15)
+@given(
+    prompts=PROMPTS,
+    slots=st.integers(1, 4),
+    least_shared=st.integers(1, 40),
+    budget=st.integers(1, 100),
+    draws=st.sampled_from([0, 0, 3]),
+)
 def test_completions_are_those_of_one_prompt_at_a_time(
-    llama: Subject, prompts: list[str], slots: int, least_shared: int, budget: int
+    llama: Subject, prompts: list[str], slots: int, least_shared: int, budget: int, draws: int
 ) -> None:
+    """Where none is drawn, a step is begun before what the last one said is looked at."""
     requests = flat([make_request("generate", text, settings=Generation(1 + i)) for i, text in enumerate(prompts)])
     drawn = Generation(5, temperature=1.0)
-    samples = [make_request("generate", prompts[0], settings=drawn, repeat=k) for k in range(3)]
+    samples = [make_request("generate", prompts[0], settings=drawn, repeat=k) for k in range(draws)]
     with decoding_with(llama, slots=slots, least_shared=least_shared, budget=budget) as engine:
         answered = ask(engine, [*requests, *samples])
         alone = [ask(engine, [sample])[sample.request_id, sample.repeat] for sample in samples]

@@ -17,7 +17,7 @@ from eval_platform.engine.attention import Group, Slots
 from eval_platform.engine.batching import again_with_less
 from eval_platform.engine.completion import PLAIN, Completion, Prompt, StopFinder, generator, sample
 from eval_platform.engine.head import Head
-from eval_platform.engine.packed import PackedModel
+from eval_platform.engine.packed import LAST, PackedModel
 from eval_platform.engine.remembering import Remembered
 from eval_platform.engine.stream import Block, Kept, forwards
 from eval_platform.engine.trie import Node
@@ -59,6 +59,19 @@ def why_not(model: "PreTrainedModel") -> str:
         return ""
     shaping = {key for key, value in config.to_diff_dict().items() if value} - PLAIN.keys() - _HARMLESS
     return f"its generation config sets {', '.join(sorted(shaping))}" if shaping else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A decoding step that a device was given: whose, in the order of its rows, and what it will say of each.
+
+    tokens: [rows] on the device; said: [2, rows], tokens and whether they are good, in main memory once `done`.
+    """
+
+    samples: "list[_Sample]"
+    tokens: Tensor
+    said: Tensor
+    done: torch.cuda.Event | None
 
 
 @dataclass(eq=False, slots=True)
@@ -167,15 +180,20 @@ class _Run:
         self._slots = Slots()
         self._capacity = 0
         self._groups: list[Group] | None = None
+        # On a GPU the next step is begun before the last one's tokens are looked at, if none is drawn on the CPU.
+        self._goes_ahead = packed.on_gpu and all(one.draws is None for one in self._queue)
+        self._ahead: _Ahead | None = None
 
     @torch.inference_mode()
     def samples(self) -> Iterator[tuple[Prompt, Completion]]:
         while self._queue or self._active:
             free = self._most - len(self._active)
             if self._queue and (not self._active or free >= max(1, int(self._most * _REFILL))):
-                yield from self._retire(self._admit(free))
+                if self._ahead is not None:  # of those who are here already
+                    yield from self._retire(self._look_at(self._ahead))
+                yield from self._retire(self._admit(self._most - len(self._active)))
             if self._active:
-                yield from self._retire(self._step())
+                yield from self._retire(self._step_ahead() if self._goes_ahead else self._step())
 
     # -- admission
 
@@ -201,9 +219,7 @@ class _Run:
         first = len(self._active)
         self._active.extend(new)
         self._grow(max(one.own for one in new) + 1)
-        for row, one in enumerate(new, start=first):
-            if one.own:
-                self._to_slot(row, one)
+        self._fill_slots(first, new)
         hidden = torch.stack([self._last_hidden[one.end] for one in new])
         for one in new:
             self._ending[one.end] -= 1
@@ -211,18 +227,24 @@ class _Run:
                 del self._last_hidden[one.end]
         return self._draw(new, hidden, [one.end in self._ruined for one in new])
 
-    def _to_slot(self, row: int, one: _Sample) -> None:
-        """Copy the keys and values of the sample's own tokens to its slot."""
-        end = one.end
-        first = one.length - one.own
-        for node in end.path() if self._packed.on_gpu else [end]:
+    def _fill_slots(self, first: int, new: Sequence[_Sample]) -> None:
+        """Copy the keys and values of the samples' own tokens to their slots, of which the first one's is `first`."""
+        rows_of: dict[Node, list[int]] = {}
+        for row, one in enumerate(new, start=first):
+            if one.own:
+                for node in one.end.path() if self._packed.on_gpu else [one.end]:
+                    rows_of.setdefault(node, []).append(row)
+        for node, rows in rows_of.items():
+            begin = 0 if self._packed.on_gpu else node.start
+            its = slice(rows[0], rows[-1] + 1)  # those who share a node come one after another
             for block in self._kept.blocks[node]:
-                at = slice(block.start - first, block.end - first)
+                at = slice(block.start - begin, block.end - begin)
                 for layer, (keys, values) in enumerate(block.layers):
-                    self._slots.keys[layer][row, :, at] = keys
-                    self._slots.values[layer][row, :, at] = values
-        if self._users[end] == 1:
-            self._kept.drop(end)
+                    self._slots.keys[layer][its, :, at] = keys
+                    self._slots.values[layer][its, :, at] = values
+        for one in new:
+            if one.own and self._users[one.end] == 1:
+                self._kept.drop(one.end)
 
     def _grow(self, needed: int) -> None:
         """Make room for `needed` tokens in every slot."""
@@ -267,6 +289,53 @@ class _Run:
         bad = [False] * len(active) if broken is None else broken.rows.tolist()
         return self._draw(active, hidden, bad)
 
+    def _step_ahead(self) -> list[_Sample]:
+        """As `_step`, with the device at work meanwhile on the step after: what that one says of samples that end now
+        is not looked at.
+        """
+        ahead = self._ahead or self._begin(None)
+        self._ahead = self._begin(ahead) if any(_goes_on(one) for one in self._active) else None
+        return self._look_at(ahead)
+
+    def _begin(self, before: _Ahead | None) -> _Ahead:
+        """Give the device one more token of every active sample, behind those that the step `before` will say."""
+        active = list(self._active)
+        drawn = [len(one.completion.tokens) + (before is not None) for one in active]
+        lengths = [one.own + count - 1 for one, count in zip(active, drawn, strict=True)]
+        self._grow(max(lengths) + 1)
+        if before is None:
+            tokens = torch.tensor([one.completion.tokens[-1] for one in active])
+        else:
+            row_of = {one: row for row, one in enumerate(before.samples)}
+            tokens = before.tokens
+            if active != before.samples:  # some have ended since, others moved to their rows
+                rows = torch.tensor([row_of[one] for one in active], pin_memory=tokens.is_cuda)
+                tokens = tokens[rows.to(tokens.device, non_blocking=True)]
+        positions = [one.length + count - 1 for one, count in zip(active, drawn, strict=True)]
+        hidden, finite = self._packed.decode_ahead(tokens, positions, self._slots, lengths)
+        best, good = self._head.best(hidden)
+        said = torch.stack([best, good & finite]).to("cpu", non_blocking=True)
+        done = None
+        if best.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+        return _Ahead(active, best, said, done)
+
+    def _look_at(self, ahead: _Ahead) -> list[_Sample]:
+        """Take what the step says; those that ended with it."""
+        if ahead is self._ahead:
+            self._ahead = None
+        if ahead.done is not None:
+            ahead.done.synchronize()
+        tokens, good = ahead.said.tolist()
+        ended = []
+        for one, token, is_good in zip(ahead.samples, tokens, good, strict=True):
+            if not one.completion.finish_reason:
+                self._take(one, token if is_good else None)
+                if one.completion.finish_reason:
+                    ended.append(one)
+        return ended
+
     def _find_groups(self) -> list[Group]:
         if self._packed.on_gpu:
             return []
@@ -293,23 +362,24 @@ class _Run:
                 continue
             states = hidden if len(rows) == len(drawing) else hidden[torch.tensor(rows, device=hidden.device)]
             if drawing[rows[0]].draws is None:
-                tokens, finite = self._head.best(states)
+                tokens, finite = (each.tolist() for each in self._head.best(states))
                 chosen |= {i: token for i, token, ok in zip(rows, tokens, finite, strict=True) if ok}
             else:
                 chosen |= self._draw_each(drawing, rows, states)
-        ended = []
         for i, one in enumerate(drawing):
-            completion = one.completion
-            token = chosen.get(i)
-            if token is None or bad[i]:
-                completion.finish_reason = "non_finite"
-            else:
-                completion.add(token, self._ends, one.holds_stop)
-                if len(completion.tokens) == one.prompts[0].settings.max_new_tokens:
-                    completion.finish_reason = completion.finish_reason or "length"
-            if completion.finish_reason:
-                ended.append(one)
-        return ended
+            self._take(one, None if bad[i] else chosen.get(i))
+        return [one for one in drawing if one.completion.finish_reason]
+
+    def _take(self, one: _Sample, token: int | None) -> None:
+        """The sample's next token, None where its numbers were none, and whether it ends there."""
+        completion = one.completion
+        if token is None:
+            completion.finish_reason = "non_finite"
+            self._packed.first_broken = self._packed.first_broken or LAST
+            return
+        completion.add(token, self._ends, one.holds_stop)
+        if len(completion.tokens) == one.prompts[0].settings.max_new_tokens:
+            completion.finish_reason = completion.finish_reason or "length"
 
     def _draw_each(self, drawing: Sequence[_Sample], rows: Sequence[int], states: Tensor) -> dict[int, int]:
         chosen = {}
@@ -362,6 +432,11 @@ class _Run:
                 slot.layers.append((keys[row, :, :here].clone(), values[row, :, :here].clone()))
             blocks.append(slot)
         remembered.add(np.concatenate([_tokens(one.end), np.asarray(drawn, dtype=np.int64)]), blocks)
+
+
+def _goes_on(one: _Sample) -> bool:
+    """Whether its next token may not be its last."""
+    return len(one.completion.tokens) + 1 < one.prompts[0].settings.max_new_tokens
 
 
 def _down(end: Node) -> list[Node]:

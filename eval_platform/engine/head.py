@@ -92,8 +92,10 @@ class Head:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
         return torch.cat(values).cpu(), torch.cat(flags).cpu()
 
-    def best(self, hidden: Tensor) -> tuple[list[int], list[bool]]:
-        """The most probable token after each row of hidden [n, hidden size], and whether its logits are all numbers."""
+    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable token after each row of hidden [n, hidden size], and whether its logits are all numbers:
+        int64 and bool [n], on the head's device, where they may still have to be computed.
+        """
         high, index = None, None
         broken = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         for first, logits in self._blocks(hidden):
@@ -108,7 +110,7 @@ class Head:
                 high, index = torch.where(better, block_high, high), torch.where(better, block_index + first, index)
         assert high is not None
         assert index is not None
-        return index.tolist(), (~(broken | (high == -torch.inf))).tolist()
+        return index, ~(broken | (high == -torch.inf))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits: float32 [n, vocabulary]."""

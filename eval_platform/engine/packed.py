@@ -39,6 +39,9 @@ _RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Of this many times more rows than are wanted the last layer is computed for the wanted ones only.
 _NARROW = 1.5
 
+# Where a number was not finite that nobody looked at before the end.
+LAST = "the last hidden state"
+
 # Names that configs have for their number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -121,7 +124,11 @@ class PackedModel:
         """
         assert self.reaches is not None
         if self.on_gpu:
-            return self._decode_slots(tokens, positions, slots, lengths)
+            hidden, finite = self.decode_ahead(torch.tensor(tokens), positions, slots, lengths)
+            if bool(finite.all()):
+                return hidden, None
+            self.first_broken = self.first_broken or LAST
+            return hidden, Broken(~finite, LAST)
         a_pass = DecodingPass(
             positions=torch.tensor(positions),
             reaches=self.reaches,
@@ -138,30 +145,30 @@ class PackedModel:
         return self._through(given, replace(a_pass, careful=True, layers=0, masks=0, token_bytes=0))
 
     @torch.inference_mode()
-    def _decode_slots(
-        self, tokens: Sequence[int], positions: Sequence[int], slots: Slots, lengths: Sequence[int]
-    ) -> tuple[Tensor, Broken | None]:
-        given = torch.tensor([tokens, positions, lengths])
-        count = len(tokens)
-        if not self._records:
-            where = given.to(self.device)
-            a_pass = SlotPass(positions=where[1], reaches=self.reaches, slots=slots, lengths=where[2])
-            return self._through(where[0], a_pass)
+    def decode_ahead(
+        self, tokens: Tensor, positions: Sequence[int], slots: Slots, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """As `decode` on a GPU, without waiting for it: hidden states [rows, hidden size] and which rows are numbers.
+
+        tokens: [rows], best on the device already. Both results are good until the next call.
+        """
+        count = len(positions)
+        where = torch.tensor([positions, lengths], pin_memory=self.device.type == "cuda")
         rows = min(size for size in (*_RECORDED, slots.keys[0].shape[0]) if size >= count)
-        step = self._recorded_step(rows, slots)
+        step = self._recorded_step(rows, slots) if self._records else None
         if step is None:
-            return self._decode_slots(tokens, positions, slots, lengths)
-        step.given[:, :count].copy_(given)
+            where = where.to(self.device)
+            a_pass = SlotPass(positions=where[0], reaches=self.reaches, slots=slots, lengths=where[1])
+            hidden, _ = self._through(tokens, a_pass)
+            return hidden, hidden.isfinite().all(-1)
+        step.given[0, :count].copy_(tokens, non_blocking=True)
+        step.given[1:, :count].copy_(where, non_blocking=True)
         # Rows beyond belong to slots that are free.
         step.given[2, count:] = 0
         step.graph.replay()
         self.forwards += 1
         self.tokens += count
-        finite = step.finite[:count]
-        broken = None if bool(finite.all()) else Broken(~finite, "the last hidden state")
-        if broken is not None:
-            self.first_broken = self.first_broken or broken.where
-        return step.hidden[:count], broken
+        return step.hidden[:count], step.finite[:count]
 
     def _recorded_step(self, rows: int, slots: Slots) -> "_Step | None":
         """A recorded step reads and writes the memory of the very slots it was recorded over: others, even at the same
@@ -238,5 +245,5 @@ class PackedModel:
             self.first_broken = self.first_broken or a_pass.broken.where
         elif not self.first_broken and not bool(hidden.sum(dtype=torch.float32).isfinite()):
             # Nothing follows from it for other rows, and the head makes a NaN of it by itself.
-            self.first_broken = "the last hidden state"
+            self.first_broken = LAST
         return hidden, a_pass.broken
