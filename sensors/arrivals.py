@@ -20,7 +20,7 @@ from resources.store import StoreResource
 from sensors.queue import at_once, in_order, of_tiers
 
 # For listing the folders of a bucket: with thousands of runs a tick would take longer than Dagster lets it.
-_PATIENCE_SECONDS = 0.75
+_PATIENCE_SECONDS = 1.0
 
 
 def run_request(
@@ -87,7 +87,7 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
         cursor = json.loads(context.cursor or "{}")
         watch = Watch.from_json(cursor.get("watch"))
         keys = sorted(context.instance.get_dynamic_partitions(str(checkpoints.name)))
-        sweep, position = _sweep(keys, cursor.get("position", ""), config.sensor.sweep_per_tick)
+        sweep = _sweep(keys, cursor.get("position", ""), config.sensor.sweep_per_tick)
         changing = {key for key in keys if key in watch} - set(sweep)
         known = dict.fromkeys(keys, "")
         for some in (sweep, changing):  # not together: the sweep's lie side by side
@@ -102,6 +102,7 @@ def new_checkpoints_sensor(lock: TaskLock, interval_seconds: int) -> dg.SensorDe
                 waiting.append(Incomplete(candidate.key, candidate.uri, beside, refused=True))
             else:
                 found.append(candidate)
+        position = _swept_to(sweep, watch.left, cursor.get("position", ""))
         found += _configured(config, opened, known)
         watcher = watcher_id(config.state_dir)
         requests, events, added = [], [], []
@@ -186,12 +187,18 @@ def _in_turn(found: Iterable[Found]) -> list[Found]:
     return [one for _, _, one in sorted(ranked, key=lambda entry: entry[:2])]
 
 
-def _sweep(keys: Sequence[str], position: str, count: int) -> tuple[list[str], str]:
+def _sweep(keys: Sequence[str], position: str, count: int) -> list[str]:
     """The next `count` known keys after `position`, then from the first again: every folder has its turn.
 
     They follow one another in order, so that few listings of a bucket show them all.
     """
-    if not keys:
-        return [], ""
-    chosen = ([key for key in keys if key > position] or list(keys))[:count]
-    return chosen, chosen[-1]
+    return ([key for key in keys if key > position] or list(keys))[:count]
+
+
+def _swept_to(sweep: Sequence[str], left: Collection[str], position: str) -> str:
+    """The last key before the first that there was no time for."""
+    for key in sweep:
+        if key in left:
+            break
+        position = key
+    return position

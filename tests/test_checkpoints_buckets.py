@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from wire import Answer, Cut, Wire
 from eval_platform.checkpoints import Found, Watch, discover, downloads, release, stage
 from eval_platform.checkpoints.buckets import bucket_listing, inspect_bucket
 from eval_platform.checkpoints.inspection import inspect
-from eval_platform.checkpoints.turns import Turns
+from eval_platform.checkpoints.turns import in_turn
 from eval_platform.config import S3, Root
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone
 from eval_platform.store.s3 import S3Store
@@ -243,19 +244,25 @@ def test_a_look_that_has_no_time_left_goes_on_the_next_time(model, bucket, setti
     known = {f"b/{run}/{step}": "as it was" for run in runs for step in range(4)}
     roots, watch = [Root(name="b", path=bucket.uri, quiet_seconds=0)], Watch()
     looks = []
-    for _ in range(6):
+    for _ in range(len(runs) + 2):
         wire.requests.clear()
         found = {one.key for one in discover(roots, known, watch, (), settings, patience=0.0)}
         listed = {request.partition(" HTTP")[0] for request in wire.requests if "list-type" in request}
         looks.append((found, {run for run in runs if any(f"{run}%2F&" in one or f"{run}/&" in one for one in listed)}))
         watch = Watch.from_json(watch.to_json())  # as a sensor's cursor carries it
-    assert set().union(*(entered for _, entered in looks[:3])) == set(runs)  # a round
+    assert set().union(*(entered for _, entered in looks[: len(runs)])) == set(runs)  # a round
     first = next(n for n, (found, _) in enumerate(looks) if found)
     assert all(found == ({"b/run-05/new"} if n >= first else set()) for n, (found, _) in enumerate(looks))
     assert all("run-05" in entered for _, entered in looks[first:])  # where something is new it is looked at each time
-    # What a sweep asks for is looked at, whoever's turn it is.
-    swept = {one.key for one in discover(roots, known, watch, ["b/run-09/1"], settings, patience=0.0)}
-    assert "b/run-09/1" in swept
+    # What a sweep asks for is looked at, whoever's turn it is; of more than there is time for, the first. It is the
+    # only one that sees what is new below what is known.
+    for folder in "abc":
+        bucket.put(f"run-09/1/{folder}/config.json", b"{}")
+    for sweep in (["b/run-09/1"], ["b/run-02/1", "b/run-03/1", "b/run-10/1"]):
+        swept = {one.key for one in discover(roots, known, watch, sweep, settings, patience=0.0)}
+        assert sweep[0] in swept
+        assert {key for key in sweep if key in watch.left} == set(sweep) - swept
+        assert {f"b/run-09/1/{folder}" in swept for folder in "abc"} == {sweep[0] == "b/run-09/1"}
 
 
 def test_a_sweep_of_many_runs_never_keeps_a_new_run_from_being_found(bucket, settings, monkeypatch):
@@ -269,24 +276,43 @@ def test_a_sweep_of_many_runs_never_keeps_a_new_run_from_being_found(bucket, set
     for run in swept:
         for step in range(4):
             bucket.put(f"{run}/{step}/config.json", b"{}")
-    others = [f"x-{n:02}" for n in range(8)]
+    others = [f"x-{n:02}" for n in range(3)]
     for run in others:
         bucket.put(f"{run}/1/config.json", b"{}")
     known = {f"b/{run}/{step}": "as it was" for run in swept for step in range(4)}
     roots, watch, found = [Root(name="b", path=bucket.uri, quiet_seconds=0)], Watch(), set()
-    for _ in range(4):
+    for _ in range(len(swept) + len(others)):
         sweep = [key for key in known if key.endswith("/1")]
         found |= {one.key for one in discover(roots, known, watch, sweep, settings, patience=0.0)}
         watch = Watch.from_json(watch.to_json())
     assert {f"b/{run}/1" for run in others} <= found
 
 
-def test_a_round_goes_on_where_it_was_when_one_look_had_no_time_for_it():
-    turns = Turns()
-    level, folders = "b", [f"b/{n}" for n in range(6)]
-    turns.looked(level, turns.order(level, folders, ())[1], {"b/0", "b/1"})
-    turns.looked(level, turns.order(level, folders, ())[1], ())
-    assert turns.order(level, folders, ())[1][0] == "b/2"
+def test_every_folder_has_its_turn_however_little_time_there_is(bucket, settings):
+    """Trees drawn at random, and a server so slow that each look ends after the least it does."""
+    drawn = random.Random(7)
+    for n in range(3):
+        parts = [f"{one}{sign}" for one in range(3) for sign in "-.0=é"]
+        folders = {"/".join(drawn.choices(parts, k=drawn.randrange(1, 5))) for _ in range(9)}
+        top = S3Store(f"{bucket.uri}/{n}", settings)
+        for folder in sorted(folders):
+            top.put(f"{folder}/model.safetensors", b"")
+        roots, watch, seen = [Root(name="b", path=top.uri, quiet_seconds=0)], Watch(), set()
+        known: dict[str, str] = {}
+        for _ in range(len(folders)):
+            now = {one.key for one in discover(roots, known, watch, (), settings, patience=0.0)}
+            assert now
+            seen |= now
+            watch = Watch.from_json(watch.to_json())
+        assert seen == {one.key for one in discover(roots, known, Watch(), (), settings)}
+        assert len(seen) == len(folders)
+
+
+def test_a_round_goes_on_behind_what_it_was_done_with():
+    assert in_turn(["c", "a", "a-b"], "") == (["a-b", "a", "c"], [])  # the order of a listing: "a-b/" before "a/"
+    assert in_turn(["c", "a", "a-b"], "a") == (["c"], ["a-b", "a"])
+    assert in_turn(["c", "a", "a-b"], "a/0") == (["a", "c"], ["a-b"])
+    assert in_turn(["c", "a", "a-b"], "b, deleted since") == (["c"], ["a-b", "a"])
 
 
 def test_many_new_folders_are_read_page_by_page_while_there_is_time(bucket, settings, wire, monkeypatch):

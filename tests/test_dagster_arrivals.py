@@ -12,6 +12,7 @@ from checkpoint_factory import make_checkpoint
 from dagster_world import DagsterWorld, dagster_world
 
 from eval_platform.store import arrivals, create_record, layout
+from sensors.arrivals import _sweep, _swept_to
 
 pytestmark = pytest.mark.dagster
 
@@ -153,3 +154,14 @@ def test_a_served_model_arrives_once_for_every_day_it_is_of(tmp_path: Path) -> N
         world.file.write_text(world.file.read_text().partition("[[served]]")[0])
         world.reload()
         assert keys(world.tick("reconciliation")) == []
+
+
+def test_a_sweep_goes_on_behind_the_last_that_there_was_time_for() -> None:
+    keys, position, seen = list("abcdef"), "", []
+    for _ in keys:
+        sweep = _sweep(keys, position, 4)
+        seen.append(sweep[0])
+        position = _swept_to(sweep, sweep[1:], position)
+    assert seen == keys
+    assert _swept_to(["a", "b", "c"], (), "") == "c"
+    assert _swept_to(["a", "b", "c"], ["a", "b"], "z") == "z"

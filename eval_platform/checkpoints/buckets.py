@@ -8,12 +8,12 @@ checkpoint in a bucket and its copy in a folder are whole, refused and described
 import errno
 import tempfile
 import time
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -21,15 +21,15 @@ from eval_platform.checkpoints.description import DESCRIBING, Description, descr
 from eval_platform.checkpoints.files import MAX_JSON_BYTES, TEMPLATES_FOLDER, FileState, Listing, belongs, role
 from eval_platform.checkpoints.headers import MAX_HEADER_BYTES
 from eval_platform.checkpoints.inspection import Inspection, inspect
+from eval_platform.errors import StoreError
 from eval_platform.identity import content_id
 from eval_platform.store.base import Entry
 from eval_platform.store.s3 import PAGE_KEYS, S3Store
 
-# What inspection and description read; of the rest it is enough to know that it is there.
-_READ = ("config.json", "tokenizer_config.json", "adapter_config.json", *DESCRIBING)
+# What inspection reads, beside an index; of the rest it is enough to know that it is there.
+_READ = ("config.json", "tokenizer_config.json", "adapter_config.json")
 _HEADER_GUESS_BYTES = 1 << 16  # holds the headers of most shards, so that one request a file is enough
 _READS_AT_ONCE = 8
-_READS_BEFORE_A_LOOK = 4  # at the clock, where there is a time limit: a slow server answers them one after the other
 _LIST_WHOLE = 4  # folders of ten files each, side by side: one request for a hundred of them instead of a hundred
 _PASSED_OVER = 10  # known folders of ten files each, between two others, that are listed again to save a request
 _FOLDERS_A_PAGE = 4  # a page of a thousand objects costs ten times one of a hundred folders: it must show some of them
@@ -109,97 +109,134 @@ class BucketPlace:
         """As `description.describe`; also FileNotFoundError when an object is no longer what was listed."""
         told = {name: listing.files[name] for name in DESCRIBING if name in listing.files}
         try:
-            with sketch(self.store, BucketListing(told, {name: listing.entries[name] for name in told})) as folder:
+            entries = {name: listing.entries[name] for name in told}
+            with _sketch(self.store, BucketListing(told, entries), DESCRIBING) as folder:
                 return describe(folder, root_name, relative, pattern)
         except KeyError as error:
             raise FileNotFoundError(errno.ENOENT, "deleted or replaced", f"{self.uri}/{error.args[0]}") from None
 
 
 class BucketTree:
-    """The folders of a bucket below a prefix, as the walk asks for them: each on its own, or many from one listing.
+    """The folders of a bucket as the walk asks for them: each on its own, or many from one listing.
 
-    Folders that the walk will enter are read ahead. Small ones that lie side by side (new checkpoints, what the sweep
-    looks at again) come a thousand objects a request; large ones (runs, most of whose checkpoints are known) level by
-    level, several at once, since a request to a service far away is mostly waiting.
+    Small ones that lie side by side (new checkpoints, what the sweep looks at again) come a thousand objects a request;
+    large ones (runs, most of whose checkpoints are known) level by level, several at once, since a request to a service
+    far away is mostly waiting.
     """
 
     def __init__(self, store: S3Store) -> None:
         self.store = store
-        self._listed: dict[str, list[Entry]] = {}  # prefix -> its objects and folders, of what was read ahead
+        self._read: dict[str, list[Entry] | StoreError] = {}  # prefix -> its objects and folders, of what was read
+        self._stretches: dict[str, list[str]] = {}  # prefix -> small folders side by side, it among them
+        self._seconds = 0.0  # what a request took lately, of several at once its share
+
+    def has(self, prefix: str) -> bool:
+        """Whether `level` needs no request."""
+        return prefix in self._read
 
     def level(self, prefix: str) -> list[Entry]:
         """Objects, and folders as keys that end in a slash, directly below `prefix`. Raises StoreError."""
-        if prefix in self._listed:
-            return self._listed.pop(prefix)
-        return list(self.store.list(prefix, delimiter="/"))
+        if prefix not in self._read:
+            self._read_singly([prefix])
+        found = self._read.pop(prefix)
+        if isinstance(found, StoreError):
+            raise found
+        return found
 
-    def will_enter(
-        self, prefix: str, folders: Sequence[str], beside: Collection[str], until: float | None = None
-    ) -> list[str]:
-        """The walk is about to ask for these folders (prefixes), all directly below `prefix`, the first ones first.
+    def expect(self, folders: Iterable[str], beside: Collection[str]) -> None:
+        """Small folders (prefixes) that the walk is about to ask for, most likely in this order.
 
-        beside: all folders that there are, those among them. Returns those that it may enter now: after the time
-        `until` (of `time.monotonic`) no more are read, but for a few at least. Raises StoreError.
+        beside: all folders that lie there, those among them.
         """
-        unread = [folder for folder in folders if folder not in self._listed]
-        if len(unread) < 2:
-            return list(folders)
-        in_order: list[str] = []
-        for n, stretch in enumerate(_stretches(sorted(unread) if until is None else unread, beside)):
-            if n and _is_past(until):
-                break
-            found = self._whole(prefix, stretch, until) if len(stretch) >= _LIST_WHOLE else None
-            if found is None:
-                in_order += stretch
-            else:
-                self._listed |= found
-        at_once = _READS_AT_ONCE if until is None else _READS_BEFORE_A_LOOK
-        with ThreadPoolExecutor(at_once) as pool:
-            for at in range(0, len(in_order), at_once):
-                if at and _is_past(until):
-                    break
-                some = in_order[at : at + at_once]
-                self._listed |= zip(some, pool.map(self.level, some), strict=True)
-        return [folder for folder in folders if folder in self._listed]
+        for stretch in _stretches(folders, beside):
+            if len(stretch) >= _LIST_WHOLE:
+                self._stretches |= dict.fromkeys(stretch, stretch)
 
-    def _whole(self, prefix: str, folders: list[str], until: float | None) -> dict[str, list[Entry]] | None:
+    def read(self, prefix: str, then: Iterable[str], until: float | None = None) -> None:
+        """Have the level of `prefix` ready, and of some that the walk will ask for next: more of its stretch, page by
+        page until the time `until` (of `time.monotonic`); or as many of `then`, all at once, as would be read by then
+        if they took turns.
+        """
+        stretch = self._stretches.get(prefix)
+        if stretch is not None:
+            unread = [*takewhile(self._stretches.__contains__, stretch[stretch.index(prefix) :])]
+            found = self._whole(unread, until) if len(unread) >= _LIST_WHOLE else None
+            for one in unread if found is None else found:
+                self._stretches.pop(one, None)
+            if found is not None:
+                self._read |= found
+                return
+        at_most = None
+        if until is not None:
+            fitting = (until - time.monotonic()) / max(self._seconds, 1e-3)
+            at_most = max(0, min(_READS_AT_ONCE, int(fitting)) - 1)
+        singly = (one for one in then if one not in self._read and one not in self._stretches)
+        self._read_singly([prefix, *islice(singly, at_most)])
+
+    def _read_singly(self, folders: Sequence[str]) -> None:
+        began = time.monotonic()
+        if len(folders) == 1:
+            self._read[folders[0]] = self._list(folders[0])
+        else:
+            with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+                self._read |= zip(folders, pool.map(self._list, folders), strict=True)
+        self._seconds = (time.monotonic() - began) / len(folders)
+
+    def _list(self, prefix: str) -> list[Entry] | StoreError:
+        try:
+            return list(self.store.list(prefix, delimiter="/"))
+        except StoreError as error:  # for `level`: it stops none of those that were read with it
+            return error
+
+    def _whole(self, folders: list[str], until: float | None) -> dict[str, list[Entry] | StoreError] | None:
         """All levels from the first of `folders` to the last, or to the one that was reached by `until`; None where a
-        request for each folder costs less.
+        request for each folder costs less, or where they cannot be listed together.
         """
         tree: dict[str, dict[str, Entry]] = {folder: {} for folder in folders}
-        last = folders[-1]
-        for n, entry in enumerate(self.store.list(prefix, after=folders[0]), 1):
-            if entry.key > last and not entry.key.startswith(last):
-                break
-            parent, _, _ = entry.key.rpartition("/")
-            tree.setdefault(f"{parent}/", {})[entry.key] = entry
-            while len(parent) > len(prefix):
-                folder, (parent, _, _) = f"{parent}/", parent.rpartition("/")
-                tree.setdefault(f"{parent}/" if parent else "", {}).setdefault(folder, Entry(folder, 0, ""))
-            pages, left = divmod(n, PAGE_KEYS)
-            if left:
-                continue
-            shown = bisect_left(folders, entry.key)
-            if pages > shown / _FOLDERS_A_PAGE:
-                return None
-            if shown > 1 and _is_past(until):
-                # The last one that the page shows may go on behind it.
-                unread = folders[shown - 1 :]
-                tree = {one: level for one, level in tree.items() if one < unread[0]}
-                break
-        return {folder: list(entries.values()) for folder, entries in tree.items() if folder != prefix}
+        first, last, at = folders[0], folders[-1], 0
+        around = _folder_of(first[:-1])
+        while not last.startswith(around):
+            around = _folder_of(around[:-1])
+        try:
+            for n, entry in enumerate(self.store.list(around, after=first), 1):
+                if entry.key > last and not entry.key.startswith(last):
+                    break
+                while at + 1 < len(folders) and folders[at + 1] < entry.key:
+                    at += 1
+                if entry.key.startswith(folders[at]):
+                    parent = _folder_of(entry.key)
+                    tree.setdefault(parent, {})[entry.key] = entry
+                    while len(parent) > len(folders[at]):
+                        folder, parent = parent, _folder_of(parent[:-1])
+                        tree.setdefault(parent, {}).setdefault(folder, Entry(folder, 0, ""))
+                pages, left = divmod(n, PAGE_KEYS)
+                if left:
+                    continue
+                if pages > (at + 1) / _FOLDERS_A_PAGE:
+                    return None
+                if at and until is not None and time.monotonic() > until:
+                    # The last one that the page shows may go on behind it.
+                    tree = {one: level for one, level in tree.items() if one < folders[at]}
+                    break
+        except StoreError:  # each is listed on its own then, and says so
+            return None
+        return {folder: list(entries.values()) for folder, entries in tree.items()}
 
 
-def _is_past(until: float | None) -> bool:
-    return until is not None and time.monotonic() > until
+def _folder_of(key: str) -> str:
+    return key[: key.rfind("/") + 1]
 
 
-def _stretches(folders: Sequence[str], beside: Collection[str]) -> list[list[str]]:
-    """`folders`, parted where many others lie between two of them or where a listing would have to go back."""
+def _stretches(folders: Iterable[str], beside: Collection[str]) -> list[list[str]]:
+    """`folders`, parted where many others lie between two of them, where a listing would have to go back, and where one
+    lies in the other.
+    """
     places = {folder: place for place, folder in enumerate(sorted(beside))}
     stretches: list[list[str]] = []
     for folder in folders:
-        if not stretches or not 0 < places[folder] - places[stretches[-1][-1]] <= _PASSED_OVER:
+        before = stretches[-1][-1] if stretches else None
+        is_near = before is not None and 0 < places[folder] - places[before] <= _PASSED_OVER
+        if before is None or not is_near or folder.startswith(before):
             stretches.append([])
         stretches[-1].append(folder)
     return stretches
@@ -208,7 +245,7 @@ def _stretches(folders: Sequence[str], beside: Collection[str]) -> list[list[str
 def inspect_bucket(store: Source, listing: BucketListing, uri: str) -> Inspection:
     """What the objects at `uri` prove, no weights downloaded. Raises StoreError."""
     try:
-        with sketch(store, listing) as folder:
+        with _sketch(store, listing, _READ) as folder:
             return inspect(folder, listing, uri)
     except KeyError as error:
         name = str(error.args[0]).rpartition("/")[2]
@@ -217,19 +254,21 @@ def inspect_bucket(store: Source, listing: BucketListing, uri: str) -> Inspectio
 
 
 @contextmanager
-def sketch(store: Source, listing: BucketListing) -> Iterator[Path]:
-    """A folder that looks like the checkpoint to whoever reads no tensor. KeyError: an object is not the listed one."""
+def _sketch(store: Source, listing: BucketListing, read: Collection[str]) -> Iterator[Path]:
+    """A folder that looks like the checkpoint to whoever reads no tensor, and of the other files those named in `read`
+    and indices. KeyError: an object is not the listed one.
+    """
     with tempfile.TemporaryDirectory(prefix="eval-platform-") as made, ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         folder = Path(made)
         (folder / TEMPLATES_FOLDER).mkdir()
-        for _ in pool.map(lambda name: _draw(store, listing.entries[name], folder / name), listing.files):
+        for _ in pool.map(lambda name: _draw(store, listing.entries[name], folder / name, read), listing.files):
             pass
         yield folder
 
 
-def _draw(store: Source, entry: Entry, path: Path) -> None:
+def _draw(store: Source, entry: Entry, path: Path, read: Collection[str]) -> None:
     # A longer one is refused by its size.
-    if (path.name in _READ or role(path.name) == "index") and entry.size <= MAX_JSON_BYTES:
+    if (path.name in read or role(path.name) == "index") and entry.size <= MAX_JSON_BYTES:
         path.write_bytes(store.read_listed(entry))
         return
     with path.open("wb") as file:

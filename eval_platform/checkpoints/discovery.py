@@ -2,34 +2,28 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from eval_platform.checkpoints.description import Description, compile_pattern, describe
+from eval_platform.checkpoints.description import compile_pattern, describe
 from eval_platform.checkpoints.files import (
     CONVERTED,
     SUCCESS,
-    Listing,
     evidence,
-    is_trainer_state,
-    is_unfinished,
     list_folder,
     unconverted,
 )
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import identify
 from eval_platform.checkpoints.inspection import Inspection, inspect
-from eval_platform.checkpoints.turns import up_from
+from eval_platform.checkpoints.walk import Candidate, LocalPlace, Walk, make_key, unlisted
 from eval_platform.checkpoints.watch import Watch
 from eval_platform.config import S3, Root, hub_address
 from eval_platform.errors import CheckpointError, StoreError
-from eval_platform.identity import escape_key
 from eval_platform.values import Incomplete, Served
-
-_LONGEST_PART = 255  # of a file's name, on every file system that holds results
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +38,6 @@ class Found:
     tokens_seen: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     served: Served | None = None
-
-
-@dataclass(frozen=True)
-class LocalPlace:
-    """A folder that may hold a checkpoint."""
-
-    folder: Path
-
-    @property
-    def uri(self) -> str:
-        return str(self.folder)
-
-    def listing(self) -> Listing:
-        return list_folder(self.folder)
-
-    def inspect(self, listing: Listing) -> Inspection:
-        return inspect(self.folder, listing)
-
-    def describe(self, listing: Listing, root_name: str, relative: str, pattern: str | None) -> Description:
-        return describe(self.folder, root_name, relative, pattern)
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    key: str
-    root: Root
-    relative: str
-    place: Any  # LocalPlace or buckets.BucketPlace
-    changed_ns: int
 
 
 def discover(
@@ -95,25 +60,33 @@ def discover(
     links to folders are passed over. A root s3://bucket/prefix is looked at alike, with the settings `s3`. Of a root
     hf://org/model every branch and tag is such a folder, its commit the fingerprint: whole, with no quiet period.
 
-    patience: seconds after which no more folders of a bucket are listed; None: all are, however long it takes. What is
-    left comes first the next time, after what is in `look` and where something was new lately (`Watch.turns`).
+    patience: seconds for listing buckets, all of them together; None: as long as it takes. Looked at is first where
+    something was new lately, then `sweep`, then what else there is in turn (`Walk.some`), of each a folder at least.
+    `watch.left` then has the keys of those that there was no time for.
     Raises ConfigError for a root's malformed `pattern`.
     """
     for root in roots:
         if root.pattern:
             compile_pattern(root.pattern)
-    look = {*sweep, *(key for key in known if key in watch)}
-    candidates: list[_Candidate] = []
+    changing = [key for key in known if key in watch]
+    look = {*sweep, *changing}
+    candidates: list[Candidate] = []
     left: set[str] = set()
+    buckets, seconds = sum(root.path.startswith("s3://") for root in roots), patience or 0.0
     for root in roots:
         if root.path.startswith("hf://"):
             yield from _revisions().look(root, known, look, s3 or S3())
             continue
-        for seen in _walk(root, known, look, s3, watch, patience, left):
+        walk = Walk(root, known, look, left, s3)
+        is_timed = patience is not None and root.path.startswith("s3://")
+        began = time.monotonic()
+        for seen in walk.some(watch.turns, changing, sweep, seconds / buckets) if is_timed else walk.all():
             if isinstance(seen, Incomplete):
                 yield seen
             else:
                 candidates.append(seen)
+        if is_timed:  # what one does not need is for those after it
+            buckets, seconds = buckets - 1, max(0.0, seconds - (time.monotonic() - began))
     watch.keep({candidate.key for candidate in candidates}, left)
     candidates.sort(key=lambda candidate: (-candidate.changed_ns, candidate.key))
     for candidate in candidates:
@@ -126,7 +99,7 @@ def discover(
             yield judged
 
 
-def _judge(candidate: _Candidate, known: str | None, watch: Watch, s3: S3) -> Found | Incomplete | None:
+def _judge(candidate: Candidate, known: str | None, watch: Watch, s3: S3) -> Found | Incomplete | None:
     """None when the folder is as known, or gone."""
     key, root, place = candidate.key, candidate.root, candidate.place
     try:
@@ -135,7 +108,7 @@ def _judge(candidate: _Candidate, known: str | None, watch: Watch, s3: S3) -> Fo
         watch.forget(key)
         return None
     except (OSError, StoreError) as error:
-        return _unlisted(key, place.uri, error)
+        return unlisted(key, place.uri, error)
 
 
 def _judge_place(
@@ -179,210 +152,6 @@ def with_base(found: Inspection, s3: S3) -> Inspection:
     from eval_platform.checkpoints.remote import look_at_base
 
     return look_at_base(found, s3)
-
-
-def _unlisted(key: str, uri: str, error: OSError | StoreError) -> Incomplete:
-    if isinstance(error, StoreError):
-        return Incomplete(key, uri, str(error))
-    return Incomplete(key, uri, f"{uri} cannot be read: {error.strerror}; check its rights and its mount")
-
-
-def make_key(root_name: str, relative: str) -> str:
-    """`<root name>/<relative path>`, escaped; the root's name alone for the root's own folder.
-
-    Raises UnicodeEncodeError when the path is not UTF-8.
-    """
-    return f"{root_name}/{escape_key(relative)}" if relative else root_name
-
-
-def too_long(key: str) -> str:
-    """Why nothing can be recorded under `key` where results are in a folder; "" when it can."""
-    longest = max(key.split("/"), key=len)
-    if len(longest) <= _LONGEST_PART:
-        return ""
-    return (
-        f"its name is too long for a key: {longest[:40]}... has {len(longest)} characters (three for each byte that is "
-        f"no letter, digit, '.', '_' or '-'), {_LONGEST_PART} are possible; rename it"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """One folder as the walk sees it: its place, names of its files and of the folders worth entering."""
-
-    place: Any
-    names: list[str]
-    folders: list[str]
-    changed_ns: int
-
-
-# Relative path -> what is there; and what the walk calls before it enters folders: where, which ones, all there are.
-# It says which of them can be entered now.
-_Scan = Callable[[str], _Seen]
-_WillEnter = Callable[[str, Sequence[str], Collection[str]], Collection[str]]
-
-
-def _scan_folders(root: Root) -> tuple[_Scan, _WillEnter]:
-    top = Path(root.path)
-
-    def scan(relative: str) -> _Seen:
-        folder = top / relative
-        with os.scandir(folder) as entries:
-            names, folders = _split(entries)
-        return _Seen(LocalPlace(folder), names, folders, folder.stat().st_mtime_ns)
-
-    return scan, lambda relative, folders, beside: folders
-
-
-def _scan_bucket(root: Root, s3: S3 | None, patience: float | None) -> tuple[_Scan, _WillEnter]:
-    from eval_platform.checkpoints.buckets import BucketPlace, BucketTree  # botocore, only where a root is in a bucket
-    from eval_platform.store.s3 import S3Store
-
-    store = S3Store(root.path, s3)
-    tree = BucketTree(store)
-    until = None if patience is None else time.monotonic() + patience
-
-    def scan(relative: str) -> _Seen:
-        prefix = f"{relative}/" if relative else ""
-        entries = tree.level(prefix)
-        names = [entry.key.removeprefix(prefix) for entry in entries]
-        # "/": of a key with two slashes in a row, which is no folder that anybody made.
-        shown = [name for name in names if name.strip("/") and not name.startswith(".")]
-        return _Seen(
-            BucketPlace(store, prefix, tuple(entries)),
-            [name for name in shown if not name.endswith("/")],
-            [name.rstrip("/") for name in shown if name.endswith("/")],
-            max((entry.modified_ns for entry in entries), default=0),
-        )
-
-    def will_enter(relative: str, folders: Sequence[str], beside: Collection[str]) -> Collection[str]:
-        prefix = f"{relative}/" if relative else ""
-        all_there = [f"{prefix}{name}/" for name in beside]
-        try:
-            entered = tree.will_enter(prefix, [f"{folder}/" for folder in folders], all_there, until)
-        except StoreError:  # each folder is listed on its own then, and says so
-            return folders
-        return {folder.rstrip("/") for folder in entered}
-
-    return scan, will_enter
-
-
-def _walk(
-    root: Root,
-    known: Mapping[str, str],
-    look: Collection[str],
-    s3: S3 | None,
-    watch: Watch,
-    patience: float | None,
-    left: set[str],
-) -> Iterator[_Candidate | Incomplete]:
-    """Candidates below `root`, without entering known folders (unless in `look`). `left` gets the keys of the folders
-    for which `patience` did not suffice.
-    """
-    scan, will_enter = _scan_bucket(root, s3, patience) if root.path.startswith("s3://") else _scan_folders(root)
-    towards = {above for key in look for above in up_from(key)}
-    stack = [("", False)]  # relative path, lies inside a checkpoint
-    above: set[str] = set()  # folders that have a checkpoint below them
-    converted: set[str] = set()  # folders whose `hf` is a checkpoint
-    distributed: list[str] = []
-    config_only: list[_Candidate] = []
-
-    def is_one(checkpoint: str) -> None:
-        above.update(_ancestors(checkpoint))
-        parent, _, name = checkpoint.rpartition("/")
-        if name == CONVERTED:
-            converted.add(parent)
-
-    while stack:
-        relative, inside = stack.pop()
-        uri = f"{root.path}/{relative}" if relative else root.path
-        try:
-            seen = scan(relative)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if not relative:
-                reason = f"root {root.name}: {uri} is no folder; create it, or mend `path` in [[checkpoints]]"
-                yield Incomplete(root.name, uri, f"{reason} ({error.strerror})")
-            continue  # below the top: deleted while we walked
-        except (OSError, StoreError) as error:
-            yield _unlisted(_reported_key(root.name, relative), uri, error)
-            continue
-
-        key = make_key(root.name, relative)
-        signs = evidence(seen.names) if key not in known or key in look else None
-        candidate = _Candidate(key, root, relative, seen.place, seen.changed_ns)
-        if signs == "weights" and key not in known and _is_unfinished(relative):
-            yield Incomplete(key, uri, "its name says that it is not whole yet: who writes it renames it then")
-        elif signs == "weights" and (reason := too_long(key)):
-            yield Incomplete(key, uri, reason, refused=True)
-        elif signs == "weights":
-            is_one(relative)
-            yield candidate
-        elif signs == "distributed" and not inside:
-            distributed.append(relative)
-        elif signs == "config" and not inside:
-            config_only.append(candidate)
-
-        entered: dict[str, str] = {}  # key -> relative path
-        for name in seen.folders:
-            child = f"{relative}/{name}" if relative else name
-            try:
-                child_key = make_key(root.name, child)
-            except UnicodeEncodeError:
-                reason = "the folder's name is not UTF-8; rename it"
-                yield Incomplete(_reported_key(root.name, child), ascii(f"{root.path}/{child}"), reason, refused=True)
-                continue
-            if child_key in known and child_key not in look:
-                is_one(child)
-            else:
-                entered[child_key] = child
-        wanted, others = watch.turns.order(key, entered, towards)
-        groups = [wanted + others] if patience is None else [wanted, others]  # so that neither takes all of the time
-        now = {
-            child for group in groups for child in will_enter(relative, [entered[one] for one in group], seen.folders)
-        }
-        watch.turns.looked(key, others, {one for one in others if entered[one] in now})
-        for one in wanted + others:
-            if entered[one] in now:
-                stack.append((entered[one], inside or signs == "weights"))
-            else:
-                left.add(one)
-                above.update(_ancestors(entered[one]))  # there may be a checkpoint below it
-    for relative in distributed:
-        parent, _, name = relative.rpartition("/")
-        # transformers with FSDP keeps the shards of the model in a folder of the checkpoint, and those of the optimizer
-        # in another.
-        if relative not in above and parent not in converted and not is_trainer_state(name):
-            uri = f"{root.path}/{relative}" if relative else root.path
-            yield Incomplete(make_key(root.name, relative), uri, unconverted(uri))
-            above.update(_ancestors(relative))
-    # A config.json above checkpoints is most often the training's own configuration: nothing to wait for.
-    yield from (candidate for candidate in config_only if candidate.relative not in above)
-
-
-def _is_unfinished(relative: str) -> bool:
-    above, _, name = relative.rpartition("/")
-    return is_unfinished(above.rpartition("/")[2] if name == CONVERTED else name)
-
-
-def _split(entries: Iterator[os.DirEntry[str]]) -> tuple[list[str], list[str]]:
-    """Names of the files, and of the folders worth entering."""
-    names: list[str] = []
-    folders: list[str] = []
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
-    return names, folders
-
-
-def _ancestors(relative: str) -> Iterator[str]:
-    """The folders above it, the root's own (an empty path) last."""
-    return (one.rpartition("/")[0] for one in up_from(relative))
-
-
-def _reported_key(root_name: str, relative: str) -> str:
-    """A key for telling about a folder whose name may not be UTF-8; never one to register."""
-    return make_key(root_name, os.fsencode(relative).decode("utf-8", "backslashreplace"))
 
 
 def locate(named: Path | str, roots: Sequence[Root], cache: Path, progress: Progress, s3: S3 | None = None) -> Found:

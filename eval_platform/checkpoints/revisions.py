@@ -7,10 +7,11 @@ from pathlib import Path
 
 from eval_platform.checkpoints import hub
 from eval_platform.checkpoints.description import describe_path
-from eval_platform.checkpoints.discovery import Found, make_key, too_long, with_base
+from eval_platform.checkpoints.discovery import Found, with_base
 from eval_platform.checkpoints.downloads import fetch
 from eval_platform.checkpoints.hashing import Meter, Progress
 from eval_platform.checkpoints.identification import identify
+from eval_platform.checkpoints.walk import make_key, too_long
 from eval_platform.config import S3, Root, hub_address
 from eval_platform.errors import CheckpointError, EvalPlatformError
 from eval_platform.values import Arrival, Incomplete

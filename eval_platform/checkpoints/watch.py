@@ -24,6 +24,7 @@ class Watch:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
         self.turns = Turns()
+        self.left: frozenset[str] = frozenset()  # keys of the folders that the last look had no time for
         self._seen: dict[str, tuple[str, float]] = {}
 
     def __contains__(self, key: object) -> bool:
@@ -49,12 +50,13 @@ class Watch:
     def forget(self, key: str) -> None:
         self._seen.pop(key, None)
 
-    def keep(self, keys: Collection[str], below: Collection[str] = ()) -> None:
-        """Forget all but `keys` and what lies below one of the folders `below`, which nobody has looked at."""
+    def keep(self, keys: Collection[str], left: Collection[str] = ()) -> None:
+        """Forget all but `keys` and what lies below one of the folders `left`, which nobody has looked at."""
+        self.left = frozenset(left)
         self._seen = {
             key: seen
             for key, seen in self._seen.items()
-            if key in keys or any(above in below for above in up_from(key))
+            if key in keys or any(above in self.left for above in up_from(key))
         }
 
     def to_json(self) -> str:
