@@ -226,6 +226,7 @@ def test_drivers_on_two_machines_share_the_jobs_of_a_checkpoint_that_ray_has(
             "".join(pipes_line(one) for one in ({"type": "hello", "pid": 7}, {"type": "end", "code": 0})).encode(),
         )
         for shards in (first, second):
+            assert [shard.handle.poll() for shard in shards] == [None, None]  # as far as is known they wait
             assert [shard.handle.poll() for shard in shards] == [None, 0]
 
 

@@ -20,9 +20,10 @@ from fault_tools import Driver, until
 from job_world import N_REQUESTS, SECONDS_A_REQUEST, JobWorld, all_published
 from ray_cluster import HEAD, NODES, OTHER, REAL_CLUSTER, START_TIMEOUT_S, Cluster, ray_cluster, why_not
 from running_platform import Up
+from s3_server import CREDENTIALS, s3_server
 
 from eval_platform import __version__, launching
-from eval_platform.config import Ray
+from eval_platform.config import S3, Config, Ray
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders
 from eval_platform.launching import jobs as launched
@@ -37,10 +38,20 @@ pytestmark = pytest.mark.slow
 
 
 class World(JobWorld):
+    """exchange: of workers that see no folder of their driver's, which are `state`'s."""
+
     def __init__(self, folder: Path, address: str) -> None:
         self.address = address
+        self.exchange: str | None = None
+        self.s3 = S3()
+        self.state = "state"
         super().__init__(folder)
         self.wants()
+
+    def config(self, state: str | None = None) -> Config:
+        config = super().config(state or self.state)
+        worker = config.worker.model_copy(update={"exchange": self.exchange})
+        return config.model_copy(update={"worker": worker, "s3": self.s3})
 
     def wants(self, num_gpus: float = 1, node: str = HEAD, **more: Any) -> None:
         """Of each worker from now on."""
@@ -350,6 +361,38 @@ def test_a_state_folder_that_the_node_cannot_see_is_told(world: World, cluster: 
     finally:
         cluster.kill_node(OTHER)
         cluster.start_node(OTHER)
+
+
+def test_a_node_that_sees_no_folder_of_the_drivers_gets_its_plan_and_says_its_words_through_a_bucket(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The node in a mount namespace of its own; the driver is killed, and one on another machine goes on. Credentials
+    are the node's own, in the environment in which Ray was started there."""
+    world.wants(1, OTHER)
+    for name, value in {**CREDENTIALS, "XDG_CACHE_HOME": str(tmp_path / "node"), SECONDS_A_REQUEST: "0.03"}.items():
+        monkeypatch.setenv(name, value)
+    arrival, state, before = world.arrived(25), world.config().state_dir, cluster.jobs()
+    state.mkdir()
+    cluster.kill_node(OTHER)
+    hide = f'mount -t tmpfs none {state} && exec "$@"'
+    cluster.start_node(OTHER, "unshare", "--mount", "sh", "-c", hide, "sh")
+    try:
+        with s3_server() as server:
+            server.make_bucket("evals")
+            world.exchange, world.s3 = "s3://evals/exchange", S3(endpoint=server.endpoint)
+            driver = Driver(lambda: world.driven(arrival))
+            until(lambda: world.n_asked() > 10, "answers", 60)
+            driver.kill()
+            world.state = "other"
+            said: list[dict[str, Any]] = []
+            all_published(world.driven(arrival, said.append))
+    finally:
+        cluster.kill_node(OTHER)
+        cluster.start_node(OTHER)
+    world.all_is_there(1)
+    assert len(cluster.jobs().keys() - before.keys()) == 1
+    assert "found again" in next(one["state"] for one in said if one["type"] == "ray")
+    assert [one["type"] for one in said if one["type"] in ("hello", "end")] == ["hello", "end"]
 
 
 def test_an_installation_that_the_node_has_not_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

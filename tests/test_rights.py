@@ -16,15 +16,16 @@ from fault_tools import Place
 from keeping_world import TOML, load
 from s3_server import CREDENTIALS, S3Server, s3_server
 
-from eval_platform import checkpoints, keeping, warehouse, worker
+from eval_platform import checkpoints, keeping, outbox, warehouse, worker
 from eval_platform.checkpoints.announce import upload
 from eval_platform.config import S3, Config, load_config
 from eval_platform.errors import StoreError
+from eval_platform.launching import inbox
 from eval_platform.plan import Wanted, plan
 from eval_platform.store import arrivals, bundles, commits, decisions, open_store, register_root
 from eval_platform.tasks import read_lock, sync_tasks
 
-ROLES = ("watcher", "worker", "reader")
+ROLES = ("watcher", "worker", "reader", "its driver", "a worker elsewhere")
 # An operation of the S3 API and the right that it needs (docs.aws.amazon.com, "Required permissions for Amazon S3 API
 # operations").
 NEEDS = {
@@ -132,6 +133,25 @@ def test_each_does_its_work_with_its_policy_and_nothing_else(server, policies, t
     with pytest.raises(StoreError, match="AccessDenied"):
         store.create("log/2030-01-01/x.json", b"{}")
     calls.pop()
+
+    # A worker's words through the exchange, both ends of it.
+    exchange, folder = "s3://evals/exchange", tmp_path / "state" / "workers" / "a-worker"
+    become("its driver")
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text("{}")
+    inbox.send_plan(folder, exchange, config.s3)
+    become("a worker elsewhere")
+    words = outbox.Outbox(open_store(f"{exchange}/a-worker", config.s3), tmp_path)
+    words.store.read("plan.json")
+    (tmp_path / "worker.log").write_text("printed\n")
+    words.send()
+    become("its driver")
+    reader = inbox.inbox_of(folder, config.s3)
+    assert reader is not None
+    assert reader.fetch(is_all=True)
+    assert (folder / "worker.log").read_text() == "printed\n"
+    inbox.forget(["a-worker"], exchange, config.s3)
+    assert list(open_store(exchange, config.s3).list("")) == []
 
     # By our own reading of the policies as well: everything asked is granted, everything granted was asked.
     for who in ROLES:

@@ -19,10 +19,11 @@ import pytest
 from fault_tools import Driver, until
 from job_world import N_REQUESTS, SECONDS_A_REQUEST, SLOW_IMPORT, JobWorld, all_published
 from running_platform import Up
+from s3_server import CREDENTIALS, s3_server
 from slurm_cluster import GPUS, REAL_CLUSTER, Cluster, slurm_cluster, why_not
 
 from eval_platform import __version__, launching
-from eval_platform.config import Slurm
+from eval_platform.config import S3, Config, Slurm
 from eval_platform.drive import Outcome
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders, slurm
@@ -38,8 +39,18 @@ pytestmark = pytest.mark.slow
 
 
 class World(JobWorld):
+    """exchange: of workers that see no folder of their driver's, which are `state`'s."""
+
     def __init__(self, folder: Path) -> None:
+        self.exchange: str | None = None
+        self.s3 = S3()
+        self.state = "state"
         super().__init__(folder, slurm=Slurm(gres="gpu:1"))
+
+    def config(self, state: str | None = None) -> Config:
+        config = super().config(state or self.state)
+        worker = config.worker.model_copy(update={"exchange": self.exchange})
+        return config.model_copy(update={"worker": worker, "s3": self.s3})
 
     def wants(self, asked: Slurm) -> None:
         self.asks = {"slurm": asked}
@@ -445,6 +456,40 @@ def test_a_job_goes_over_with_what_it_needs_and_nothing_else(
     open_to_all += "".join(file.read_text() for file in handle.folder.iterdir())
     assert "not-for-others" not in open_to_all
     handle.stop()
+
+
+def test_a_node_that_sees_no_folder_of_the_drivers_gets_its_plan_and_says_its_words_through_a_bucket(
+    world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two elements of an array, on a node in a mount namespace of its own; the driver is killed, and one on another
+    machine goes on."""
+    all_published(world.driven(world.arrived(36)))  # so that the next one is shared out
+    world.shards = 2
+    arrival = world.arrived(37)
+    for name, value in {**CREDENTIALS, "XDG_CACHE_HOME": str(tmp_path / "node"), SECONDS_A_REQUEST: "0.05"}.items():
+        monkeypatch.setenv(name, value)
+    state = world.config().state_dir
+    hide = f'mount -t tmpfs none {state} && exec "$@"'
+    cluster.kill_node()
+    cluster.start_node("unshare", "--mount", "sh", "-c", hide, "sh")
+    try:
+        with s3_server() as server:
+            server.make_bucket("evals")
+            world.exchange, world.s3 = "s3://evals/exchange", S3(endpoint=server.endpoint)
+            driver = Driver(lambda: world.driven(arrival))
+            until(lambda: len(world.told("started")) == 4, "both at work", 60)
+            driver.kill()
+            world.state = "other"
+            said: list[dict[str, Any]] = []
+            all_published(world.driven(arrival, said.append))
+            assert {one["state"] for one in said if one["type"] == "slurm"} >= {"found again: its driver had ended"}
+            assert len([one for one in said if one["type"] == "hello"]) == 2
+            for job in {one["job"] for one in said if one["type"] == "slurm"}:
+                Path(f"{slurm.NODE_LOG}-{job}.log").unlink()  # what was printed before a worker could send it
+    finally:
+        cluster.kill_node()
+        cluster.start_node()
+    world.all_is_there(2)
 
 
 def shared_out(world: World, monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, int]) -> Arrival:

@@ -192,7 +192,9 @@ class JobHandle(ABC, Generic[ToldT]):
 
     def _read(self, *, is_all: bool = False) -> bool:
         """What was said since the last look. is_all: no more comes; False where it cannot be had yet."""
-        is_there = self.inbox is None or self.inbox.fetch(is_all=is_all)
+        is_there = True
+        if self.inbox is not None and (is_all or self.told.state not in self.waiting):  # who waits says nothing
+            is_there = self.inbox.fetch(is_all=is_all)
         new, self._offset = folders.messages_from(self.folder, self._offset)
         for message in new:
             if message["type"] == "hello":  # a new life: what was said of an end was of the one before
