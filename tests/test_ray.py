@@ -372,7 +372,6 @@ def test_a_node_that_sees_no_folder_of_the_drivers_gets_its_plan_and_says_its_wo
     for name, value in {**CREDENTIALS, "XDG_CACHE_HOME": str(tmp_path / "node"), SECONDS_A_REQUEST: "0.03"}.items():
         monkeypatch.setenv(name, value)
     arrival, state, before = world.arrived(25), world.config().state_dir, cluster.jobs()
-    state.mkdir()
     cluster.kill_node(OTHER)
     hide = f'mount -t tmpfs none {state} && exec "$@"'
     cluster.start_node(OTHER, "unshare", "--mount", "sh", "-c", hide, "sh")

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval_platform.config import S3
@@ -46,11 +46,8 @@ class Inbox:
     said: int = 0
     printed: int = 0
     _look_at: float = 0.0
-    _answered: float = 0.0
-    _heard: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._answered = self._heard = time.monotonic()
+    _heard: float = field(default_factory=time.monotonic)
+    _away: float | None = None  # since when it has not answered
 
     def fetch(self, *, is_all: bool = False) -> bool:
         """Write what came since the last look. True when all that is there is read: at once where `is_all`, else after
@@ -67,13 +64,14 @@ class Inbox:
             while is_read and (is_all or began - self._heard > GAP_SECONDS) and self._passes_over_a_gap():
                 is_read = self._take(until)
         except StoreError as error:
-            if began - self._answered > SILENT_SECONDS:
+            self._away = began if self._away is None else self._away
+            if began - self._away > SILENT_SECONDS:
                 raise
             log.warning("what the worker in %s says cannot be read now: %s", self.folder, error)
             self._look_at = time.monotonic() + AWAY_SECONDS
             return False
-        self._answered = time.monotonic()
-        self._look_at = self._answered + (LOOK_SECONDS if is_read else 0.0)
+        self._away = None
+        self._look_at = time.monotonic() + (LOOK_SECONDS if is_read else 0.0)
         return is_read
 
     def _take(self, until: float) -> bool:
