@@ -19,9 +19,8 @@ def launch(
     *,
     others: int = 0,
 ) -> list[Shard]:
-    """Start a worker on `plan` as soon as there is room for it, or several that share it out.
-
-    What is kept of workers that ended long ago is then forgotten.
+    """Start a worker on `plan` as soon as there is room for it, or several that share it out. Then forget what is
+    kept of workers that ended long ago.
 
     `waiting` is called now and then until there is. split: the plans of as many workers as there is room for, or of
     fewer; None: `plan` as it is. others: so many other checkpoints want a worker, which goes before a second one here.
