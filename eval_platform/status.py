@@ -89,15 +89,14 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
         by_key: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             by_key.setdefault(row["key"], []).append(row)
-        models: dict[str, tuple[str, int | None, bool | Literal["auto"]]] = {
-            key: (group[0]["run"], planning.parameters_at(group[0]["uri"]), config.run_settings(key=key).chat)
+        models = {
+            key: planning.Model(
+                group[0]["run"], planning.parameters_at(group[0]["uri"]), config.run_settings(key=key).chat
+            )
             for key, group in by_key.items()
             if group[0]["task"] is None  # of others nothing is queued
         }
-        expected = {
-            model: planning.expected(con, run=model[0], n_parameters=model[1], tasks=lock.tasks, chat=model[2])
-            for model in set(models.values())
-        }
+        expected = planning.expected(con, set(models.values()), lock.tasks)
     broken = {(row["key"], row["n"]): row["reason"] for row in failed}
     at_work: dict[str, list[launching.Running]] = {}
     for one in launching.running(config):
@@ -110,7 +109,7 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
             lock,
             broken,
             at_work.get(key, []),
-            expected[models[key]] if key in models else ({}, None),
+            expected[models[key]] if key in models else planning.Expected({}, None),
             not_asked(config, lock, store, key),
             unasked[key],
         )
@@ -140,7 +139,7 @@ def _one(
     lock: TaskLock,
     broken: dict[tuple[str, int], str],
     workers: Sequence[launching.Running],
-    expected: tuple[dict[str, float], float | None],
+    expected: planning.Expected,
     impossible: dict[str, str],
     unasked: dict[str, str],
 ) -> CheckpointStatus:
@@ -178,9 +177,8 @@ def _one(
         reason = told.pop()
     where = "; ".join(dict.fromkeys(worker.where for worker in workers if worker.where))
     given = {task.name for worker in workers for task in worker.plan.tasks}
-    seconds, load = expected
-    queued = [seconds.get(task.task) for task in tasks if task.state == "queued" and task.task not in given]
-    waiting = known_sum([load, *queued]) if queued else 0.0
+    queued = [expected.tasks.get(task.task) for task in tasks if task.state == "queued" and task.task not in given]
+    waiting = known_sum([expected.load, *queued]) if queued else 0.0
     each = tuple(_worker_left(worker) for worker in workers)
     seconds_left = waiting if worst == "queued" else None
     if workers:

@@ -29,7 +29,7 @@ from eval_platform.launching import Running, folders, jobs, local, ray, slurm
 from eval_platform.plan import Plan, PlannedTask, Wanted, plan
 from eval_platform.planning import cost
 from eval_platform.planning.cost import Past, Rate
-from eval_platform.planning.history import past
+from eval_platform.planning.history import read_history
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
 from eval_platform.store import arrivals, commits, tries
 from eval_platform.tasks import Size, characters, read_lock
@@ -58,6 +58,14 @@ class Device:
         return Past(run, task, n_parameters, beside + seconds, seconds, load, prompt + generated, generated)
 
 
+def task_seconds(task: str, run: str, n_parameters: int | None, known: Sequence[Past]) -> float | None:
+    return cost.task_seconds(task, n_parameters, cost.alike(run, n_parameters, known), known)
+
+
+def new_task_seconds(size: Size, run: str, n_parameters: int, known: Sequence[Past]) -> float | None:
+    return cost.new_task_seconds(size, n_parameters, cost.alike(run, n_parameters, known))
+
+
 amounts = st.floats(1, 1e6, allow_nan=False)
 sizes = st.integers(1_000, 10**11)
 
@@ -74,7 +82,7 @@ def test_a_task_known_elsewhere_costs_its_tokens_at_this_devices_rate(
         this.took("this", size, "scored", 1_000, 0, 3.0),
         this.took("this", size, "drawn", 1_000, 100, 5.0),
     ]
-    expected = cost.task_seconds("task", "this", size, known)
+    expected = task_seconds("task", "this", size, known)
     assert expected == pytest.approx(beside + this.answers(size, prompt, generated), rel=1e-6, abs=1e-4)
 
 
@@ -83,7 +91,7 @@ def test_a_task_known_elsewhere_costs_its_tokens_at_this_devices_rate(
 def test_a_size_that_nobody_has_asked_goes_by_the_nearest(task_size: int, size: int, others: list[int]) -> None:
     """Where nobody counted tokens: by the ratio of the sizes, of the model nearest to it."""
     known = [Past(f"run{n}", "task", n, 2.0 + n * 1e-6, n * 1e-6) for n in {task_size, *others}]
-    expected = cost.task_seconds("task", "new", size, known)
+    expected = task_seconds("task", "new", size, known)
     assert expected == pytest.approx(2.0 + size * 1e-6, rel=0.02)  # "the same size" may be one part in a hundred away
 
 
@@ -91,16 +99,16 @@ def test_what_the_run_took_itself_goes_before_all_else() -> None:
     """The median, so that what was slow once is no more than that; else that of models as large."""
     own = [Past("this", "task", 100, seconds, 1.0) for seconds in (10.0, 11.0, 500.0)]
     elsewhere = [Past("other", "task", 100, 3.0, 1.0), Past("small", "task", 10, 1.0, 0.5)]
-    assert cost.task_seconds("task", "this", 100, [*elsewhere, *own]) == 11.0
-    assert cost.task_seconds("task", "new", 100, [*elsewhere, *own]) == 10.5  # of the four of this size
+    assert task_seconds("task", "this", 100, [*elsewhere, *own]) == 11.0
+    assert task_seconds("task", "new", 100, [*elsewhere, *own]) == 10.5  # of the four of this size
     assert cost.load_seconds("new", 100, own) is None
 
 
 def test_what_nobody_knows_is_not_invented() -> None:
     known = [Past("this", "task", 100, 10.0, 1.0, 4.0), Past("other", "else", 200, 7.0, 1.0, 9.0)]
-    assert cost.task_seconds("new task", "this", 100, known) is None
-    assert cost.task_seconds("task", "new", None, known) is None  # of a model that lies in a bucket
-    assert cost.task_seconds("else", "this", 100, known) == 6.5  # six beside the model, which is half as large
+    assert task_seconds("new task", "this", 100, known) is None
+    assert task_seconds("task", "new", None, known) is None  # of a model that lies in a bucket
+    assert task_seconds("else", "this", 100, known) == 6.5  # six beside the model, which is half as large
     assert cost.parameters_of("this", known) == 100
     assert cost.parameters_of("this", [*known, Past("this", "task", 200, 7.0, 1.0)]) is None
     assert (cost.load_seconds("this", 100, known), cost.load_seconds("new", 400, known)) == (4.0, 18.0)
@@ -109,23 +117,23 @@ def test_what_nobody_knows_is_not_invented() -> None:
 
 def test_a_folder_of_models_of_many_sizes_is_no_one_model() -> None:
     small = [Past("models", "task", 70_000_000, 10.0, 8.0, 1.0) for _ in range(5)]
-    assert cost.task_seconds("task", "models", 12_000_000_000, small) == pytest.approx(2.0 + 8.0 * 12_000 / 70)
+    assert task_seconds("task", "models", 12_000_000_000, small) == pytest.approx(2.0 + 8.0 * 12_000 / 70)
     assert cost.load_seconds("models", 140_000_000, small) == 2.0
     large = Past("models", "task", 12_000_000_000, 900.0, 890.0)
-    assert cost.task_seconds("task", "models", 12_000_000_000, [*small, large]) == 900.0
-    assert cost.task_seconds("task", "models", 90_000_000, small) == 10.0  # tied weights that were saved twice
-    assert cost.task_seconds("task", "served", None, [Past("served", "task", None, 5.0, 4.0)]) == 5.0
+    assert task_seconds("task", "models", 12_000_000_000, [*small, large]) == 900.0
+    assert task_seconds("task", "models", 90_000_000, small) == 10.0  # tied weights that were saved twice
+    assert task_seconds("task", "served", None, [Past("served", "task", None, 5.0, 4.0)]) == 5.0
 
 
 def test_another_kind_of_device_tells_tokens_but_no_time() -> None:
     far, here = Device(1e12, 1e10), Device(1e9, 1e7)
     there = replace(far.took("this", 100, "task", 1_000, 50, 3.0), is_here=False)
-    assert cost.task_seconds("task", "this", 100, [there]) is None
+    assert task_seconds("task", "this", 100, [there]) is None
     assert cost.load_seconds("this", 100, [there]) is None
     uncounted = replace(there, computed_tokens=None)
     known = [here.took("this", 100, "scored", 500, 0, 1.0), here.took("this", 100, "drawn", 500, 10, 1.0)]
-    assert cost.task_seconds("task", "this", 100, [*known, uncounted]) is None
-    assert cost.task_seconds("task", "this", 100, [*known, there]) == pytest.approx(3.0 + here.answers(100, 1_000, 50))
+    assert task_seconds("task", "this", 100, [*known, uncounted]) is None
+    assert task_seconds("task", "this", 100, [*known, there]) == pytest.approx(3.0 + here.answers(100, 1_000, 50))
 
 
 def test_a_rate_needs_what_was_counted() -> None:
@@ -152,12 +160,12 @@ def test_a_new_task_costs_its_characters_at_this_runs_rate(
     known = [was_asked("this", "scored", 50, 9_000), was_asked("this", "drawn", 20, 7_000, drawn)]
     generated = size.requests * min(drawn, longest)
     oracle = size.requests * beside + device.answers(1_000, size.characters * token, generated)
-    assert cost.new_task_seconds(size, "this", 1_000, known) == pytest.approx(oracle, rel=1e-6, abs=1e-6)
-    assert cost.new_task_seconds(size, "new", 1_000, known) == pytest.approx(oracle, rel=1e-6, abs=1e-6)
-    assert cost.new_task_seconds(size, "new", 5_000, known) is None  # of this size nobody has been asked anything
+    assert new_task_seconds(size, "this", 1_000, known) == pytest.approx(oracle, rel=1e-6, abs=1e-6)
+    assert new_task_seconds(size, "new", 1_000, known) == pytest.approx(oracle, rel=1e-6, abs=1e-6)
+    assert new_task_seconds(size, "new", 5_000, known) is None  # of this size nobody has been asked anything
     without = [replace(one, characters=None) for one in known]  # of an older release
-    assert cost.new_task_seconds(size, "this", 1_000, without) is None
-    scored_alone = cost.new_task_seconds(size, "this", 1_000, known[:1])
+    assert new_task_seconds(size, "this", 1_000, without) is None
+    scored_alone = new_task_seconds(size, "this", 1_000, known[:1])
     assert (scored_alone is None) == bool(longest)  # how long a completion is nobody knows
 
 
@@ -199,7 +207,8 @@ class Told(World):
     def past(self, run: str = "run", limit: int | None = None, chat: bool | None = False) -> list[Past]:
         refresh(self.store, self.catalog)
         with connect(self.catalog, self.store, samples=False) as con:
-            return past(con, run=run, task_ids=["id of t"], limit=limit, chat=chat)
+            history = read_history(con, runs=[run], task_ids=["id of t"], limit=limit, chat=chat)
+        return history.seen_on(history.devices.get(run))
 
     def took(self, **asked: Any) -> list[float]:
         return sorted(one.seconds for one in self.past(**asked) if one.is_here)
@@ -236,6 +245,13 @@ def test_a_run_goes_by_the_devices_of_the_platform_that_found_it(tmp_path: Path)
     assert (told.took(run="new"), told.took(run="cluster"), told.took(run="newer")) == ([89.0], [2.0], [])
     told.asked("new", seconds=2.0, devices=["cuda"], finished_at="2026-01-04T00:00:00Z")
     assert told.took(run="laptop") == [89.0]  # its own goes before what was used since
+    runs = ("laptop", "cluster", "new", "newer", "nobody's", "nor this one")
+    models = [planning.Model(run, n, chat) for run in runs for n in (None, 100, 5_000) for chat in (True, "auto")]
+    tasks = {"t": PlannedTask("t", "id of t", "ask")}
+    with connect(told.catalog, told.store, samples=False) as con:
+        one_by_one = {model: planning.expected(con, [model], tasks)[model] for model in models}
+        assert planning.expected(con, models, tasks) == one_by_one
+    assert len({str(one) for one in one_by_one.values()}) > 4
 
 
 def test_a_new_task_is_expected_to_take_what_its_characters_do(tmp_path: Path) -> None:
@@ -251,9 +267,10 @@ def test_a_new_task_is_expected_to_take_what_its_characters_do(tmp_path: Path) -
         "older": PlannedTask("older", "id of older", "ask"),  # of a lock that does not say
     }
     with connect(told.catalog, told.store, samples=False) as con:
+        model = planning.Model("run", 100, chat=False)
 
         def expected(limit: int | None) -> dict[str, float]:
-            return planning.expected(con, run="run", n_parameters=100, tasks=tasks, chat=False, limit=limit)[0]
+            return planning.expected(con, [model], tasks, limit=limit)[model].tasks
 
         assert expected(None) == pytest.approx({"t": 4.0, "new": 300 * 0.1 + 2_000 / 200})
         assert expected(5) == pytest.approx({"t": 2.0, "new": (300 * 0.1 + 2_000 / 200) / 20})

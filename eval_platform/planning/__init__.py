@@ -4,18 +4,19 @@
 """
 
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from eval_platform import warehouse
 from eval_platform.checkpoints import count_parameters
 from eval_platform.config import Config
 from eval_platform.plan import Plan, PlannedTask
 from eval_platform.planning import cost
-from eval_platform.planning.history import answered, past
+from eval_platform.planning.history import answered, read_history
 from eval_platform.planning.sharing import end_of_queue, share_out_costs
 from eval_platform.planning.words import duration, planned, took
 from eval_platform.store import Store, commits
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import duckdb
 
 __all__ = [
+    "Expected",
+    "Model",
     "duration",
     "end_of_queue",
     "expect",
@@ -38,6 +41,24 @@ __all__ = [
 ]
 
 
+class Model(NamedTuple):
+    """What is expected of one of its checkpoints is expected of all.
+
+    n_parameters: of its files (`parameters_at`); None: as many as the run's others have. chat: as in `RunSettings`.
+    """
+
+    run: str
+    n_parameters: int | None
+    chat: bool | Literal["auto"]
+
+
+class Expected(NamedTuple):
+    """Seconds of each task, what is not known left out; seconds to load the model, None where that is not known."""
+
+    tasks: dict[str, float]
+    load: float | None
+
+
 def expect(plan: Plan, config: Config, store: Store) -> Plan:
     """The plan with what each of its tasks, and loading the model, is expected to take, where it can be told.
 
@@ -45,15 +66,9 @@ def expect(plan: Plan, config: Config, store: Store) -> Plan:
     """
     warehouse.refresh(store, config.catalog_path)
     arrival, settings = plan.arrival, plan.settings
+    model = Model(arrival.run, parameters_at(arrival.uri), settings.chat)
     with warehouse.connect(config.catalog_path, store, samples=False) as con:
-        seconds, load = expected(
-            con,
-            run=arrival.run,
-            n_parameters=parameters_at(arrival.uri),
-            tasks={task.name: task for task in plan.tasks},
-            limit=settings.limit,
-            chat=settings.chat,
-        )
+        seconds, load = expected(con, [model], {task.name: task for task in plan.tasks}, limit=settings.limit)[model]
         found = answered(con, key=arrival.key, n=arrival.n, settings=settings)
     by_task = {one.task_id: one for one in found}
     asked = {one.ask_id for one in found if one.is_published}
@@ -78,29 +93,69 @@ def parameters_at(uri: str) -> int | None:
 
 def expected(
     con: "duckdb.DuckDBPyConnection",
-    *,
-    run: str,
-    n_parameters: int | None,
+    models: Collection[Model],
     tasks: Mapping[str, PlannedTask | LockedTask],
-    chat: bool | Literal["auto"],
+    *,
     limit: int | None = None,
-) -> tuple[dict[str, float], float | None]:
-    """(task -> seconds, seconds to load the model) of a checkpoint; what is not known is left out, or None.
+) -> dict[Model, Expected]:
+    """What each of the tasks, by their names, is expected to take on a checkpoint of each of the models."""
+    found: dict[Model, Expected] = {}
+    for _, group in groupby(sorted(models, key=_asked_as), _asked_as):
+        found |= _expected(con, list(group), tasks, limit)
+    return found
 
-    n_parameters: of its files (`parameters_at`); None: as many as the run's others have. tasks: by their names.
-    """
-    ids = [task.task_id for task in tasks.values()]
-    known = past(con, run=run, task_ids=ids, limit=limit, chat=None if chat == "auto" else chat)
-    n_parameters = n_parameters or cost.parameters_of(run, known)
+
+def _asked_as(model: Model) -> str:
+    return str(model.chat)
+
+
+def _expected(
+    con: "duckdb.DuckDBPyConnection",
+    models: Sequence[Model],
+    tasks: Mapping[str, PlannedTask | LockedTask],
+    limit: int | None,
+) -> Iterator[tuple[Model, Expected]]:
+    """Of models that are asked in the same way."""
+    chat = models[0].chat
+    history = read_history(
+        con,
+        runs={model.run for model in models},
+        task_ids=[task.task_id for task in tasks.values()],
+        limit=limit,
+        chat=None if chat == "auto" else chat,
+    )
+    asked = {one.run for one, _ in history.rows}
+    on: dict[str | None, list[cost.Past]] = {}
+    found: dict[tuple[str | None, int | None, str | None], Expected] = {}
+    for model in models:
+        device = history.devices.get(model.run)
+        known = on[device] = on.get(device) or history.seen_on(device)
+        # Runs of which nothing is known are all alike: there may be a thousand of them.
+        run = model.run if model.run in asked else None
+        n_parameters = model.n_parameters or (cost.parameters_of(run, known) if run else None)
+        place = run, n_parameters, device
+        if place not in found:
+            found[place] = _of_model(run, n_parameters, known, tasks, limit)
+        yield model, found[place]
+
+
+def _of_model(
+    run: str | None,
+    n_parameters: int | None,
+    known: Sequence[cost.Past],
+    tasks: Mapping[str, PlannedTask | LockedTask],
+    limit: int | None,
+) -> Expected:
+    alike = cost.alike(run, n_parameters, known)
     found: dict[str, float] = {}
     for name, task in tasks.items():
-        seconds = cost.task_seconds(task.task_id, run, n_parameters, known)
+        seconds = cost.task_seconds(task.task_id, n_parameters, alike, known)
         if seconds is None and task.size is not None:
-            whole = cost.new_task_seconds(task.size, run, n_parameters, known)
+            whole = cost.new_task_seconds(task.size, n_parameters, alike)
             seconds = whole if whole is None or limit is None else whole * min(limit / task.size.items, 1.0)
         if seconds is not None:
             found[name] = seconds
-    return found, cost.load_seconds(run, n_parameters, known)
+    return Expected(found, cost.load_seconds(run, n_parameters, known))
 
 
 def expected_seconds(plan: Plan) -> float | None:

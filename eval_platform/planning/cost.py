@@ -72,14 +72,12 @@ def rate(known: Iterable[Past]) -> Rate:
     return Rate(prefill or None, decode or None)
 
 
-def task_seconds(task_id: str, run: str, n_parameters: int | None, known: Sequence[Past]) -> float | None:
-    """Expected seconds of a task, without loading; None where nothing tells.
+def task_seconds(task_id: str, n_parameters: int | None, alike: Sequence[Past], known: Iterable[Past]) -> float | None:
+    """Expected seconds of a task, without loading; None where nothing tells. alike: of `known` (`alike`).
 
-    The median of what it took here on checkpoints of this run of this size, else of this size. Else what it takes
-    beside the model on the models nearest in size, and for the model its tokens at this size's rate, or, where that was
-    here, the time there by the sizes' ratio.
+    The median of what it took on those. Else what it takes beside the model on the models nearest in size, and for the
+    model its tokens at this size's rate, or, where that was here, the time there by the sizes' ratio.
     """
-    alike = _alike(run, n_parameters, known)
     own = [one.seconds for one in alike if one.task_id == task_id]
     if own:
         return median(own)
@@ -91,13 +89,12 @@ def task_seconds(task_id: str, run: str, n_parameters: int | None, known: Sequen
     return _median(one.seconds - one.answer_seconds + (answers[one] or 0.0) for one in nearest)
 
 
-def new_task_seconds(size: Size, run: str, n_parameters: int | None, known: Iterable[Past]) -> float | None:
+def new_task_seconds(size: Size, n_parameters: int | None, alike: Sequence[Past]) -> float | None:
     """Expected seconds of a task that nobody was asked yet, without loading; None where nothing tells.
 
-    Of this run, else of models as large: how many tokens a character makes, how many a completion, how long these take,
+    What was asked of those alike tells how many tokens a character makes, how many a completion, how long these take,
     and how long a request takes beside the model.
     """
-    alike = _alike(run, n_parameters, known)
     per_character = _median(_prompt_tokens(one) / one.characters for one in alike if one.is_counted and one.characters)
     beside = _median((one.seconds - one.answer_seconds) / one.requests for one in alike if one.requests)
     drawn = _median(one.generated_tokens / one.requests for one in alike if one.generated_tokens and one.requests)
@@ -108,10 +105,10 @@ def new_task_seconds(size: Size, run: str, n_parameters: int | None, known: Iter
     return None if answers is None else size.requests * beside + answers
 
 
-def load_seconds(run: str, n_parameters: int | None, known: Sequence[Past]) -> float | None:
+def load_seconds(run: str | None, n_parameters: int | None, known: Sequence[Past]) -> float | None:
     """Expected seconds to load the model; None where nothing tells."""
     loaded = [one for one in known if one.load_seconds and one.is_here]
-    own = _median(one.load_seconds for one in _alike(run, n_parameters, loaded) if one.load_seconds)
+    own = _median(one.load_seconds for one in alike(run, n_parameters, loaded) if one.load_seconds)
     if own is not None:
         return own
     nearest = _nearest(loaded, n_parameters)
@@ -126,10 +123,11 @@ def parameters_of(run: str, known: Iterable[Past]) -> int | None:
     return sizes[0] if sizes and _distance(min(sizes), max(sizes)) < _SAME_SIZE else None
 
 
-def _alike(run: str, n_parameters: int | None, known: Iterable[Past]) -> list[Past]:
-    """Of the run itself, of its models of this size, or of models as large where it has none yet; here.
+def alike(run: str | None, n_parameters: int | None, known: Iterable[Past]) -> list[Past]:
+    """What was asked here of the run's own models of this size, or of models as large where it has none yet.
 
-    n_parameters None: of a run whose models have no size that is known, served ones.
+    run None: one of which nothing was asked. n_parameters None: of a run whose models have no size that is known,
+    served ones.
     """
     here = [one for one in known if one.is_here]
     own = [one for one in here if one.run == run]

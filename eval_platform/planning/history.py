@@ -1,8 +1,8 @@
 """What does the catalog know of what tasks took? Two questions, each of a connection of the caller's (`connect`)."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from eval_platform.planning.cost import Past
@@ -15,17 +15,35 @@ if TYPE_CHECKING:
 NEWEST = 5
 
 
-def past(
-    con: "duckdb.DuckDBPyConnection", *, run: str, task_ids: Iterable[str], limit: int | None, chat: bool | None
-) -> list[Past]:
-    """What these tasks took anywhere, and any task on this run; the newest of each, as if so many items were asked.
+@dataclass(frozen=True, slots=True)
+class History:
+    """What evaluations took. rows: with the kind of device that each was on; devices: run -> the kind that is used for
+    it, where that is known.
+    """
+
+    rows: Sequence[tuple[Past, str]]
+    devices: Mapping[str, str]
+
+    def seen_on(self, device: str | None) -> list[Past]:
+        """As a run sees it for which this kind of device is used."""
+        return [one if kind == device else replace(one, is_here=False) for one, kind in self.rows]
+
+
+def read_history(
+    con: "duckdb.DuckDBPyConnection",
+    *,
+    runs: Iterable[str],
+    task_ids: Iterable[str],
+    limit: int | None,
+    chat: bool | None,
+) -> History:
+    """What these tasks took anywhere, and any task on these runs; the newest of each, as if so many items were asked.
 
     Only evaluations that one worker asked in whole: of one that was interrupted and gone on with nobody has the sum.
-    "Here" is the kind of device of the run's last evaluation; of a new run's, what whoever found it used last. chat:
+    For a run the kind of device of its last evaluation is used; for a new one what whoever found it used last. chat:
     asked as conversations or not; None: whichever.
     """
-    rows = con.execute(
-        f"""
+    asked = """
         with asked as (
             select a.run, a.watcher, e.task_id, e.n_parameters, e.seconds, e.answer_seconds, e.load_seconds,
                 e.computed_tokens, e.generated_tokens, e.n_requests, e.characters, e.finished_at,
@@ -35,23 +53,36 @@ def past(
             from evaluations e join arrivals a on a.key = e.key and a.n = e.arrival
             where e.origin = 'asked' and e.answer_seconds > 0 and e.asked_requests = e.n_requests
                 and ($chat is null or e.chat = $chat)
-        ),
-        here as (
-            select device from asked where run = $run
-                or watcher = (select watcher from arrivals where run = $run order by arrived_at desc limit 1)
-            order by run = $run desc, finished_at desc limit 1
         )
-        select run, task_id, n_parameters, part * (seconds - load_seconds), part * answer_seconds, load_seconds,
-            part * computed_tokens, part * generated_tokens, coalesce(device = (select device from here), false),
-            part * n_requests, part * characters
-        from asked where part is not null and (run = $run or task_id in (select unnest($tasks)))
+    """
+    said = {"limit": limit, "chat": chat, "runs": list(runs)}
+    devices = con.execute(
+        f"""
+        {asked},
+        wanted as (select run, arg_max(watcher, arrived_at) as watcher from arrivals
+            where run in (select unnest($runs)) group by run),
+        by_run as (select run, arg_max(device, finished_at) as device from asked group by run),
+        by_watcher as (select watcher, arg_max(device, finished_at) as device from asked group by watcher)
+        select w.run, coalesce(r.device, f.device) from wanted w
+        left join by_run r on r.run = w.run left join by_watcher f on f.watcher = w.watcher
+        where coalesce(r.device, f.device) is not null
+        """,
+        said,
+    ).fetchall()
+    rows = con.execute(
+        f"""
+        {asked}
+        select device, run, task_id, n_parameters, part * (seconds - load_seconds), part * answer_seconds,
+            load_seconds, part * computed_tokens, part * generated_tokens, true, part * n_requests, part * characters
+        from asked
+        where part is not null and (run in (select unnest($runs)) or task_id in (select unnest($tasks)))
         qualify row_number() over (
             partition by run, task_id, device, n_parameters order by finished_at desc
         ) <= {NEWEST}
         """,
-        {"run": run, "limit": limit, "tasks": list(task_ids), "chat": chat},
+        {**said, "tasks": list(task_ids)},
     ).fetchall()
-    return [Past(*row) for row in rows]
+    return History([(Past(*row), device) for device, *row in rows], dict(devices))
 
 
 class Answered(NamedTuple):
