@@ -87,10 +87,27 @@ def test_what_is_known_of_an_end_is_told_though_no_more_can_be_had(
 def test_sbatch_gets_its_users_defaults_and_the_hubs_token_but_no_option_that_would_lose_the_job(
     tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    never = ("SBATCH_WAIT", "SBATCH_CLUSTERS", "SBATCH_ARRAY_INX", "SBATCH_ERROR")
+    never = ("SBATCH_WAIT", "SBATCH_CLUSTERS", "SLURM_CLUSTERS", "SBATCH_ARRAY_INX", "SBATCH_ERROR")
     for name in ("SBATCH_QOS", "HUGGING_FACE_HUB_TOKEN", *never):
         monkeypatch.setenv(name, "set")
     launch(tmp_path)
     had = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
     assert {"SBATCH_QOS", "HUGGING_FACE_HUB_TOKEN"} <= had
     assert not had.intersection(never)
+
+
+def test_no_command_of_slurms_is_led_to_another_cluster_or_away_from_our_jobs(
+    tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_CLUSTERS", "SQUEUE_PARTITION", "SCANCEL_STATE", "SACCT_FEDERATION", "SLURM_CONF"):
+        monkeypatch.setenv(name, "set")
+    handle = launch(tmp_path)
+    works = f"[ -f {tmp_path}/scancel ] || {{ echo 'RUNNING|node1|10:00|None'; exit 0; }}"
+    gone = f"{works}; echo 'Invalid job id' >&2; exit 1"
+    for name, does in (("scancel", "exit 0"), ("squeue", gone), ("sacct", "exit 1")):
+        program(name, f"env > {tmp_path}/{name}; {does}")
+    handle.stop()
+    for name in ("scancel", "squeue", "sacct"):
+        heard = (tmp_path / name).read_text().splitlines()
+        assert "SLURM_CONF=set" in heard
+        assert [line for line in heard if line.startswith(("SLURM_CLUSTERS", "SQUEUE_", "SCANCEL_", "SACCT_"))] == []

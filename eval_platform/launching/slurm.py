@@ -42,7 +42,9 @@ _ENDED = frozenset(
     )
 )
 # Options by which sbatch waits for the job, writes elsewhere, or submits what we would not find.
-_NEVER_OPTIONS = frozenset({"SBATCH_WAIT", "SBATCH_CLUSTERS", "SBATCH_ARRAY_INX", "SBATCH_ERROR"})
+_NEVER_OPTIONS = frozenset({"SBATCH_WAIT", "SBATCH_CLUSTERS", "SLURM_CLUSTERS", "SBATCH_ARRAY_INX", "SBATCH_ERROR"})
+# A user's own options for the commands that ask and cancel: of another cluster's jobs, or of some of this one's.
+_NEVER_ASKED = ("SLURM_CLUSTERS", "SQUEUE_", "SACCT_", "SCANCEL_")
 # Reasons for which a job waits until somebody changes it: it would wait for ever, and the run with it.
 _NEVER = {
     "AccountNotAllowed": "name another [slurm] account, or partition",
@@ -269,9 +271,7 @@ def _never(told: Job) -> str | None:
 
 def _look_up(job: str) -> Job:
     """What Slurm says of it now. Raises SlurmError when it says nothing."""
-    done = _run(
-        ["squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T|%N|%l|%r"], os.environ
-    )
+    done = _run(["squeue", "--noheader", "--states=all", "--array", f"--jobs={job}", "--format=%T|%N|%l|%r"])
     if done.returncode and "Invalid job id" not in done.stderr:
         raise _no_answer(done)
     lines = done.stdout.splitlines()
@@ -279,7 +279,7 @@ def _look_up(job: str) -> Job:
         state, nodes, limit, reason = lines[0].strip().split("|", 3)
         return Job(state, "" if reason == "None" else reason, nodes, limit)
     # It keeps a job for MinJobAge seconds after its end; its accounting, where there is one, keeps it longer.
-    done = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State"], os.environ)
+    done = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State"])
     words = done.stdout.split() if done.returncode == 0 else []
     return Job(words[0]) if words else Job(_UNKNOWN)  # "CANCELLED by 1000" is two words and more
 
@@ -334,7 +334,7 @@ def _in_words(job: str, told: Job) -> tuple[str, str]:
 def _exit_code(job: str) -> tuple[int, int] | None:
     """(exit status, signal) of its worker's process, while Slurm knows and answers."""
     try:
-        done = _run(["scontrol", "--oneliner", "show", "job", job], os.environ)
+        done = _run(["scontrol", "--oneliner", "show", "job", job])
     except SlurmError as error:  # how it ended is known; this would only say more
         log.warning("job %s: %s", job, error)
         return None
@@ -344,13 +344,13 @@ def _exit_code(job: str) -> tuple[int, int] | None:
 
 def _scancel(*words: str) -> None:
     """Raises SlurmError, but not for a job that has ended already."""
-    done = _run(["scancel", *words], os.environ)
+    done = _run(["scancel", *words])
     if done.returncode and "Invalid job id" not in done.stderr and "already" not in done.stderr:
         raise _no_answer(done)
 
 
 def _slurm(*command: str) -> str:
-    done = _run(list(command), os.environ)
+    done = _run(list(command))
     if done.returncode:
         raise _no_answer(done)
     return done.stdout
@@ -370,7 +370,10 @@ def _said(done: subprocess.CompletedProcess[str]) -> str:
     return "; ".join(line for line in lines if line) or "it did not say why"
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """environment: None: this process's own, without what would make the command speak of other jobs than ours."""
+    if environment is None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_NEVER_ASKED)}
     try:
         return subprocess.run(
             command,
