@@ -5,7 +5,6 @@ The Dagster op and `eval-platform run` both call `drive`; neither adds anything 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from eval_platform import adopt, checkpoints, launching, planning, quality, warehouse
@@ -140,9 +139,10 @@ def _asked(
         yield Outcome(name, "failed", ("the folder of the worker that it was given to is gone; the next run asks it",))
     on_message({"type": "took", "shards": [_told(worker) for worker in workers]})
     is_done = codes == {0} and not lost and not any(worker.left for worker in workers)
-    # None of several could know that it was the last, and one that shares no folder does not see what is held here.
-    if is_done and not plan.keep_hold:
-        checkpoints.release_hold(plan.arrival, Path(plan.cache))
+    # Not the workers' affair: none of several knows that it was the last, and not every one may write there. Other
+    # tiers of [queue] may ask more of the arrival, whose folder may be gone by then.
+    if is_done and (config.queue is None or not config.queue.tiers):
+        checkpoints.release_hold(plan.arrival, config.cache_dir)
     warehouse.refresh(store, config.catalog_path)  # so that whoever reads the catalog next finds every decision there
 
 

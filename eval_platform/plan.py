@@ -75,6 +75,7 @@ class Plan:
     settings: RunSettings
     store: str
     cache: str
+    holds: str  # the platform's own cache, where its holds are: of use to a worker that sees that folder
     lease_seconds: float
     retry_wait_seconds: float
     sandbox: Mode = "cold"  # where programs that the model writes are run
@@ -82,7 +83,6 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     served: Mapping[str, Any] | None = None
     platform: str = __version__  # the release that made it
-    keep_hold: bool = False  # others (a tier of [queue], a shard) may ask more of the arrival, whose folder may be gone
     expected_seconds: Mapping[str, float] = field(default_factory=dict)
     expected_load_seconds: float | None = None
     together: str = ""  # an id that the shards of one launch have in common; empty: it has no others
@@ -202,13 +202,13 @@ def plan_of(
         settings=settings,
         store=store.uri,
         cache=str(config.cache_dir),
+        holds=str(config.cache_dir),
         lease_seconds=config.worker.lease_seconds,
         retry_wait_seconds=config.worker.retry_wait_seconds,
         sandbox=config.sandbox.mode,
         s3=config.s3.model_dump(exclude_none=True),
         skipped=skipped,
         served=served_entry(config, arrival),
-        keep_hold=config.queue is not None and bool(config.queue.tiers),
     )
 
 

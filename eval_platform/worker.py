@@ -160,8 +160,6 @@ def work(plan: Plan, store: Store, emit: Emit, load: Load = load_engine) -> int:
         code = _failed(emit, None, error)
     finally:
         checkpoints.release(model.checkpoint)
-    if code == EXIT_DONE and not plan.keep_hold:
-        checkpoints.release_hold(plan.arrival, Path(plan.cache))
     return code
 
 
@@ -198,6 +196,7 @@ def _prepare(plan: Plan, store: Store, emit: Emit, load: Load) -> _Model:
             lambda done, total: emit({"type": "staging", "done": done, "total": total}),
             trust_remote_code=plan.settings.trust_remote_code,
             s3=S3(**plan.s3),
+            holds=Path(plan.holds),
         )
         path = checkpoint.path
         settings = plan.settings

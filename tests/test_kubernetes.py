@@ -22,6 +22,7 @@ from job_world import SECONDS_A_REQUEST, JobWorld, all_published
 from kubernetes_server import NAMESPACE, NODE, ApiServer, api_server, status, write_kubeconfig
 
 from eval_platform import launching
+from eval_platform.checkpoints import held, hold
 from eval_platform.config import Config, Kubernetes, Worker
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders, jobs, kubernetes, manifests, pods
@@ -109,10 +110,15 @@ class KubernetesWorld(JobWorld):
 
 @pytest.mark.slow
 def test_plan_in_messages_out_and_a_driver_that_was_killed_finds_its_job_again(tmp_path: Path, api: ApiServer) -> None:
-    """The pod is the worker's own program in a process of its own, which sees nothing of the driver's folder."""
+    """The pod is the worker's own program in a process of its own, which sees nothing of the worker's folder.
+
+    Its checkpoint is deleted while it waits, and was held before.
+    """
     world = KubernetesWorld(tmp_path / "world")
     api.runs([sys.executable, "-m", "eval_platform.worker"], {**world.environment, SECONDS_A_REQUEST: "0.01"})
-    arrival = world.arrived(1)
+    arrival, holds = world.arrived(1), world.config().cache_dir
+    assert hold(arrival, holds)
+    deleted = Path(arrival.uri).rename(tmp_path / "deleted")
     first = world.started(arrival)
     for _ in first.messages():
         if world.n_asked() > 10:
@@ -123,6 +129,8 @@ def test_plan_in_messages_out_and_a_driver_that_was_killed_finds_its_job_again(t
     assert running.where.endswith(running.job)
     said: list[dict[str, Any]] = []
     all_published(world.driven(arrival, said.append))
+    assert not held(holds)
+    deleted.rename(arrival.uri)
     world.all_is_there(1)
     assert list(api.jobs) == [job]
     assert next(one["state"] for one in said if one["type"] == "kubernetes") == "found again: its driver had ended"
@@ -224,7 +232,7 @@ def test_two_drivers_share_one_set_of_jobs_whenever_the_other_comes(
     todo: Plan, config: Config, api: ApiServer, split_by_other: int
 ) -> None:
     """Before the first of its jobs is made, between the two, and after; also where the other would not share it out."""
-    parts = [replace(todo, tasks=(task,), keep_hold=True) for task in todo.tasks]
+    parts = [replace(todo, tasks=(task,)) for task in todo.tasks]
     answer, sets = api.answer, list[list[launching.Shard]]()
 
     def answers(method: str, path: str, query: Any, body: Any) -> Any:
@@ -251,7 +259,7 @@ def test_two_drivers_share_one_set_of_jobs_whenever_the_other_comes(
 def test_what_a_driver_that_was_killed_had_not_submitted_yet_is_submitted_by_the_next(
     todo: Plan, config: Config, api: ApiServer, gone: int
 ) -> None:
-    parts = [replace(todo, tasks=(task,), keep_hold=True, together="one") for task in todo.tasks]
+    parts = [replace(todo, tasks=(task,), together="one") for task in todo.tasks]
     kubernetes.launch(todo, parts, config)
     names = sorted(api.jobs)
     del api.jobs[names[gone]]

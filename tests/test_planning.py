@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from warehouse_world import World
 
 from eval_platform import checkpoints, launching, planning, status, worker
 from eval_platform.checkpoints import count_parameters, held, hold
-from eval_platform.config import Config
+from eval_platform.config import Config, Queue, Tier
 from eval_platform.drive import Outcome, drive
 from eval_platform.errors import StoreError
 from eval_platform.launching import Running, folders, jobs, local, ray, slurm
@@ -378,6 +379,7 @@ def made_up(names: Sequence[str], expected: dict[str, float], load: float | None
         RunSettings(),
         "/results",
         "/cache",
+        "/cache",
         30.0,
         1.0,
         expected_seconds=expected,
@@ -389,14 +391,10 @@ def test_a_plan_is_shared_out_whole() -> None:
     whole = made_up("abcd", {"a": 30.0, "b": 10.0, "c": 20.0}, 1.0)
     first, second = planning.share_out(whole, 2)
     assert [[task.name for task in one.tasks] for one in (first, second)] == [["a", "b"], ["c", "d"]]  # d: as the mean
-    assert first.keep_hold
-    assert second.keep_hold
     assert (planning.expected_seconds(first), planning.expected_seconds(second)) == (41.0, None)
     assert first.together == second.together != ""
     for one in (first, second):
-        assert replace(one, tasks=(), expected_seconds={}, keep_hold=False, together="") == replace(
-            whole, tasks=(), expected_seconds={}
-        )
+        assert replace(one, tasks=(), expected_seconds={}, together="") == replace(whole, tasks=(), expected_seconds={})
     answered = made_up("abcde", {"a": 0.0, "b": 0.0, "c": 20.0, "d": 20.0}, 1.0)  # e: as c and d, not as all four
     assert [planning.expected_seconds(one) for one in planning.share_out(answered, 3)].count(21.0) == 2
     # Nothing is known of what pays, or nothing but that the rest is answered.
@@ -568,7 +566,7 @@ def test_what_befalls_two_workers_at_once_counts_once_and_the_hold_stays_until_a
 
     def of_lost(plan: Plan, most: int) -> list[Plan]:
         """As if the folder of the worker with the task `more` were gone."""
-        return [replace(plan, tasks=tasks, keep_hold=True) for tasks in ((b,), ())]
+        return [replace(plan, tasks=tasks) for tasks in ((b,), ())]
 
     with monkeypatch.context() as patched:
         patched.setattr(planning, "share_out", of_lost)
@@ -579,6 +577,21 @@ def test_what_befalls_two_workers_at_once_counts_once_and_the_hold_stays_until_a
     assert not held(cache)
 
 
+@pytest.mark.slow
+def test_a_later_tier_finds_a_checkpoint_that_its_trainer_has_deleted(two: Two) -> None:
+    """What is held is left to the next tier; without tiers nothing is left."""
+    plain, arrival = two.config(), two.arrive("a/step_0")
+    tiered = plain.model_copy(update={"queue": Queue(tiers=(Tier(name="quick", tasks=("sums",)),))})
+    assert hold(arrival, plain.cache_dir)
+    shutil.rmtree(arrival.uri)
+    left: list[int] = []
+    for config, task in ((tiered, "sums"), (plain, "more")):
+        todo = plan(arrival, Wanted(read_lock(config.lock_path), [task]), config, two.store)
+        assert [one.status for one in drive(todo, config, two.store, actor="test")] == ["published"]
+        left.append(len(held(config.cache_dir)))
+    assert left == [1, 0]
+
+
 def test_of_what_is_left_of_an_array_each_worker_has_its_own_tasks(tmp_path: Path) -> None:
     """The folder of the other element is gone."""
     config, whole = Two(tmp_path).config(), made_up("ab", {"a": 1.0, "b": 1.0}, 0.1)
@@ -587,10 +600,10 @@ def test_of_what_is_left_of_an_array_each_worker_has_its_own_tasks(tmp_path: Pat
     left, gone = folders.make_folders(parts, config)
     gone.rename(tmp_path / "gone")
     name = jobs.name_of(whole)
-    (shard,) = slurm._living(name, whole, [("71_0", "RUNNING", name, str(left / "job.sh"))])
+    (shard,) = slurm._living(name, whole, [("71_0", "RUNNING", name, str(left / "job.sh"))], config)
     assert shard.plan == parts[0]
-    told = {f"{name}-1": ray.Job("RUNNING", folder=str(left))}
-    (shard,) = ray._living(whole, told, config.ray)
+    told = {f"{name}-1": ray.Job("RUNNING", place=jobs.place_of(left))}
+    (shard,) = ray._living(whole, told, config)
     assert shard.plan == parts[0]
 
 

@@ -1,6 +1,5 @@
 """Which tasks of which checkpoint, and what comes next: over random histories of arrivals, against what is promised."""
 
-import shutil
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -231,33 +230,3 @@ def test_what_cannot_be_meant_is_refused_by_its_field(tmp_path: Path, text: str,
 def test_how_many_may_wait_is_at_least_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"queue\.skip_superseded_beyond: .*greater than or equal to 1"):
         configured(tmp_path, "[queue]\nskip_superseded_beyond = 0")
-
-
-def test_a_later_tier_finds_a_checkpoint_that_its_trainer_has_deleted(tmp_path: Path) -> None:
-    """The first tier's worker leaves what is held to the next; without tiers nothing is left."""
-    from checkpoint_factory import make_checkpoint
-    from fault_tools import Place
-    from stub_engine import load_stub
-
-    from eval_platform import worker
-    from eval_platform.checkpoints import held, hold
-    from eval_platform.config import Queue
-    from eval_platform.config import Tier as Configured
-    from eval_platform.plan import Wanted, plan
-    from eval_platform.tasks import read_lock
-
-    place = Place(tmp_path)
-    for name in ("first", "second"):
-        place.write_task(name, n=8)
-    place.sync()
-    folder = make_checkpoint(place.checkpoints / "a" / "step_1")
-    plain, arrival = place.config(), place.arrive()
-    tiered = plain.model_copy(update={"queue": Queue(tiers=(Configured(name="quick", tasks=("first",)),))})
-    assert hold(arrival, plain.cache_dir)
-    shutil.rmtree(folder)
-    left = []
-    for config, task in ((tiered, "first"), (plain, "second")):
-        todo = plan(arrival, Wanted(read_lock(config.lock_path), [task]), config, place.store)
-        assert worker.work(todo, place.store, lambda message: None, load=load_stub(lambda batch: None)) == 0
-        left.append(len(held(config.cache_dir)))
-    assert left == [1, 0]

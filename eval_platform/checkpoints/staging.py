@@ -104,9 +104,17 @@ def release_other_holds(cache: Path, among: Collection[str], wanted: Iterable[tu
 
 
 def stage(
-    arrival: Arrival, cache: Path, progress: Progress, *, trust_remote_code: bool = False, s3: S3 | None = None
+    arrival: Arrival,
+    cache: Path,
+    progress: Progress,
+    *,
+    trust_remote_code: bool = False,
+    s3: S3 | None = None,
+    holds: Path | None = None,
 ) -> Checkpoint:
     """The arrival's model on local disk, with its content ids: from the hold if there is one, else from its folder.
+
+    holds: the cache of whoever holds it; None: this one.
 
     Hard links where the file system allows, else copies. Every byte is hashed unless this machine has read the file
     before. `progress` is told bytes done and in all. Give it back with `release`. From the hub, or a bucket which `s3`
@@ -121,7 +129,7 @@ def stage(
     s3 = s3 or S3()
     if arrival.uri.startswith(("s3://", "hf://")):
         return _stage_download(arrival, cache, progress, trust_remote_code, s3)
-    held = _held(arrival, cache)
+    held = _held(arrival, holds or cache)
     source = held if held.is_dir() else _source(arrival)
     return _stage_folder(arrival, source, arrival.fingerprint, cache, progress, trust_remote_code, s3)
 

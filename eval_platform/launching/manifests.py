@@ -115,7 +115,7 @@ def share(plan: Plan, shares: str) -> list[Plan]:
     if len(parts) == 1:
         return [plan]
     of = [tuple(task for task in plan.tasks if _short(task) in part) for part in parts]
-    return [replace(plan, tasks=tasks, keep_hold=True) for tasks in of]
+    return [replace(plan, tasks=tasks) for tasks in of]
 
 
 def _short(task: PlannedTask) -> str:

@@ -183,5 +183,4 @@ def _part(plan: Plan, places: Collection[int], together: str) -> Plan:
     expected: Mapping[str, float] = {
         task.name: plan.expected_seconds[task.name] for task in tasks if task.name in plan.expected_seconds
     }
-    # Whichever ends first must not let go of what another has yet to stage.
-    return replace(plan, tasks=tasks, expected_seconds=expected, keep_hold=True, together=together)
+    return replace(plan, tasks=tasks, expected_seconds=expected, together=together)
