@@ -25,6 +25,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from eval_platform.launching import manifests
+
 TOKEN = "a-token-that-is-never-printed"
 NAMESPACE = "evals"
 NODE = "gpu-node-1"
@@ -329,6 +331,17 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
                 os.kill(process.pid, signal.SIGKILL)
         http.shutdown()
         http.server_close()
+
+
+def manifest_that_mounts(folder: Path) -> Path:
+    """A manifest beside the folder, whose pods see it as by a shared volume."""
+    job = yaml.safe_load(manifests.OWN_MANIFEST.read_text())
+    pod = job["spec"]["template"]["spec"]
+    pod["volumes"].append({"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}})
+    pod["containers"][0]["volumeMounts"].append({"name": "shared", "mountPath": str(folder)})
+    manifest = folder.with_suffix(".yaml")
+    manifest.write_text(yaml.safe_dump(job))
+    return manifest
 
 
 def write_kubeconfig(file: Path, endpoint: str, token: str = TOKEN) -> None:

@@ -3,10 +3,13 @@
 import fcntl
 import os
 import signal
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
-from fault_tools import Place, sitecustomize, until
+from fault_tools import CONTROL, Place, sitecustomize, until
+from kubernetes_server import api_server, manifest_that_mounts
 from running_platform import Up
 from tiny_models import make_checkpoint
 
@@ -72,7 +75,18 @@ def is_slot_free(place):
         return True
 
 
-def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ended_by_a_person(place, up):
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A made-up Kubernetes, whose pods obey `place` as the platform's own workers do."""
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with api_server(tmp_path) as one:
+        path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parent.parent)])
+        environment = {"PYTHONPATH": path, CONTROL: str(tmp_path / "control"), "OMP_NUM_THREADS": "1"}
+        one.runs([sys.executable, "-m", "eval_platform.worker"], environment)
+        yield one
+
+
+def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ended_by_a_person(place, cluster, up):
     first = drop(place, 1)
     place.command("pause_answer", PAUSE)
     before = up()
@@ -114,6 +128,28 @@ def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ende
     place.revoke("pause_answer")
     assert len(place.journaled()) == journaled + PAUSE
 
+    # The same where workers are jobs of Kubernetes: the pod is told to leave, and its job is deleted.
+    with (place.folder / "eval_platform.toml").open("a") as more:
+        more.write(f"""
+            [worker]
+            launcher = "kubernetes"
+            [kubernetes]
+            image = "registry.example.org/worker:1"
+            gpus = 0
+            manifest = "{manifest_that_mounts(place.folder)}"
+            cache = "{place.folder / "cache"}"
+        """)
+    fourth = drop(place, 4)
+    place.command("pause_answer", PAUSE)
+    worker = place.paused(PATIENCE_S)
+    assert [process.pid for process in cluster.processes.values()] == [worker]
+    (run,) = after.runs(f"{fourth}@1")
+    after.end_run(run)
+    until(lambda: not cluster.jobs and not psutil.pid_exists(worker), "the job to be deleted", 10.0)
+    until(lambda: after.runs(f"{fourth}@1") == {run: "CANCELED"}, "the run to be cancelled", PATIENCE_S)
+    place.revoke("pause_answer")
+    assert len(place.journaled()) == journaled + 2 * PAUSE
+
     rows = place.sql(
         "select a.key, a.n, attempt, status, evaluation_id from evaluations e "
         "join arrivals a using (checkpoint_id) order by all",
@@ -130,5 +166,5 @@ def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ende
         for row in rows
     ]
     assert outcomes == [[None, "committed"], ["committed"]]
-    assert len(place.asked()) == asked + 80 - 64 + 80 + 80
+    assert len(place.asked()) == asked + 80 - 64 + 80 + 2 * 80
     assert place.problems(state="onlooker") == []

@@ -19,7 +19,7 @@ from fault_tools import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_world import SECONDS_A_REQUEST, JobWorld, all_published
-from kubernetes_server import NAMESPACE, NODE, ApiServer, api_server, status, write_kubeconfig
+from kubernetes_server import NAMESPACE, NODE, ApiServer, api_server, manifest_that_mounts, status, write_kubeconfig
 
 from eval_platform import launching
 from eval_platform.checkpoints import held, hold
@@ -98,13 +98,8 @@ class KubernetesWorld(JobWorld):
     """Its pods see the test's folder, as by a shared volume."""
 
     def __init__(self, folder: Path) -> None:
-        job = yaml.safe_load(manifests.OWN_MANIFEST.read_text())
-        pod = job["spec"]["template"]["spec"]
-        pod["volumes"].append({"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}})
-        pod["containers"][0]["volumeMounts"].append({"name": "shared", "mountPath": str(folder)})
-        manifest = folder.with_suffix(".yaml")
-        manifest.write_text(yaml.safe_dump(job))
-        asked = Kubernetes(image=IMAGE, gpus=0, manifest=str(manifest), cache=str(folder / "cache"))
+        manifest = str(manifest_that_mounts(folder))
+        asked = Kubernetes(image=IMAGE, gpus=0, manifest=manifest, cache=str(folder / "cache"))
         super().__init__(folder, kubernetes=asked)
 
 
