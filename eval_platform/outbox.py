@@ -146,12 +146,10 @@ def carry(address: str, s3: S3, work: Callable[[Path], NoReturn]) -> NoReturn:
     from eval_platform.store.s3 import S3Store
 
     folder = Path(tempfile.mkdtemp(prefix="eval-platform-worker-"))
-    code = os.EX_SOFTWARE
     try:
         _fetch_plan(S3Store(address, s3), folder)
         outbox = Outbox(S3Store(address, s3, deadline_s=_TRY_SECONDS), folder)
-        worker, told = _start(folder, work)
-        code = _follow(worker, outbox, told)
+        code = _follow(_start(folder, work), outbox)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if code < 0:  # as the worker, so that whoever looks on is told the signal
@@ -176,9 +174,13 @@ def _fetch_plan(store: Store, folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
 
 
-def _start(folder: Path, work: Callable[[Path], NoReturn]) -> tuple[int, list[float]]:
-    """(the worker, when it was told to leave: empty until then). It ends when this process does, however that ends."""
-    told: list[float] = []
+class _TooLate(BaseException):
+    """The time to leave after SIGTERM is over, whatever this process is in the middle of."""
+
+
+def _start(folder: Path, work: Callable[[Path], NoReturn]) -> int:
+    """The worker, which ends when this process does, however that ends. From now on SIGTERM goes on to it, and raises
+    _TooLate after _LEAVE_SECONDS."""
     output = os.open(folder / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     # Held back until each has a handler of its own.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -197,27 +199,40 @@ def _start(folder: Path, work: Callable[[Path], NoReturn]) -> tuple[int, list[fl
     os.close(output)
 
     def tell(_number: int, _frame: FrameType | None) -> None:
-        told.append(time.monotonic())
         os.kill(worker, signal.SIGTERM)  # its number is its own until `_follow` has waited for it
+        if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+            signal.setitimer(signal.ITIMER_REAL, _LEAVE_SECONDS)
 
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise _TooLate
+
+    signal.signal(signal.SIGALRM, leave)
     signal.signal(signal.SIGTERM, tell)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    return worker, told
+    return worker
 
 
-def _follow(worker: int, outbox: Outbox, told: list[float]) -> int:
+def _follow(worker: int, outbox: Outbox) -> int:
     """Bring everything over until the worker has ended and all is there; its exit code, or less 0 the signal."""
     is_answering = True
-    while not _ends_within(SEND_SECONDS, worker):
-        is_answering = _sent(outbox, was_answering=is_answering)
-    ended = time.monotonic()
-    while not (is_answering := _sent(outbox, was_answering=is_answering, is_all=True)):
-        if time.monotonic() > (told[0] + _LEAVE_SECONDS if told else ended + _LAST_SECONDS):
-            log.error("the worker's last words are not in %s: it does not answer", outbox.store.uri)
-            break
-        time.sleep(SEND_SECONDS)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        while not _ends_within(SEND_SECONDS, worker):
+            is_answering = _sent(outbox, was_answering=is_answering)
+        deadline = time.monotonic() + _LAST_SECONDS
+        while not (is_answering := _sent(outbox, was_answering=is_answering, is_all=True)):
+            if time.monotonic() > deadline:
+                raise _TooLate
+            time.sleep(SEND_SECONDS)
+        _hear_no_more()
+    except _TooLate:
+        _hear_no_more()
+        log.error("the worker's last words are not in %s: it does not answer", outbox.store.uri)
     return os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+
+
+def _hear_no_more() -> None:
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _ends_within(seconds: float, worker: int) -> bool:
