@@ -186,14 +186,24 @@ def _disk(what: str, folder: Path) -> Finding:
 
 def _links(config: Config) -> Finding:
     """Hard links hold a checkpoint that its trainer deletes while it waits; without them it is copied later."""
-    devices = {os.stat(root.path).st_dev for root in config.checkpoints if Path(root.path).is_dir()}
-    if not devices:
+    mounts = {_mount(Path(root.path)) for root in config.checkpoints if Path(root.path).is_dir()}
+    if not mounts:
         if config.checkpoints and all("://" in root.path for root in config.checkpoints):
             return Finding("hard links", True, "not needed: checkpoints are downloaded")
         return Finding("hard links", True, "no folder of checkpoints is there: nothing is held while it waits")
-    same = devices <= {os.stat(config.state_dir).st_dev}
-    found = "checkpoints and state are on one file system" if same else "checkpoints are on another file system"
+    same = mounts <= {_mount(config.state_dir)}
+    found = "checkpoints and state are on one mount" if same else "checkpoints are on another mount"
     return Finding("hard links", True, found + ("" if same else ": one deleted while it waits is lost, not held"))
+
+
+def _mount(folder: Path) -> tuple[int, str]:
+    """As far as hard links reach: one file system, in one place (a container's folders are a mount each)."""
+    descriptor = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        told = Path(f"/proc/self/fdinfo/{descriptor}").read_text() if Path("/proc/self/fdinfo").is_dir() else ""
+        return os.fstat(descriptor).st_dev, next((line for line in told.splitlines() if line.startswith("mnt_id")), "")
+    finally:
+        os.close(descriptor)
 
 
 def _tasks(config: Config) -> list[Finding]:

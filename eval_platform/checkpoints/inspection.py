@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def inspect(folder: Path, listing: Listing | None = None, at: str | None = None)
     except FileNotFoundError as error:
         return Inspection(listing, kind, f"{_name(error)} disappeared while it was looked at")
     except PermissionError as error:
-        return Inspection(listing, kind, f"{_name(error)} may not be read by this user; give it the right", True)
+        why = f"{_name(error)} may not be read by user {os.getuid()}, as whom this runs; give it the right"
+        return Inspection(listing, kind, why, True)
     except OSError as error:
         return Inspection(listing, kind, f"{_name(error)} cannot be read: {error.strerror}; look at the disk or mount")
     return Inspection(listing, kind, base=base)
