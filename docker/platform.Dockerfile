@@ -33,7 +33,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends bubblewrap \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /state platform \
-    && install -d -o 10001 -g 10001 /config /state
+    && install -d -o 10001 -g 10001 -m 1777 /config /state
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/state \
@@ -43,7 +43,8 @@ ENV PATH=/opt/venv/bin:${PATH} \
     DAGSTER_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-# The configuration with its lock; and this machine's own: caches, catalog, logs.
+# The configuration with its lock; and this machine's own: caches, catalog, logs. Any user may be chosen when it is run:
+# weights are often their owner's alone to read (safetensors writes them so), and volumes take on these folders' mode.
 VOLUME ["/config", "/state"]
 WORKDIR /config
 USER 10001:10001

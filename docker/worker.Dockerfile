@@ -31,7 +31,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends bubblewrap \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /state platform \
-    && install -d -o 10001 -g 10001 /state
+    && install -d -o 10001 -g 10001 -m 1777 /state
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/state \

@@ -36,7 +36,7 @@ def test_the_workers_group_is_what_the_package_asks_for_less_what_the_worker_nev
 
 
 def test_every_service_of_ours_is_shut_in() -> None:
-    assert {"prepare", "code_location", "daemon", "webserver"} <= set(OURS)
+    assert {"prepare", "code_location", "webserver"} <= set(OURS)
     for name, service in COMPOSE["services"].items():
         assert "no-new-privileges:true" in service["security_opt"], name
         assert "privileged" not in service
@@ -48,6 +48,18 @@ def test_every_service_of_ours_is_shut_in() -> None:
         text = (DOCKER / f"{name}.Dockerfile").read_text()
         assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
         assert not re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|KEY|TOKEN)", text, re.MULTILINE)
+
+
+def test_whoever_owns_the_checkpoints_may_run_the_platform() -> None:
+    example = dict(re.findall(r"^(\w+)=(.*)$", (DOCKER / ".env.example").read_text(), re.MULTILINE))
+    for name, service in OURS.items():
+        assert service["user"] == f"${{PLATFORM_USER:-{example['PLATFORM_USER']}}}", name
+    for name in ("platform", "worker"):
+        text = (DOCKER / f"{name}.Dockerfile").read_text()
+        (volumes,) = re.findall(r"^VOLUME (.*)$", text, re.MULTILINE)
+        (made,) = re.findall(r"install -d .*-m 1777 (.*)$", text, re.MULTILINE)
+        assert made.split() == yaml.safe_load(volumes), name  # a new volume takes on the folder's mode
+        assert f"USER {example['PLATFORM_USER']}\n" in text
 
 
 def test_nothing_is_reachable_from_elsewhere_but_the_proxy() -> None:
@@ -69,12 +81,13 @@ def test_secrets_come_from_the_environment_and_are_all_asked_for() -> None:
 def test_services_find_one_another() -> None:
     services = COMPOSE["services"]
     (server,) = yaml.safe_load((DOCKER / "workspace.yaml").read_text())["load_from"]
-    command = services["code_location"]["command"]
-    assert server["grpc_server"]["host"] in services
+    command = services[server["grpc_server"]["host"]]["command"][-1].split()
     assert f"--port={server['grpc_server']['port']}" in command
     assert f"--location-name={server['grpc_server']['location_name']}" in command
-    # Without it every healthy run would be called dead: its process is another namespace's.
-    assert services["daemon"]["pid"] == "service:code_location"
+    # Elsewhere every healthy run would be called dead: its process is another namespace's. And nothing joins another
+    # container's namespace: Docker does not start such a one again where the other is not there yet.
+    assert "dagster-daemon" in command
+    assert not [name for name, service in services.items() if {"pid", "network_mode", "ipc"} & set(service)]
     proxied = re.findall(r"proxy_pass http://([\w-]+):3000;", (DOCKER / "nginx.conf").read_text())
     assert sorted(proxied) == ["webserver", "webserver-readonly"]
     assert set(proxied) <= set(services)
