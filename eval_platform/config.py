@@ -170,8 +170,8 @@ class Worker(_Section):
     )
     devices: tuple[str, ...] = Field(
         default=(),
-        description="names for CUDA_VISIBLE_DEVICES, shared out evenly to the slots; empty: workers see what the "
-        "platform sees",
+        description="names for CUDA_VISIBLE_DEVICES, shared out evenly to the slots, several of which may share one; "
+        "empty: workers see what the platform sees",
     )
     lease_seconds: float = Field(default=30.0, gt=0, description="a worker silent for this long is taken over")
     retry_wait_seconds: float = Field(default=10.0, ge=0, description="first wait after an infrastructure error")
@@ -219,17 +219,24 @@ class Worker(_Section):
         twice = sorted({name for name in self.devices if self.devices.count(name) > 1})
         if twice:
             raise ValueError(f"devices: {', '.join(twice)} stands there twice")
-        if len(self.devices) % self.slots:
+        if self.devices and len(self.devices) % self.slots and self.slots % len(self.devices):
             raise ValueError(
                 f"devices: {len(self.devices)} devices cannot be shared out evenly to slots = {self.slots}; give a "
-                "number of slots that divides them"
+                "number of slots that divides them, or a multiple of it"
             )
         return self
 
     def devices_of(self, slot: int) -> tuple[str, ...]:
-        """What the slot of this number owns; empty where no devices are configured."""
-        share = len(self.devices) // self.slots
-        return self.devices[slot * share : (slot + 1) * share]
+        """What the slot of this number owns, or has its share of; empty where no devices are configured."""
+        count = len(self.devices)
+        if count and self.slots > count:  # neighbours on different devices
+            return (self.devices[slot % count],)
+        return self.devices[slot * count // self.slots : (slot + 1) * count // self.slots]
+
+    @property
+    def slots_a_device(self) -> int:
+        """How many slots share a device; 1: none is shared."""
+        return max(1, self.slots // len(self.devices)) if self.devices else 1
 
 
 # Tasks that no tier names have this one.
@@ -469,11 +476,16 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _slots_use_their_devices(self) -> Self:
-        share = len(self.worker.devices_of(0))
-        if share > 1 and self.engine.device not in ("map", "cpu"):
+        share, device = len(self.worker.devices_of(0)), self.engine.device
+        if share > 1 and device.startswith("cuda:"):
             raise ValueError(
-                f"worker.devices: each slot owns {share} devices, and with engine.device = {self.engine.device!r} a "
-                'model lies on one; set engine.device = "map", or as many slots as devices'
+                f"worker.devices: each slot owns {share} devices, and with engine.device = {device!r} a model lies on "
+                'one; set engine.device = "auto", or as many slots as devices'
+            )
+        if self.worker.slots_a_device > 1 and device == "map":
+            raise ValueError(
+                'worker.devices: with engine.device = "map" each worker takes all of its devices, and here '
+                f'{self.worker.slots_a_device} slots share each; set engine.device = "auto", or fewer slots'
             )
         return self
 

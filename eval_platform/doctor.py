@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval_platform import __version__, queueing
 from eval_platform.config import S3, Config, Root, load_config
-from eval_platform.devices import missing_devices
+from eval_platform.devices import memory_bytes, missing_devices
 from eval_platform.errors import EvalPlatformError
 from eval_platform.instance import postgres_place
 from eval_platform.sandbox import describe as describe_sandbox
@@ -130,7 +130,7 @@ def _device() -> Finding:
 
 
 def _worker_devices(config: Config) -> list[Finding]:
-    """Whether the GPUs that [worker] names are there, as far as NVIDIA's driver tells."""
+    """Whether the GPUs that [worker] names are there, how large they are, and how many workers share each."""
     names = config.worker.devices
     if not names or config.engine.device == "cpu":
         return []
@@ -138,7 +138,13 @@ def _worker_devices(config: Config) -> list[Finding]:
     if found is None:
         return [Finding("worker devices", False, "no NVIDIA driver answers here", "mend it, or leave out `devices`")]
     missing, count = found
-    told = f"{', '.join(names)} of {count} GPUs" if not missing else f"{', '.join(missing)} not among {count} GPUs"
+    told = f"{', '.join(missing)} not among {count} GPUs"
+    if not missing:
+        sizes = [f"{size / 1e9:.0f} GB" for size in memory_bytes(names) or ()]
+        shared = config.worker.slots_a_device
+        told = ", ".join(
+            [f"{', '.join(names)} of {count} GPUs", *sizes, *([f"{shared} workers on each"] if shared > 1 else [])]
+        )
     return [Finding("worker devices", not missing, told, "name in [worker] devices what `nvidia-smi -L` shows")]
 
 

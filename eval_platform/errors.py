@@ -83,7 +83,8 @@ class ServerError(EvalPlatformError):
 
 
 class NoDevice(EvalPlatformError):
-    """A GPU that this process was to use is not there. No checkpoint's fault: such a try does not count."""
+    """The GPUs that this process was to use are not there, or too small. No checkpoint's fault: such a try does not
+    count."""
 
     class_ = "infrastructure"
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from eval_platform import __version__, checkpoints, outbox, scoring, stopping, tasks
 from eval_platform.config import S3
-from eval_platform.devices import peak_memory_bytes, visible_devices
+from eval_platform.devices import SHARE_VARIABLE, device_share, peak_memory_bytes, visible_devices
 from eval_platform.engine import (
     ChatTemplate,
     Engine,
@@ -634,7 +634,7 @@ def _device_cost(model: _Model, seconds: float) -> dict[str, Any]:
         return {"device_seconds": 0.0, "peak_memory_bytes": None}
     device = model.engine.info.device
     # The GPUs that it was given, used or not; without any the ones it uses, or the one CPU.
-    count = max(len(visible_devices() or ()), device.count("cuda:"), 1)
+    count = max(len(visible_devices() or ()), device.count("cuda:"), 1) * device_share()
     return {"device_seconds": seconds * count, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
@@ -772,8 +772,10 @@ Where FOLDER is s3://bucket/prefix, plan.json is read from there, and what is sa
 object a second at most (1.json, 2.json, ...); the files are in a temporary folder then, downloads in $XDG_CACHE_HOME.
 Results and the journal go straight to the results root. Credentials come from the environment, never from the plan.
 
-CUDA_VISIBLE_DEVICES says which GPUs are its own. SIGTERM: what is answered is journalled, the lease released, and it
-leaves, within 10 s; after SIGKILL the answers of at most a second, or {FLUSH_RESPONSES} of them, are asked again.
+CUDA_VISIBLE_DEVICES says which GPUs are its own, {SHARE_VARIABLE} which part of each (0.5) where others
+use them too. A model that needs more than one of them lies on all.
+SIGTERM: what is answered is journalled, the lease released, and it leaves, within 10 s; after SIGKILL the answers of at
+most a second, or {FLUSH_RESPONSES} of them, are asked again.
 
 exit codes:
   {EXIT_DONE}    everything asked is committed

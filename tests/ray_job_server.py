@@ -53,6 +53,7 @@ class JobServer(ThreadingHTTPServer):
             "submission_id": job,
             "status": "RUNNING",
             "metadata": body["metadata"],
+            "runtime_env": body["runtime_env"],
             "entrypoint": body["entrypoint"],
         }
         return 200, {"submission_id": job}

@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from fault_tools import until
@@ -18,11 +18,12 @@ from store_processes import kill_after
 from tiny_models import make_checkpoint
 from wire import Answer, Cut, Wire
 
-from eval_platform.checkpoints import Found, Watch, discover, downloads, release, stage
+from eval_platform.checkpoints import Found, Watch, discover, downloads, release, sketched, stage
 from eval_platform.checkpoints.buckets import bucket_listing, inspect_bucket
 from eval_platform.checkpoints.inspection import inspect
 from eval_platform.checkpoints.turns import in_turn
 from eval_platform.config import S3, Root
+from eval_platform.engine.sizes import loaded_bytes
 from eval_platform.errors import CheckpointChanged, CheckpointError, CheckpointGone
 from eval_platform.store.s3 import S3Store
 from eval_platform.values import Arrival
@@ -127,7 +128,7 @@ def test_a_bucket_is_judged_as_a_folder_is(model, tmp_path, bucket):
         assert found.complete == (fault == "none")
 
 
-def test_weights_are_not_downloaded_to_be_judged(tmp_path, bucket, wire):
+def test_weights_are_not_downloaded_to_be_judged_or_measured(tmp_path, bucket, wire, settings):
     header = json.dumps(
         {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(3000)}
     )
@@ -143,6 +144,11 @@ def test_weights_are_not_downloaded_to_be_judged(tmp_path, bucket, wire):
     ranges = [line for request in wire.requests for line in request.split("\r\n") if line.lower().startswith("range")]
     assert ranges == ["Range: bytes=0-65535", f"Range: bytes=65536-{len(head) - 1}"]
     assert len(wire.requests) == 1 + 1 + 2  # the listing, config.json, the header
+    arrival = Arrival("runs/c", 1, listing.fingerprint, f"{bucket.uri}/c", "runs")
+    with sketched(arrival, tmp_path, settings) as folder:
+        assert loaded_bytes(folder, "bfloat16") == 6000
+    with sketched(replace(arrival, uri=f"{bucket.uri}/nowhere"), tmp_path, settings) as folder:
+        assert loaded_bytes(folder, "bfloat16") is None
 
 
 # ------------------------------------------------------------------------------------------------ discovery

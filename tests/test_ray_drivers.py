@@ -75,6 +75,13 @@ def never_started(ray: JobServer, job: str) -> None:
     ray.jobs[job] |= {"status": "FAILED", "error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "it waited"}
 
 
+@pytest.mark.parametrize(("num_gpus", "share"), [(0.25, "0.25"), (2, "1"), (0, "1")])
+def test_a_worker_is_told_its_share_of_a_gpu(ray: JobServer, drivers: Drivers, num_gpus: float, share: str) -> None:
+    drivers.config = drivers.config.model_copy(update={"ray": Ray(address=ray.address, num_gpus=num_gpus)})
+    (handle,) = drivers.launch()
+    assert ray.jobs[handle.job]["runtime_env"]["env_vars"]["EVAL_PLATFORM_DEVICE_SHARE"] == share
+
+
 def test_who_comes_between_two_submissions_of_a_set_shares_all_of_it(ray: JobServer, drivers: Drivers) -> None:
     second: list[RayHandle] = []
     ray.meanwhile[SUBMISSION] = lambda: second.extend(drivers.launch(n=2))

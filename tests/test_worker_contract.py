@@ -18,6 +18,7 @@ from fault_tools import Driver, Place
 from stub_engine import BATCH, load_stub
 
 from eval_platform import __version__, worker
+from eval_platform.devices import SHARE_VARIABLE
 from eval_platform.errors import as_device_error
 from eval_platform.launching import folders
 from eval_platform.plan import PLAN_VERSION, Plan, Wanted, plan
@@ -93,6 +94,7 @@ def test_it_says_hello_and_needs_neither_dagster_nor_what_the_platform_alone_nee
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
         "CUDA_VISIBLE_DEVICES": "2, GPU-5f0c",
+        SHARE_VARIABLE: "0.25",
     }
     command = [sys.executable, "-c", textwrap.dedent(program), str(folder), json.dumps(NOT_THE_WORKERS)]
     process = subprocess.Popen(command, env=environment)
@@ -113,7 +115,7 @@ def test_it_says_hello_and_needs_neither_dagster_nor_what_the_platform_alone_nee
         "select seconds, answer_seconds, n_tokens, device_seconds, tokens_per_second, peak_memory_bytes "
         "from evaluations"
     )
-    assert cost["device_seconds"] == 2 * cost["seconds"] > 0  # it was given two devices
+    assert cost["device_seconds"] == 2 * 0.25 * cost["seconds"] > 0  # it was given a part of two devices
     assert cost["tokens_per_second"] == pytest.approx(cost["n_tokens"] / cost["answer_seconds"])
     assert 2**24 < cost["peak_memory_bytes"] < 2**33
 

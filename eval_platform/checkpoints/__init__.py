@@ -3,8 +3,9 @@
 from eval_platform.checkpoints.discovery import Found, discover, locate
 from eval_platform.checkpoints.hashing import Progress
 from eval_platform.checkpoints.identification import Identity, identify, tokenizer_id
-from eval_platform.checkpoints.inspection import Inspection, count_parameters, inspect
+from eval_platform.checkpoints.inspection import Inspection, Tensor, count_parameters, inspect, model_tensors
 from eval_platform.checkpoints.served import as_checkpoint, as_found
+from eval_platform.checkpoints.sketching import sketched
 from eval_platform.checkpoints.staging import (
     held,
     hold,
@@ -21,6 +22,7 @@ __all__ = [
     "Identity",
     "Inspection",
     "Progress",
+    "Tensor",
     "Watch",
     "as_checkpoint",
     "as_found",
@@ -31,9 +33,11 @@ __all__ = [
     "identify",
     "inspect",
     "locate",
+    "model_tensors",
     "release",
     "release_hold",
     "release_other_holds",
+    "sketched",
     "stage",
     "tokenizer_id",
     "verify_unchanged",

@@ -110,7 +110,7 @@ class BucketPlace:
         told = {name: listing.files[name] for name in DESCRIBING if name in listing.files}
         try:
             entries = {name: listing.entries[name] for name in told}
-            with _sketch(self.store, BucketListing(told, entries), DESCRIBING) as folder:
+            with sketch(self.store, BucketListing(told, entries), DESCRIBING) as folder:
                 return describe(folder, root_name, relative, pattern)
         except KeyError as error:
             raise FileNotFoundError(errno.ENOENT, "deleted or replaced", f"{self.uri}/{error.args[0]}") from None
@@ -245,7 +245,7 @@ def _stretches(folders: Iterable[str], beside: Collection[str]) -> list[list[str
 def inspect_bucket(store: Source, listing: BucketListing, uri: str) -> Inspection:
     """What the objects at `uri` prove, no weights downloaded. Raises StoreError."""
     try:
-        with _sketch(store, listing, _READ) as folder:
+        with sketch(store, listing) as folder:
             return inspect(folder, listing, uri)
     except KeyError as error:
         name = str(error.args[0]).rpartition("/")[2]
@@ -254,7 +254,7 @@ def inspect_bucket(store: Source, listing: BucketListing, uri: str) -> Inspectio
 
 
 @contextmanager
-def _sketch(store: Source, listing: BucketListing, read: Collection[str]) -> Iterator[Path]:
+def sketch(store: Source, listing: BucketListing, read: Collection[str] = _READ) -> Iterator[Path]:
     """A folder that looks like the checkpoint to whoever reads no tensor, and of the other files those named in `read`
     and indices. KeyError: an object is not the listed one.
     """

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval_platform.checkpoints.bases import base_address
 from eval_platform.checkpoints.files import MAX_JSON_BYTES, Listing, is_pickle, list_folder, role
@@ -70,19 +70,37 @@ def inspect(folder: Path, listing: Listing | None = None, at: str | None = None)
     return Inspection(listing, kind, base=base)
 
 
-def count_parameters(folder: Path) -> int | None:
-    """The elements of the model's tensors, as its files' headers tell; None where it has none, or it cannot be told."""
+class Tensor(NamedTuple):
+    """What a header says of a tensor. dtype: as safetensors calls it ("BF16")."""
+
+    dtype: str
+    elements: int
+    bytes: int
+
+
+def model_tensors(folder: Path) -> list[Tensor] | None:
+    """The tensors of a whole model, as its files' headers tell; None where it has none, or it cannot be told."""
     try:
         if (folder / "adapter_config.json").exists():  # its base model's are elsewhere
             return None
         names = [SINGLE]
         if not (folder / SINGLE).exists():
             names = sorted(set(_read_object(folder / INDEX)["weight_map"].values()))
-        shapes = [entry["shape"] for name in names for entry in read_header(folder / name).values()]
-        return sum(math.prod(shape) for shape in shapes if not _is_mask(shape)) or None
+        entries = [entry for name in names for entry in read_header(folder / name).values()]
+        return [_tensor(**entry) for entry in entries if not _is_mask(entry["shape"])] or None
     # Whoever loads it says what is wrong.
     except (_Problem, BadHeader, OSError, KeyError, TypeError, AttributeError):
         return None
+
+
+def count_parameters(folder: Path) -> int | None:
+    """The elements of the model's tensors; None as `model_tensors`."""
+    tensors = model_tensors(folder)
+    return None if tensors is None else sum(tensor.elements for tensor in tensors) or None
+
+
+def _tensor(dtype: str, shape: Sequence[int], data_offsets: Sequence[int]) -> Tensor:
+    return Tensor(dtype, math.prod(shape), data_offsets[1] - data_offsets[0])
 
 
 def _is_mask(shape: Sequence[int]) -> bool:

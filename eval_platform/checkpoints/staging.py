@@ -49,7 +49,7 @@ def hold(arrival: Arrival, cache: Path) -> bool:
     arrived: `stage` will then say which. Costs no bytes, but keeps the trainer's deletion from freeing any until
     `release_hold`. Raises StoreError when the cache cannot be written.
     """
-    final = _held(arrival, cache)
+    final = held_folder(arrival, cache)
     if final.is_dir():
         return True
     if "://" in arrival.uri:  # nothing to link
@@ -82,7 +82,7 @@ def hold(arrival: Arrival, cache: Path) -> bool:
 def release_hold(arrival: Arrival, cache: Path) -> None:
     """Let go of what `hold` kept; nothing held is no error."""
     with _cache_errors(cache):
-        _remove(_held(arrival, cache))
+        _remove(held_folder(arrival, cache))
 
 
 def held(cache: Path) -> frozenset[str]:
@@ -129,7 +129,7 @@ def stage(
     s3 = s3 or S3()
     if arrival.uri.startswith(("s3://", "hf://")):
         return _stage_download(arrival, cache, progress, trust_remote_code, s3)
-    held = _held(arrival, holds or cache)
+    held = held_folder(arrival, holds or cache)
     source = held if held.is_dir() else _source(arrival)
     return _stage_folder(arrival, source, arrival.fingerprint, cache, progress, trust_remote_code, s3)
 
@@ -284,7 +284,8 @@ def release(checkpoint: Checkpoint) -> None:
         _discard(checkpoint.path.parent)
 
 
-def _held(arrival: Arrival, cache: Path) -> Path:
+def held_folder(arrival: Arrival, cache: Path) -> Path:
+    """Where `hold` keeps the arrival's files, if it does."""
     return cache / "held" / _hold_name(arrival.key, arrival.n)
 
 

@@ -17,6 +17,7 @@ from eval_platform.engine.attention import Group, Slots
 from eval_platform.engine.batching import again_with_less
 from eval_platform.engine.completion import PLAIN, Completion, Prompt, StopFinder, generator, sample
 from eval_platform.engine.head import Head
+from eval_platform.engine.memory import free_on_gpu
 from eval_platform.engine.packed import LAST, PackedModel
 from eval_platform.engine.remembering import Remembered
 from eval_platform.engine.stream import Block, Kept, forwards
@@ -475,7 +476,7 @@ def _that_fit(slots: int, slot_bytes: int, device: torch.device) -> int:
     """At most `slots`, at least one, and no more than their share of the free memory holds."""
     if device.type != "cuda":
         return slots
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = free_on_gpu(device) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(slots, int(free * _SLOTS_SHARE / slot_bytes)))
 
 

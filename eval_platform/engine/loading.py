@@ -46,6 +46,8 @@ def load(path: Path, settings: RunSettings) -> Engine:
         from eval_platform.engine.plain import PlainEngine
         from eval_platform.engine.seq2seq import Seq2SeqEngine
 
+    settings = replace(settings, device=placement.choose_device(settings, path))
+    placement.keep_to_share(settings)
     places = placement.device_map(settings)
     config = _load_config(path, settings)
     tokenizer = _load_tokenizer(path, settings, config)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eval_platform.devices import device_share, own_bytes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -36,6 +38,15 @@ def remembered_bytes(device: torch.device) -> int:
     return _REMEMBERED if free is None else int(free * _REMEMBERED_SHARE)
 
 
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of the GPU that this process may yet take, beyond what torch's allocator holds already."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = device_share()
+    if share < 1:  # what others of the same GPU have not taken yet is theirs all the same
+        free = min(free, own_bytes(total, share) - torch.cuda.memory_reserved(device))
+    return max(0, free)
+
+
 def _bytes_per_token(model: "PreTrainedModel") -> int:
     """What a token takes while a forward runs: the widest layer's intermediates, and its keys and values kept."""
     config: Any = model.config.get_text_config()
@@ -49,7 +60,7 @@ def _bytes_per_token(model: "PreTrainedModel") -> int:
 def _free_bytes(device: torch.device) -> int | None:
     """Free memory of `device`; on CPU the less of what the machine and the control group have left; None: unknown."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return free_on_gpu(device)
     found = []
     machine = Path("/proc/meminfo")
     if machine.is_file():

@@ -1,14 +1,17 @@
 """On which devices do the weights lie?
 
-On one, or with `device = "map"` on as many as the model needs, filled in order (GPUs, then main memory) by the package
-accelerate, which brings what lies in main memory to a GPU whenever a forward needs it.
+On one, or over as many as they need: `device = "map"`, which "auto" and "cuda" become by themselves. The package
+accelerate then fills the devices in order (GPUs, then main memory), and brings what lies in main memory to a GPU
+whenever a forward needs it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval_platform.devices import visible_devices
+from eval_platform.devices import device_share, own_bytes, visible_devices
+from eval_platform.engine.sizes import loaded_bytes
 from eval_platform.errors import ConfigError, NoDevice
 from eval_platform.values import RunSettings
 
@@ -17,6 +20,76 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAP = "map"
+# Of the devices' memory the weights take so much where others can be had instead. The rest is the engine's: what CUDA
+# itself takes, keys and values, a forward.
+_COMFORTABLE = 0.85
+# So much where none can: forwards are smaller then.
+_AT_MOST = 0.95
+
+
+def has_room(weights: int, memory: int) -> bool:
+    """Whether devices of so many bytes together hold so many bytes of weights and leave the engine room to work."""
+    return weights <= _COMFORTABLE * memory
+
+
+def devices_needed(weights: int, memories: Sequence[int]) -> int | None:
+    """How many devices, the first ones first, have room for so many bytes of weights.
+
+    memories: bytes of each device that a worker may fill. All of them where they hold the weights with little room to
+    work; None where they are too small all together.
+    """
+    for count, memory in enumerate(accumulate(memories), 1):
+        if has_room(weights, memory):
+            return count
+    return len(memories) if weights <= _AT_MOST * sum(memories) else None
+
+
+def choose_device(settings: RunSettings, path: Path) -> str:
+    """The device that the model at `path` is loaded on: what was asked, or MAP where "auto" or "cuda" need several.
+
+    `settings` are resolved. Raises NoDevice where its GPUs are too small for it, before anything is loaded.
+    """
+    asked = resolve_device(settings.device)
+    if not asked.startswith("cuda"):
+        return asked
+    device = _device(asked)
+    weights = loaded_bytes(path, settings.dtype)
+    if weights is None:  # loading says why
+        return asked
+    import torch
+
+    places = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    share = device_share()
+    memories = [own_bytes(torch.cuda.get_device_properties(place).total_memory, share) for place in places]
+    needed = devices_needed(weights, memories)
+    if needed is None:
+        raise NoDevice(
+            f"{path}: {too_large(weights, memories)}",
+            remedy="give its worker more GPUs ([worker] devices, [slurm] gres, [ray] num_gpus, [kubernetes] gpus), set "
+            '[engine] dtype to a smaller one, or [engine] device = "map", which takes main memory too and is slow',
+        )
+    return asked if needed == 1 else MAP
+
+
+def too_large(weights: int, memories: Sequence[int]) -> str:
+    """In words, where `devices_needed` is None."""
+    of = f"{len(memories)} devices together" if len(memories) > 1 else "device"
+    return (
+        f"its weights take {weights / 1e9:.1f} GB, and of the {sum(memories) / 1e9:.1f} GB of its {of} they "
+        f"may take {_AT_MOST:.0%}"
+    )
+
+
+def keep_to_share(settings: RunSettings) -> None:
+    """Let torch refuse what is beyond this process's share of a GPU that others use too."""
+    share = device_share()
+    if share == 1 or settings.device == "cpu":
+        return
+    import torch
+
+    for place in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(place).total_memory
+        torch.cuda.set_per_process_memory_fraction(own_bytes(total, share) / total, place)
 
 
 def device_map(settings: RunSettings) -> "dict[str, torch.device] | str | None":

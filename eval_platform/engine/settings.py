@@ -30,9 +30,7 @@ def resolve_settings(settings: RunSettings, path: Path) -> RunSettings:
     _refuse_unsupported(settings)
     config_file = path / "config.json"
     config = read_json_object(config_file)
-    text_config = config.get("text_config")
-    text_config = text_config if isinstance(text_config, dict) else config
-
+    text_config = _text_config(config)
     method = _quantization(config, config_file)
     if settings.quantization not in (None, method):
         raise ConfigError(
@@ -107,6 +105,24 @@ def _refuse_unsupported(settings: RunSettings) -> None:
         )
     if settings.dtype != "auto" and settings.dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {settings.dtype!r}", remedy=f"use auto, {', '.join(DTYPES)}")
+
+
+def loading_dtype(asked: str, path: Path) -> str | None:
+    """The dtype that the checkpoint at `path` is loaded in; None where its weights are quantized, and stay as stored.
+
+    As `resolve_settings` finds it, and raising as it does.
+    """
+    config_file = path / "config.json"
+    config = read_json_object(config_file)
+    if _quantization(config, config_file) is not None:
+        return None
+    return _dtype(asked, config, _text_config(config), config_file)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What it says of the language model, where that is a part of a larger one."""
+    text_config = config.get("text_config")
+    return text_config if isinstance(text_config, dict) else config
 
 
 def _dtype(asked: str, config: Mapping[str, Any], text_config: Mapping[str, Any], file: Path) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from eval_platform.config import S3, Config, Ray
+from eval_platform.devices import SHARE_VARIABLE
 from eval_platform.errors import ConfigError
 from eval_platform.launching import folders, inbox, jobs
 from eval_platform.launching.environment import open_environment
@@ -229,6 +230,7 @@ def _submit(job: str, place: str, asked: Ray, s3: S3) -> bool:
     variables = {
         **open_environment(os.environ, asked.variables),
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(STOP_SECONDS)),  # from SIGTERM to SIGKILL
+        SHARE_VARIABLE: f"{min(asked.num_gpus, 1) or 1:.6g}",
     }
     body = {
         "submission_id": job,
