@@ -189,9 +189,12 @@ def _others(context: dg.AssetExecutionContext) -> int:
 def _log_to(context: dg.AssetExecutionContext, logs: list[str]) -> Callable[[dict[str, Any]], None]:
     """What the run's page shows of its workers. `logs` is told where their logs lie."""
 
+    waited_for: set[str] = set()
+
     def on_message(message: dict[str, Any]) -> None:
         match message["type"]:
-            case "slot" if "reason" in message:  # a cluster's own word, once for each
+            case "slot" if message["reason"] not in waited_for:
+                waited_for.add(message["reason"])
                 context.log.info(message["reason"])
             case "progress" | "staging" | "slot":
                 pass  # `eval-platform status` shows these; an event each would swell the event log

@@ -108,7 +108,7 @@ def _asked(
     shards = launching.launch(
         expected,
         config,
-        lambda: on_message({"type": "slot", "waiting": True}),
+        lambda reason: on_message({"type": "slot", "waiting": True, "reason": reason}),
         lambda places: planning.share_out(expected, places),
         others=others,
     )

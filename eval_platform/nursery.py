@@ -41,7 +41,7 @@ log = logging.getLogger("eval_platform.nursery")
 
 _SOCKET = "nursery.sock"
 _PACKET_BYTES = 1 << 20
-_MOST_LOCKS = 65  # of a slot and its devices; the kernel passes on 253 at once
+_MOST_LOCKS = 253  # of slots and their devices; so many the kernel passes on at once
 _ANSWER_SECONDS = 5.0
 # What no worker can be without; each takes a tenth of a second or more, and none of them starts to compute.
 _MODULES = (

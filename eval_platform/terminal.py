@@ -574,8 +574,7 @@ def _show(progress: Progress, bars: dict[str, TaskID], message: Message) -> None
         case "checkpoint":
             bars.clear()
         case "slot":
-            reason = message.get("reason", "waiting for a free device slot")
-            progress.update(bar("slot", reason), description=escape(reason))
+            progress.update(bar("slot", message["reason"]), description=escape(message["reason"]))
         case "staging":
             progress.update(bar("staging", "reading the checkpoint"), completed=message["done"], total=message["total"])
         case "planned" if not progress.disable:

@@ -144,7 +144,7 @@ class Place:
         """A worker alone, nobody listening."""
         config = self.config(state)
         todo = plan(arrival, Wanted(read_lock(config.lock_path)), config, self.store)
-        ((_, handle),) = local.launch(lambda _: [todo], config)
+        ((_, handle),) = local.launch(todo, lambda _: [todo], config)
         assert isinstance(handle, local.LocalHandle)
         return handle
 

@@ -630,9 +630,9 @@ def test_where_one_cannot_be_started_all_that_were_are_stopped(tmp_path: Path, m
 
     monkeypatch.setattr(local, "_start", start)
     config = Two(tmp_path).config()
-    config = config.model_copy(update={"worker": config.worker.model_copy(update={"slots": 3})})
+    config = config.model_copy(update={"worker": config.worker.model_copy(update={"slots": 3, "shards": 3})})
     with pytest.raises(StoreError):
-        local.launch(lambda places: [made_up("a", {}, None)] * places, config, most=3)
+        local.launch(made_up("a", {}, None), lambda places: [made_up("a", {}, None)] * places, config)
     assert sorted(stopped) == ["first", "second"]
 
 

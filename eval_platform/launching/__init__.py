@@ -14,7 +14,7 @@ __all__ = ["WORKER_ENV", "Handle", "Running", "Shard", "launch", "running", "sto
 def launch(
     plan: Plan,
     config: Config,
-    waiting: Callable[[], None] = lambda: None,
+    waiting: Callable[[str], None] = lambda reason: None,
     split: Callable[[int], Sequence[Plan]] | None = None,
     *,
     others: int = 0,
@@ -22,8 +22,9 @@ def launch(
     """Start a worker on `plan` as soon as there is room for it, or several that share it out. Then forget what is
     kept of workers that ended long ago.
 
-    `waiting` is called now and then until there is. split: the plans of as many workers as there is room for, or of
-    fewer; None: `plan` as it is. others: so many other checkpoints want a worker, which goes before a second one here.
+    `waiting` is told now and then why there is none yet. split: the plans of as many workers as there is room for, or
+    of fewer; None: `plan` as it is. others: so many other checkpoints want a worker, which goes before a second one
+    here.
     """
     shards = _launch(plan, config, waiting, split or (lambda _: [plan]), others)
     forgotten = folders.forget_old(folders.workers(config))
@@ -33,7 +34,7 @@ def launch(
 
 
 def _launch(
-    plan: Plan, config: Config, waiting: Callable[[], None], split: Callable[[int], Sequence[Plan]], others: int
+    plan: Plan, config: Config, waiting: Callable[[str], None], split: Callable[[int], Sequence[Plan]], others: int
 ) -> list[Shard]:
     if config.worker.launcher == "slurm":
         return slurm.launch(plan, split(config.worker.shards), config)
@@ -41,4 +42,4 @@ def _launch(
         return ray.launch(plan, split(config.worker.shards), config)
     if config.worker.launcher == "kubernetes":
         return kubernetes.launch(plan, split(config.worker.shards), config)
-    return local.launch(split, config, waiting, most=max(1, min(config.worker.shards, config.worker.slots - others)))
+    return local.launch(plan, split, config, waiting, others=others)

@@ -1,30 +1,29 @@
-"""Starts a worker process on a free slot of this machine, with the slot's share of the configured devices.
+"""Starts a worker process on free slots of this machine, with the devices that they own (`slots.py`).
 
-A slot is a locked file, and so is each of its devices: the worker inherits the locks, so the kernel frees them when the
-worker ends, however it ends, and not before. A worker whose parent was killed goes on and commits; the next one finds
-its work done. Devices have locks of their own because a slot may own others after the configuration was changed.
+The worker inherits its slots' locks. One whose parent was killed goes on and commits; the next one finds its work done.
 """
 
-import fcntl
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import quote
+from typing import Any
 
+from eval_platform import checkpoints
 from eval_platform.config import Config
-from eval_platform.devices import missing_devices
-from eval_platform.errors import ConfigError
+from eval_platform.devices import SHARE_VARIABLE, memory_bytes, missing_devices
+from eval_platform.engine.placement import devices_needed, too_large
+from eval_platform.engine.sizes import loaded_bytes
+from eval_platform.errors import CheckpointError, ConfigError
 from eval_platform.launching import folders
 from eval_platform.launching.face import Shard, stop_all
+from eval_platform.launching.slots import Taken, take
 from eval_platform.nursery import Child, fork_worker
 from eval_platform.plan import OtherRelease, Plan, read_plan
 from eval_platform.store.process import known_dead
@@ -42,7 +41,6 @@ WORKER_ENV = {
 # The platform's own secrets, a database's password and an address that whoever knows it may write to: no worker's,
 # which may run a checkpoint's own code.
 NEVER_SENT = frozenset({"EVAL_PLATFORM_POSTGRES", "EVAL_PLATFORM_WEBHOOK"})
-_POLL_SECONDS = 0.5
 
 
 @dataclass
@@ -73,27 +71,63 @@ class LocalHandle:
 
 
 def launch(
-    split: Callable[[int], Sequence[Plan]], config: Config, waiting: Callable[[], None] = lambda: None, *, most: int = 1
+    plan: Plan,
+    split: Callable[[int], Sequence[Plan]],
+    config: Config,
+    waiting: Callable[[str], None] = lambda reason: None,
+    *,
+    others: int = 0,
 ) -> list[Shard]:
-    """Wait for a free slot (calling `waiting` now and then), then start a worker on it, and on those that are free now.
+    """Wait for free slots that `plan`'s model has room on (calling `waiting` now and then, with the reason), then start
+    a worker there, and more on those that are free now, as far as [worker] shards allows.
 
-    split: the plans of as many workers as there are slots, of which `most` are taken at most, or of fewer. Raises
-    ConfigError when more devices are configured than this machine has.
+    split: the plans of as many workers as there is room for, or of fewer. others: so many other checkpoints want a
+    worker, each of which is left a slot. Raises ConfigError when more devices are configured than this machine has, or
+    the model is too large for all of them.
     """
     _must_be_there(config)
+    memory = _memory(config)
+    weights = _weights(plan, config) if memory else 0
+    _must_fit(plan, weights, memory, config)
     shards: list[Shard] = []
     with ExitStack() as until_started:  # the workers have their own copies of the locks
-        slots = _free_slots(config, waiting, most)
-        for slot in slots:
-            until_started.enter_context(slot.locks)
-        plans = split(len(slots))
+        taken = take(config, weights, memory, waiting, others=others)
+        for one in taken:
+            until_started.enter_context(one.locks)
+        plans = split(len(taken))
         try:
-            for plan, folder, slot in zip(plans, folders.make_folders(plans, config), slots, strict=False):
-                shards.append(Shard(plan, _start(folder, slot, config)))
+            for own, folder, slots in zip(plans, folders.make_folders(plans, config), taken, strict=False):
+                shards.append(Shard(own, _start(folder, slots, config)))
         except BaseException:  # a share of the work is of no use to anybody
             stop_all([shard.handle for shard in shards])
             raise
     return shards
+
+
+def _memory(config: Config) -> dict[str, int]:
+    """Bytes of each configured device; empty where models are not placed by it, or nobody says."""
+    devices = config.worker.devices
+    if not devices or config.engine.device not in ("auto", "cuda"):
+        return {}
+    return dict(zip(devices, memory_bytes(devices) or (), strict=False))
+
+
+def _weights(plan: Plan, config: Config) -> int:
+    """Bytes that the model's weights take; 0 where it cannot be told, so that one slot must do."""
+    if plan.arrival.served is not None:
+        return 0
+    with checkpoints.sketched(plan.arrival, config.cache_dir, config.s3) as folder, suppress(CheckpointError, OSError):
+        return (folder and loaded_bytes(folder, plan.settings.dtype)) or 0
+    return 0  # its worker says what is wrong with it
+
+
+def _must_fit(plan: Plan, weights: int, memory: Mapping[str, int], config: Config) -> None:
+    if memory and devices_needed(weights, list(memory.values())) is None:
+        raise ConfigError(
+            f"{plan.arrival.key}: {too_large(weights, list(memory.values()))}",
+            remedy=f"{config.file or 'the configuration'}: name more [worker] devices, set [engine] dtype to a smaller "
+            'one, or [engine] device = "map", which takes main memory too and is slow',
+        )
 
 
 def _must_be_there(config: Config) -> None:
@@ -109,23 +143,26 @@ def _must_be_there(config: Config) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A slot that is this process's until `locks` is closed."""
-
-    locks: ExitStack
-    descriptors: tuple[int, ...]
-    env: dict[str, str]
-
-
-def _start(folder: Path, slot: _Slot, config: Config) -> LocalHandle:
+def _start(folder: Path, slots: Taken, config: Config) -> LocalHandle:
     mine = {name: value for name, value in os.environ.items() if name not in NEVER_SENT}
-    env = {**WORKER_ENV, **mine, **slot.env}
-    process = fork_worker(config.state_dir, folder, slot.descriptors, env) or _from_nothing(folder, slot, env)
+    env = {**WORKER_ENV, **mine, **_env_of(slots)}
+    process = fork_worker(config.state_dir, folder, slots.descriptors, env) or _from_nothing(folder, slots, env)
     return LocalHandle(process, folder)
 
 
-def _from_nothing(folder: Path, slot: _Slot, env: dict[str, str]) -> subprocess.Popen[bytes]:
+def _env_of(slots: Taken) -> dict[str, str]:
+    if not slots.devices:
+        return {}
+    # The order in which nvidia-smi numbers them; CUDA's own begins with the fastest.
+    order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(slots.devices),
+        "CUDA_DEVICE_ORDER": order,
+        SHARE_VARIABLE: f"{slots.share:.6g}",
+    }
+
+
+def _from_nothing(folder: Path, slots: Taken, env: dict[str, str]) -> subprocess.Popen[bytes]:
     """The ordinary way to start a worker, where no nursery runs."""
     with (folder / "worker.log").open("wb") as output:
         return subprocess.Popen(
@@ -133,7 +170,7 @@ def _from_nothing(folder: Path, slot: _Slot, env: dict[str, str]) -> subprocess.
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            pass_fds=slot.descriptors,
+            pass_fds=slots.descriptors,
             # A group of its own: a Ctrl-C meant for the parent reaches the worker as our orderly stop.
             start_new_session=True,
             env=env,
@@ -195,43 +232,3 @@ def stop_orphans(config: Config) -> int:
         with suppress(ProcessLookupError):  # it has ended since
             os.kill(one.pid, signal.SIGTERM)
     return len(orphans)
-
-
-def _free_slots(config: Config, waiting: Callable[[], None], most: int) -> list[_Slot]:
-    """At least one: nothing is returned while there is none."""
-    (config.state_dir / "slots").mkdir(parents=True, exist_ok=True)
-    free: list[_Slot] = []
-    while True:
-        for index in range(config.worker.slots):
-            slot = _locked(config, index)
-            if slot is not None:
-                free.append(slot)
-            if len(free) == most:
-                break
-        if free:
-            return free
-        waiting()
-        time.sleep(_POLL_SECONDS)
-
-
-def _locked(config: Config, index: int) -> _Slot | None:
-    """The slot with all its devices; None while a living worker has any of them."""
-    devices = config.worker.devices_of(index)
-    names = [str(index), *(f"device-{quote(name, safe='')}" for name in devices)]
-    with ExitStack() as taken:
-        files: list[IO[bytes]] = []
-        for name in names:
-            files.append(taken.enter_context((config.state_dir / "slots" / name).open("ab")))
-            try:
-                fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
-        return _Slot(taken.pop_all(), tuple(file.fileno() for file in files), _env_of(devices))
-
-
-def _env_of(devices: tuple[str, ...]) -> dict[str, str]:
-    if not devices:
-        return {}
-    # The order in which nvidia-smi numbers them; CUDA's own begins with the fastest.
-    order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    return {"CUDA_VISIBLE_DEVICES": ",".join(devices), "CUDA_DEVICE_ORDER": order}
