@@ -7,6 +7,7 @@ as the bucket, behind a wire that breaks on command. `test_slurm.py` and `test_r
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -47,9 +48,11 @@ def server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(autouse=True)
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in CREDENTIALS.items():
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Credentials, and a folder for what is left of a worker that was killed."""
+    for name, value in {**CREDENTIALS, "TMPDIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 class World(JobWorld):
@@ -60,7 +63,7 @@ class World(JobWorld):
         self.exchange = f"{EXCHANGE}/{folder.parent.name}"
         self.cluster = cluster
         self.wire = wire
-        super().__init__(folder, slurm=Slurm())
+        super().__init__(folder, slurm=Slurm(variables=("TMPDIR",)))
 
     def config(self, state: str | None = None) -> Config:
         config = super().config(state or self.machine)
