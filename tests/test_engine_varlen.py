@@ -4,6 +4,7 @@ The kernel itself was checked on a GPU against the same plain text (docs/log.md)
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,12 +94,14 @@ def test_scores_are_those_of_one_request_at_a_time(
     least_shared=st.integers(1, 40),
     budget=st.integers(1, 100),
     draws=st.sampled_from([0, 0, 3]),
+    stop=st.sampled_from([(), ("a",)]),
 )
 def test_completions_are_those_of_one_prompt_at_a_time(
-    llama: Subject, prompts: list[str], slots: int, least_shared: int, budget: int, draws: int
+    llama: Subject, prompts: list[str], slots: int, least_shared: int, budget: int, draws: int, stop: tuple[str, ...]
 ) -> None:
     """Where none is drawn, a step is begun before what the last one said is looked at."""
-    requests = flat([make_request("generate", text, settings=Generation(1 + i)) for i, text in enumerate(prompts)])
+    lengths = [Generation(1 + i, stop=stop) for i in range(len(prompts))]
+    requests = flat([make_request("generate", text, settings=one) for text, one in zip(prompts, lengths, strict=True)])
     drawn = Generation(5, temperature=1.0)
     samples = [make_request("generate", prompts[0], settings=drawn, repeat=k) for k in range(draws)]
     with decoding_with(llama, slots=slots, least_shared=least_shared, budget=budget) as engine:
@@ -160,8 +163,16 @@ def test_a_row_that_is_not_finite_is_seen(llama: Subject, monkeypatch: pytest.Mo
     request = make_request("choice", "the river", " is")
     (answer,) = llama.engine.answer([request])
     assert answer.log_likelihood != answer.log_likelihood
-    (answer,) = llama.engine.answer([make_request("generate", "the river", settings=Generation(3))])
+    completed = make_request("generate", "the river", settings=Generation(3))
+    (answer,) = llama.engine.answer([completed])
     assert answer.finish_reason == "non_finite"
+
+    monkeypatch.undo()
+    monkeypatch.setattr(llama.engine._packed, "first_broken", "")  # type: ignore[attr-defined]
+    monkeypatch.setattr(llama.engine._head, "_scale", math.inf)  # type: ignore[attr-defined]
+    (answer,) = llama.engine.answer([completed])
+    assert answer.finish_reason == "non_finite"
+    assert llama.engine._first_broken() == "a completion's logits"  # type: ignore[attr-defined]
 
 
 def test_a_recorded_step_serves_only_the_slots_it_was_recorded_over(

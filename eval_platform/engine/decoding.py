@@ -18,7 +18,7 @@ from eval_platform.engine.batching import again_with_less
 from eval_platform.engine.completion import PLAIN, Completion, Prompt, StopFinder, generator, sample
 from eval_platform.engine.head import Head
 from eval_platform.engine.memory import free_on_gpu
-from eval_platform.engine.packed import LAST, PackedModel
+from eval_platform.engine.packed import PackedModel
 from eval_platform.engine.remembering import Remembered
 from eval_platform.engine.stream import Block, Kept, forwards
 from eval_platform.engine.trie import Node
@@ -316,10 +316,8 @@ class _Run:
         hidden, finite = self._packed.decode_ahead(tokens, positions, self._slots, lengths)
         best, good = self._head.best(hidden)
         said = torch.stack([best, good & finite]).to("cpu", non_blocking=True)
-        done = None
-        if best.is_cuda:
-            done = torch.cuda.Event()
-            done.record()
+        # Of the stream that copies: the current device may be another GPU.
+        done = torch.cuda.current_stream(best.device).record_event() if best.is_cuda else None
         return _Ahead(active, best, said, done)
 
     def _look_at(self, ahead: _Ahead) -> list[_Sample]:
@@ -376,7 +374,7 @@ class _Run:
         completion = one.completion
         if token is None:
             completion.finish_reason = "non_finite"
-            self._packed.first_broken = self._packed.first_broken or LAST
+            self._packed.first_broken = self._packed.first_broken or "a completion's logits"
             return
         completion.add(token, self._ends, one.holds_stop)
         if len(completion.tokens) == one.prompts[0].settings.max_new_tokens:

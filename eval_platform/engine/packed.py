@@ -40,7 +40,7 @@ _RECORDED = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _NARROW = 1.5
 
 # Where a number was not finite that nobody looked at before the end.
-LAST = "the last hidden state"
+_LAST = "the last hidden state"
 
 # Names that configs have for their number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -127,8 +127,8 @@ class PackedModel:
             hidden, finite = self.decode_ahead(torch.tensor(tokens), positions, slots, lengths)
             if bool(finite.all()):
                 return hidden, None
-            self.first_broken = self.first_broken or LAST
-            return hidden, Broken(~finite, LAST)
+            self.first_broken = self.first_broken or _LAST
+            return hidden, Broken(~finite, _LAST)
         a_pass = DecodingPass(
             positions=torch.tensor(positions),
             reaches=self.reaches,
@@ -245,5 +245,5 @@ class PackedModel:
             self.first_broken = self.first_broken or a_pass.broken.where
         elif not self.first_broken and not bool(hidden.sum(dtype=torch.float32).isfinite()):
             # Nothing follows from it for other rows, and the head makes a NaN of it by itself.
-            self.first_broken = LAST
+            self.first_broken = _LAST
         return hidden, a_pass.broken
