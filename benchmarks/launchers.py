@@ -83,7 +83,7 @@ def main() -> int:
     if not different:
         values = [len(rows) for _, rows in results[first].values()]
         n_scores = sum(len(record["scores"]) for record, _ in results[first].values())
-        print(f"equal to the last digit on {' and '.join(results)}: {n_scores} scores, {sum(values)} samples")
+        print(f"equal to the last digit on {', '.join(results)}: {n_scores} scores, {sum(values)} samples")
     return 1 if different else 0
 
 
