@@ -383,6 +383,34 @@ def test_who_is_stopped_in_line_keeps_nobody_waiting(
         stopped.kill()
 
 
+def test_nobody_takes_a_second_slot_while_another_stands_in_line(
+    machine: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Processes of their own; whoever has got slots keeps them."""
+    config = machine(3, shards=3)
+    line = config.state_dir / "slots" / "line"
+
+    def stand(name: str) -> None:
+        taken = slots.take(config, 0, {})
+        (tmp_path / f"{name} has {len(taken)}").touch()
+        signal.pause()
+
+    drivers: list[Driver] = []
+    try:
+        drivers.append(Driver(lambda: stand("the worker")))
+        until((tmp_path / "the worker has 3").exists, "all slots to be taken")
+        for place, name in ((1, "the first"), (2, "the second")):
+            drivers.append(Driver(lambda name=name: stand(name)))
+            until(lambda place=place: len(list(line.iterdir())) == place, "it to stand in line")
+        drivers.pop(0).kill()
+        until(lambda: list(tmp_path.glob("the second has *")), "a slot for the second", 10.0)
+    finally:
+        for driver in drivers:
+            driver.kill()
+    # Not all of the three need have been free when the first in line looked.
+    assert (tmp_path / "the first has 2").exists() or (tmp_path / "the first has 1").exists()
+
+
 def test_parts_of_a_device_are_shared_and_never_overlap(machine: Callable[..., Config]) -> None:
     config = machine(3, "0", shards=3)
     third, two_thirds = Waiter(config, 0), 450

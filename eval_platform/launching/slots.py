@@ -63,8 +63,8 @@ def take(
     """The slots of one worker, and of as many more as [worker] shards allows and are free when it has its own.
 
     weights: bytes of the model's, which all devices together hold (`devices_needed`). memory: bytes of each device;
-    empty: nobody knows, and one slot must do. others: so many other checkpoints want a worker, each is left a slot.
-    Nothing is returned while there is no room: `waiting` is told why, now and then.
+    empty: nobody knows, and one slot must do. others: so many other checkpoints want a worker, each is left a slot, and
+    so is each that stands in line. Nothing is returned while there is no room: `waiting` is told why, now and then.
     """
     folder = config.state_dir / "slots"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def take(
     with _in_line(folder / "line") as place:
         while True:
             if _is_first(place):
-                taken = _take_free(config, weights, everything, others)
+                taken = _take_free(config, weights, everything, others, behind=_behind(place))
                 if taken:
                     return taken
             os.utime(place)
@@ -133,7 +133,7 @@ class _Locked:
     descriptors: tuple[int, ...]
 
 
-def _take_free(config: Config, weights: int, everything: Sequence[Bundle], others: int) -> list[Taken]:
+def _take_free(config: Config, weights: int, everything: Sequence[Bundle], others: int, *, behind: int) -> list[Taken]:
     free: dict[int, _Locked] = {}
     taken: list[Taken] = []
     try:
@@ -141,9 +141,11 @@ def _take_free(config: Config, weights: int, everything: Sequence[Bundle], other
             locked = _locked(config.worker, slot, config.state_dir / "slots")
             if locked is not None:
                 free[slot] = locked
+        # Others may work already, and count all slots as theirs; who stands in line wants one of those that are free.
+        room = min(config.worker.slots - others, len(free) - behind)
         while chosen := choose(weights, free, everything):
             taken.append(_together(config.worker, sorted(chosen), [free.pop(slot) for slot in chosen]))
-            if len(taken) >= min(config.worker.shards, (config.worker.slots - others) // len(chosen)):
+            if len(taken) >= min(config.worker.shards, room // len(chosen)):
                 break
     finally:
         for locked in free.values():
@@ -210,15 +212,20 @@ def _in_line(line: Path) -> Iterator[Path]:
 
 def _is_first(place: Path) -> bool:
     """Whether nobody waits who came before."""
-    for other in sorted(place.parent.iterdir()):
-        if other == place:
-            break
-        with suppress(FileNotFoundError), other.open("rb") as file:  # it has left the line
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.time() - other.stat().st_mtime < _ASLEEP_SECONDS:
-                    return False
-            else:
-                other.unlink()  # its owner was killed
-    return True
+    return not any(_waits(other) for other in sorted(place.parent.iterdir()) if other.name < place.name)
+
+
+def _behind(place: Path) -> int:
+    """How many wait who came later."""
+    return sum(_waits(other) for other in place.parent.iterdir() if other.name > place.name)
+
+
+def _waits(other: Path) -> bool:
+    """Whether the owner of a place lives and looks now and then. A dead one's place is removed."""
+    with suppress(FileNotFoundError), other.open("rb") as file:  # it has left the line
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return time.time() - other.stat().st_mtime < _ASLEEP_SECONDS
+        other.unlink()
+    return False
