@@ -3,7 +3,12 @@
 `make lint-docker` asks the tools; this asks what they cannot know.
 """
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from test_worker_contract import NOT_THE_WORKERS
 
 from eval_platform.config import load_config
 from eval_platform.launching.manifests import OWN_MANIFEST
+from tests import servers
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -48,6 +54,38 @@ def test_every_service_of_ours_is_shut_in() -> None:
         text = (DOCKER / f"{name}.Dockerfile").read_text()
         assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
         assert not re.search(r"^(ARG|ENV) .*(PASSWORD|SECRET|KEY|TOKEN)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("what", ["it is told to stop", "the daemon dies"])
+def test_code_server_and_daemon_end_together(what: str, tmp_path: Path) -> None:
+    (port,) = servers.free_ports(1)
+    program = f"""#!{sys.executable}
+import os, pathlib, signal, socket, sys, time
+starter, name = os.getppid(), pathlib.Path(sys.argv[0]).name
+door = socket.create_server(("127.0.0.1", {port})) if name == "dagster" else None
+os.symlink(f"{{os.getpid()}} {{signal.getsignal(signal.SIGINT) == signal.SIG_IGN}}", f"{tmp_path}/{{name}}.told")
+while os.getppid() == starter:
+    time.sleep(0.05)
+"""
+    for name, text in {"dagster": program, "dagster-daemon": program, "python": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    command = [word.replace("$$", "$").replace("4000", str(port)) for word in OURS["code_location"]["command"]]
+    told = [tmp_path / "dagster.told", tmp_path / "dagster-daemon.told"]
+    with subprocess.Popen(command, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}) as both:
+        try:
+            deadline = time.monotonic() + 30
+            while not all(one.is_symlink() for one in told):
+                assert both.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            server, daemon = (os.readlink(one).split() for one in told)
+            # Who ignores SIGINT cannot end a run by it, and Dagster's server takes SIGTERM as it takes SIGINT.
+            assert (server[1], daemon[1]) == ("False", "False")
+            os.kill(both.pid if what == "it is told to stop" else int(daemon[0]), signal.SIGTERM)
+            both.wait(timeout=20)
+        finally:
+            both.kill()
 
 
 def test_whoever_owns_the_checkpoints_may_run_the_platform() -> None:
