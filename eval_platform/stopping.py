@@ -42,6 +42,11 @@ def was_asked() -> bool:
     return _asked
 
 
+def is_over() -> None:
+    """There is nothing left to stop: from now on SIGTERM is ignored. Raises Stopped where it came just before."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """Within, the stop waits: for a few steps of the main thread that belong together. Raises Stopped at the end."""

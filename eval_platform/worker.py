@@ -686,7 +686,9 @@ def main(folder: Path, driver: Mapping[str, Any], *, on_stdout: bool = False) ->
     asked for it."""
     stopping.obey_sigterm(EXIT_TRY_AGAIN)
     try:
-        return _main(folder, driver, on_stdout)
+        code = _main(folder, driver, on_stdout)
+        stopping.is_over()  # a signal that comes while the model is let go of is heard after that
+        return code
     except Stopped:  # in its first steps, or its last
         return EXIT_TRY_AGAIN
 

@@ -226,6 +226,20 @@ def test_what_a_library_makes_of_the_stop_is_no_failure(started: tuple[Place, Pl
     assert outcomes == ["done", "interrupted"]
 
 
+def test_told_to_stop_when_all_is_done_it_ends_as_it_would_have() -> None:
+    program = """
+        import os, signal
+        from pathlib import Path
+        from eval_platform import worker
+        worker._main = lambda *_: worker.EXIT_DONE
+        code = worker.main(Path(), {})
+        os.kill(os.getpid(), signal.SIGTERM)
+        worker.leave(code)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_a_call_that_never_comes_back_is_cut_off_and_the_log_says_where() -> None:
     """hashlib's loop is in C: no handler of Python's runs before it ends, in hours."""
     program = """
