@@ -316,8 +316,10 @@ class _Run:
         hidden, finite = self._packed.decode_ahead(tokens, positions, self._slots, lengths)
         best, good = self._head.best(hidden)
         said = torch.stack([best, good & finite]).to("cpu", non_blocking=True)
-        # Of the stream that copies: the current device may be another GPU.
-        done = torch.cuda.current_stream(best.device).record_event() if best.is_cuda else None
+        done = None
+        if best.is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(best.device))  # which need not be the current GPU
         return _Ahead(active, best, said, done)
 
     def _look_at(self, ahead: _Ahead) -> list[_Sample]:
