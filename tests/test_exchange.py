@@ -189,6 +189,21 @@ def test_with_the_folder_of_a_worker_that_is_forgotten_goes_what_it_said(
     assert world.objects() == [f"{name}/{file}" for name in kept for file in ("1.json", "plan.json")]
 
 
+def test_a_driver_that_ends_while_it_takes_shards_up_leaves_none_out(
+    bucket: S3Store, wire: Wire, tmp_path: Path
+) -> None:
+    exchange, names = S3Store(f"{bucket.uri}/x", bucket.settings), ["1-made-0", "1-made-1"]
+    for name in names:
+        exchange.put(f"{name}/plan.json", b"{}")
+    for own in names:
+        workers = tmp_path / own
+        wire.breaks(Answer(403, "AccessDenied"), on=f"GET .*{names[1 - names.index(own)]}/plan.json")
+        with pytest.raises(StoreError, match="AccessDenied"):
+            inbox.take_up(f"{exchange.uri}/{own}", workers / own, bucket.settings)
+        inbox.take_up(f"{exchange.uri}/{own}", workers / own, bucket.settings)
+        assert [(workers / name / "plan.json").exists() for name in names] == [True, True]
+
+
 def test_drivers_on_two_machines_share_the_jobs_of_a_checkpoint_that_ray_has(
     tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """What only a bucket does: faults on the wire, credentials, several parts; a real server, and a wire that breaks."""
 
 import os
+import time
 import traceback
 import uuid
 
@@ -106,6 +107,16 @@ def test_a_server_that_hangs_is_asked_again(store, wire, monkeypatch):
     wire.breaks(Hang(1.0))
     assert store.create("k", b"x")
     assert len(wire.requests) == 2
+
+
+def test_who_has_little_time_is_not_kept_by_a_server_that_hangs(wire, s3_credentials, monkeypatch):
+    monkeypatch.setattr(s3_requests, "CONNECT_S", 0.2)
+    hurried = S3Store("s3://results/x", S3(endpoint=wire.endpoint), deadline_s=0.0)
+    wire.breaks(Hang(10.0))
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="cannot read s3://results/x/k"):
+        hurried.read("k")
+    assert time.monotonic() - began < 5
 
 
 # ------------------------------------------------------------------------------------------------ who created it?

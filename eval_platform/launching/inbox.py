@@ -147,6 +147,8 @@ def take_up(address: str, folder: Path, s3: S3) -> None:
     if folders.is_shard(folder):
         made_with = f"{folder.name.rpartition('-')[0]}-"
         names = [entry.key.removesuffix("/") for entry in exchange.list(made_with, delimiter="/")]
+        # Last, so that whoever finds it here finds the others too, though this driver be killed between two.
+        names.sort(key=folder.name.__eq__)
     for own in map(folder.with_name, names):
         try:
             plan = exchange.read(f"{own.name}/plan.json").decode()

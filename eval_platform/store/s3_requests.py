@@ -38,8 +38,8 @@ from botocore.utils import parse_timestamp
 from eval_platform.config import S3
 from eval_platform.errors import StoreError
 
-# One request: 5 s to connect, 30 s without a byte. All tries of one request together: DEADLINE_S, and the last one
-# that began before it.
+# One request: 5 s to connect, 30 s without a byte, or as long as all tries may take where that is less (but 5 s). All
+# tries of one request together: DEADLINE_S, and the last one that began before it.
 CONNECT_S, SILENCE_S, DEADLINE_S = 5, 30, 60.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 CONNECTIONS = 16
@@ -159,7 +159,7 @@ class Requests:
                     endpoint_url=self.settings.endpoint,
                     config=ClientConfig(
                         connect_timeout=CONNECT_S,
-                        read_timeout=SILENCE_S,
+                        read_timeout=min(SILENCE_S, max(CONNECT_S, self.deadline_s)),
                         retries={"total_max_attempts": 1},
                         max_pool_connections=CONNECTIONS,
                         tcp_keepalive=True,
