@@ -11,7 +11,7 @@ import pytest
 
 from eval_platform import drive, launching, status
 from eval_platform.config import S3, Config, Engine, Slurm, Worker
-from eval_platform.launching import Running, environment, folders
+from eval_platform.launching import Running, environment, folders, jobs
 from eval_platform.plan import OtherRelease, Plan, PlannedTask, plan_of, read_plan
 from eval_platform.store import LocalStore
 from eval_platform.store.process import process_record
@@ -44,6 +44,25 @@ def todo(tmp_path: Path) -> Plan:
     arrival = Arrival("runs/a", 1, "fingerprint", "file:///a", "a", 1, None, {})
     tasks = (PlannedTask("sums", "task", "ask"),)
     return plan_of(arrival, tasks, {}, config.run_settings(), config, LocalStore(tmp_path / "results"))
+
+
+def test_a_job_that_waits_in_its_clusters_queue_is_seen(todo: Plan, tmp_path: Path) -> None:
+    config = Config(folder=tmp_path, state=str(tmp_path / "state"))
+    folder = folders.make_folder(todo, config)
+    assert launching.running(config) == []
+    jobs.remember(folder, "slurm", "71")
+    (one,) = launching.running(config)
+    assert (one.plan, one.waits, one.where) == (todo, True, "slurm 71")
+    assert launching.stop_orphans(config) == 0
+    hello = {"type": "hello", "host": "node4", "devices": None}
+    (folder / "messages.jsonl").write_text(json.dumps({"params": {"payload": hello}}) + "\n")
+    processes = {name: process_record(os.getpid()) for name in ("worker", "driver")}
+    (folder / "process.json").write_text(json.dumps(processes))
+    (one,) = launching.running(config)
+    assert (one.waits, one.where) == (False, "node4, slurm 71")
+    (folder / "process.json").unlink()
+    jobs.let_go(folder, "71", "it ended")
+    assert launching.running(config) == []
 
 
 def test_no_secret_of_the_platforms_own_goes_to_a_node(todo: Plan) -> None:

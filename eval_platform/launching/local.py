@@ -179,11 +179,11 @@ def _from_nothing(folder: Path, slots: Taken, env: dict[str, str]) -> subprocess
 
 @dataclass(frozen=True)
 class Running:
-    """A worker at work, as its folder tells it. pid: on the machine where it runs."""
+    """A worker at work, as its folder tells it. pid: on the machine where it runs; None: a job that has not begun."""
 
     plan: Plan
     messages: tuple[dict[str, Any], ...]
-    pid: int
+    pid: int | None
     is_orphan: bool  # its driver was killed; it works on all the same
     job: str | None = None  # of a cluster: "slurm 71"
 
@@ -204,22 +204,29 @@ class Running:
 
 
 def running(config: Config) -> list[Running]:
-    """The workers that this configuration has at work now, on this machine or as jobs of a cluster."""
+    """The workers that this configuration has at work now, here or as jobs of a cluster, where they may still wait."""
     found = []
     for folder in sorted(folders.workers(config).glob("*")):
-        try:
-            processes = json.loads((folder / "process.json").read_text(encoding="utf-8"))
-            worker, driver = processes["worker"], processes["driver"]
-            if not folders.may_live(folder, worker):
-                continue
-            plan = read_plan(folder / "plan.json")
-            messages = tuple(folders.read_messages(folder))
-        except (FileNotFoundError, OtherRelease):  # not begun yet, or being forgotten; or from before an upgrade
-            continue
-        # A job may have ended once and be queued again: its last word counts.
-        if not messages or messages[-1]["type"] != "end":
-            found.append(Running(plan, messages, worker["pid"], known_dead(driver), folders.job(folder)))
+        with suppress(FileNotFoundError, OtherRelease):  # being forgotten; or from before an upgrade
+            one = _running(folder)
+            # A job may have ended once and be queued again: its last word counts.
+            if one is not None and (not one.messages or one.messages[-1]["type"] != "end"):
+                found.append(one)
     return found
+
+
+def _running(folder: Path) -> Running | None:
+    """None where it has not begun, unless it waits as a job; and where it has ended, as far as is known."""
+    job = folders.job(folder)
+    if not (folder / "process.json").exists():
+        waits = job is not None and not (folder / "ended.json").exists()
+        return Running(read_plan(folder / "plan.json"), (), None, is_orphan=False, job=job) if waits else None
+    processes = json.loads((folder / "process.json").read_text(encoding="utf-8"))
+    worker, driver = processes["worker"], processes["driver"]
+    if not folders.may_live(folder, worker):
+        return None
+    messages = tuple(folders.read_messages(folder))
+    return Running(read_plan(folder / "plan.json"), messages, worker["pid"], known_dead(driver), job)
 
 
 def stop_orphans(config: Config) -> int:
@@ -227,8 +234,8 @@ def stop_orphans(config: Config) -> int:
 
     A cluster's jobs go on: whoever drives next finds them again.
     """
-    orphans = [one for one in running(config) if one.is_orphan and one.job is None]
-    for one in orphans:
+    orphans = [one.pid for one in running(config) if one.is_orphan and one.job is None and one.pid is not None]
+    for pid in orphans:
         with suppress(ProcessLookupError):  # it has ended since
-            os.kill(one.pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
     return len(orphans)
