@@ -163,6 +163,22 @@ def test_a_worker_that_is_stopped_is_heard_to_its_last_word(world: World, monkey
 
 
 @pytest.mark.slow
+def test_a_bucket_that_stays_away_keeps_no_job_from_being_stopped(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.05")
+    handle = world.started(world.arrived(4))
+    until(lambda: world.n_asked() > 2, "answers", 60)
+    monkeypatch.setattr(inbox, "SILENT_SECONDS", -1.0)
+    world.wire.breaks(Answer(503, "SlowDown"))
+    with pytest.raises(StoreError, match="SlowDown"):
+        until(lambda: handle.poll() is not None, "the end", 10)
+    handle.stop()
+    assert handle.poll() is not None
+    assert (world.cluster.folder / "code").exists()  # the job has ended
+
+
+@pytest.mark.slow
 def test_a_worker_that_cannot_reach_the_bucket_is_told_with_where_to_look(world: World) -> None:
     world.wire.breaks(Answer(403, "AccessDenied"))
     with pytest.raises(StoreError, match="AccessDenied"):  # the driver cannot either

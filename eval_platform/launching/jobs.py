@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from eval_platform.config import S3, Config
-from eval_platform.errors import EvalPlatformError
+from eval_platform.errors import EvalPlatformError, StoreError
 from eval_platform.launching import folders
 from eval_platform.launching.inbox import Inbox, address_of, send_plan, take_up
 from eval_platform.plan import OtherRelease, Plan, launch_id, read_plan
@@ -160,10 +160,14 @@ class JobHandle(ABC, Generic[ToldT]):
     def stop(self) -> None:
         """A job that waits is cancelled; a worker that runs is asked to leave, and killed when it does not.
 
-        Raises ClusterError when the cluster does not do so: the job may then go on, and is found again.
+        Raises ClusterError when the cluster does not do so: the job may then go on, and is found again. A bucket that is
+        away, where the worker speaks through one, keeps no job from being stopped: its last words are not heard then.
         """
-        if self.poll() is not None:
-            return
+        try:
+            if self.poll() is not None:
+                return
+        except StoreError as error:
+            log.warning("job %s: %s", self.job, error)
         self._stopped = True
         why = "stopped by its driver"
         let_go(self.folder, self.job, why)  # before the end, so that nobody takes up what is being stopped
@@ -173,7 +177,10 @@ class JobHandle(ABC, Generic[ToldT]):
         except BaseException:
             (self.folder / "ended.json").unlink(missing_ok=True)
             raise
-        self._read(is_all=True)
+        try:
+            self._read(is_all=True)
+        except StoreError as error:
+            log.warning("job %s: %s", self.job, error)
         self._has_ended(why)
 
     def last_words(self, n: int = 20) -> str:
