@@ -160,8 +160,8 @@ class JobHandle(ABC, Generic[ToldT]):
     def stop(self) -> None:
         """A job that waits is cancelled; a worker that runs is asked to leave, and killed when it does not.
 
-        Raises ClusterError when the cluster does not do so: the job may then go on, and is found again. A bucket that is
-        away, where the worker speaks through one, keeps no job from being stopped: its last words are not heard then.
+        Raises ClusterError when the cluster does not do so: the job may then go on, and is found again. Where the
+        worker speaks through a bucket that is away it is stopped all the same, and its last words are not heard.
         """
         try:
             if self.poll() is not None:
