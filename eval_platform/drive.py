@@ -10,7 +10,7 @@ from typing import Any, Literal
 from eval_platform import adopt, checkpoints, launching, planning, quality, warehouse
 from eval_platform.config import Config
 from eval_platform.errors import EvalPlatformError
-from eval_platform.launching import Handle, stop_all
+from eval_platform.launching import Handle, Silent, stop_all
 from eval_platform.plan import Plan
 from eval_platform.store import Store, commits
 from eval_platform.values import Decision
@@ -84,11 +84,12 @@ def drive(
 ) -> Iterator[Outcome]:
     """One Outcome per planned task, each as soon as it is known; tasks that no message spoke of come last, failed.
 
-    The workers are stopped when the iterator is closed or an error passes through it. Tasks that cannot be asked of the
-    model come after the others, skipped. others: so many other checkpoints want a worker too. `on_message` is told what
-    the workers say (docs/launchers.md), and besides `slot` (waiting: there is no room yet), `launched` (folder: a
-    worker's), `log` (text: what it printed), and how the work is shared out: `planned` at the beginning, `took` at the
-    end (shards: of each its tasks, expected_seconds and, at the end, seconds; begun: none waits in a cluster's queue).
+    The workers are stopped when the iterator is closed or an error passes through it; `Silent` alone lets them go on.
+    Tasks that cannot be asked of the model come after the others, skipped. others: so many other checkpoints want a
+    worker too. `on_message` is told what the workers say (docs/launchers.md), and besides `slot` (waiting: there is no
+    room yet), `launched` (folder: a worker's), `log` (text: what it printed), and how the work is shared out: `planned`
+    at the beginning, `took` at the end (shards: of each its tasks, expected_seconds and, at the end, seconds; begun:
+    none waits in a cluster's queue).
     """
     if plan.tasks:
         yield from _asked(plan, config, store, actor, on_message, others)
@@ -129,8 +130,11 @@ def _asked(
                     is_fresh = is_fresh or outcome.decision is not None
                     yield outcome
         codes = {worker.handle.poll() for worker in workers}
-    finally:
+    except Silent:  # they go on, and whoever drives next finds them again
+        raise
+    except BaseException:
         stop_all([worker.handle for worker in workers])
+        raise
     for worker in workers:
         yield from worker.unanswered()
     given = {task.name for worker in workers for task in worker.plan.tasks}

@@ -179,6 +179,23 @@ def test_a_bucket_that_stays_away_keeps_no_job_from_being_stopped(
 
 
 @pytest.mark.slow
+def test_a_driver_that_gives_a_bucket_up_leaves_the_job_at_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS_A_REQUEST, "0.02")
+    arrival, said = world.arrived(5), list[dict[str, Any]]()
+    running = world.in_background(arrival, said)
+    until(lambda: "progress" in types(said), "answers", 60)
+    with monkeypatch.context() as patched:
+        patched.setattr(inbox, "SILENT_SECONDS", -1.0)
+        world.wire.breaks(Answer(503, "SlowDown"), times=100_000)
+        with pytest.raises(StoreError, match="SlowDown"):
+            running.result(60)
+        world.wire.heals()
+    all_published(world.driven(arrival, said.append))
+    world.all_is_there(1)
+    assert world.cluster.submissions == 1
+
+
+@pytest.mark.slow
 def test_a_worker_that_cannot_reach_the_bucket_is_told_with_where_to_look(world: World) -> None:
     world.wire.breaks(Answer(403, "AccessDenied"))
     with pytest.raises(StoreError, match="AccessDenied"):  # the driver cannot either

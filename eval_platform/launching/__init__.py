@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from eval_platform.config import Config
 from eval_platform.launching import folders, inbox, kubernetes, local, ray, slurm
 from eval_platform.launching.face import Handle, Shard, stop_all
+from eval_platform.launching.inbox import Silent
 from eval_platform.launching.local import WORKER_ENV, Running, running, stop_orphans
 from eval_platform.plan import Plan
 
-__all__ = ["WORKER_ENV", "Handle", "Running", "Shard", "launch", "running", "stop_all", "stop_orphans"]
+__all__ = ["WORKER_ENV", "Handle", "Running", "Shard", "Silent", "launch", "running", "stop_all", "stop_orphans"]
 
 
 def launch(

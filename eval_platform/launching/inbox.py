@@ -36,6 +36,10 @@ GAP_SECONDS = 30.0
 SILENT_SECONDS = 600.0
 
 
+class Silent(StoreError):
+    """The bucket has not answered for SILENT_SECONDS. The worker may be well, and work on."""
+
+
 @dataclass
 class Inbox:
     """Fills `folder` from its prefix. number: of the next object; said, printed: bytes that are in the folder."""
@@ -53,7 +57,7 @@ class Inbox:
         """Write what came since the last look. True when all that is there is read: at once where `is_all`, else after
         a short while.
 
-        Raises StoreError when the bucket has not answered for SILENT_SECONDS.
+        Raises Silent.
         """
         began = time.monotonic()
         if began < self._look_at and not is_all:
@@ -66,7 +70,10 @@ class Inbox:
         except StoreError as error:
             self._away = began if self._away is None else self._away
             if began - self._away > SILENT_SECONDS:
-                raise
+                away = f"{(began - self._away) / 60:.0f} minutes"
+                raise Silent(
+                    f"the worker in {self.folder} was not heard for {away}; it may work on: {error}"
+                ) from error
             log.warning("what the worker in %s says cannot be read now: %s", self.folder, error)
             self._look_at = time.monotonic() + AWAY_SECONDS
             return False

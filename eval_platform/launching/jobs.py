@@ -115,7 +115,7 @@ class JobHandle(ABC, Generic[ToldT]):
     def poll(self) -> int | None:
         """The worker's own exit code; 1 where it ended without a word; None while it waits or runs.
 
-        Raises ClusterError when the cluster has not answered for SILENT_SECONDS.
+        Raises ClusterError when the cluster has not answered for SILENT_SECONDS, Silent when the bucket has not.
         """
         if self._code is None:
             self._read()
