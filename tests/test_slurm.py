@@ -95,6 +95,7 @@ def test_checkpoints_run_at_once_on_gpus_of_their_own(world: World, monkeypatch:
     arrivals = [world.arrived(seed) for seed in range(3)]
     said: list[list[dict[str, Any]]] = [[], [], []]
     running = [world.in_background(one, heard) for one, heard in zip(arrivals, said, strict=True)]
+    until(lambda: any(one.waits for one in launching.running(world.config())), "status to see one that waits", 60)
     for one in running:
         all_published(one.result(90))
     world.all_is_there(3)
