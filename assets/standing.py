@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from eval_platform.queueing import LAST_TAG, Point
+from eval_platform.queueing import CANCELLED, LAST_TAG, Point
 from eval_platform.tasks import TaskLock
 from resources.warehouse import WarehouseResource
 
@@ -80,7 +80,10 @@ _CURVES = """
     where not failed
 """
 
-_PASSED_OVER = "select key, n, run, step, arrived_at, tier, tasks from skipped order by all"
+_PASSED_OVER = f"""
+    select key, n, run, step, arrived_at, tier, tasks from skipped
+    where not starts_with(tier, '{CANCELLED}') order by all
+"""
 
 
 @dataclass(frozen=True, slots=True)

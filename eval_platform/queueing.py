@@ -23,6 +23,9 @@ FRONT = 50
 
 LAST_TAG = "last"
 
+# In the store's record of a run that a person cancelled, in place of a tier's name, which holds no dot.
+CANCELLED = "cancelled."
+
 
 @dataclass(frozen=True, slots=True)
 class Tier:
@@ -244,6 +247,11 @@ def why_skipped(run: str, newest_step: int, beyond: int) -> str:
     """For people: what stands in the store's record."""
     newer = f"step {newest_step}" if newest_step >= 0 else "a newer checkpoint"
     return f"superseded: more than {beyond} were waiting, and {run} has {newer} by now; asked when nothing waits"
+
+
+def why_cancelled(run_id: str) -> str:
+    """For people: what stands in the store's record."""
+    return f"its run {run_id[:8]} was cancelled in Dagster"
 
 
 def _time(text: str) -> datetime:

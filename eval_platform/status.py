@@ -1,5 +1,6 @@
 """Where is every checkpoint on the road? Waiting, queued, running, published, held or failed, and why."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,12 +10,13 @@ from eval_platform import launching, planning, queueing, warehouse
 from eval_platform.checkpoints import Watch, discover
 from eval_platform.config import Config
 from eval_platform.plan import not_asked
+from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.store import Store
 from eval_platform.tasks import TaskLock
 from eval_platform.values import Incomplete, known_sum
 
-# missing: not asked, and nobody is about to: `eval-platform backfill` asks it. skipped: its data cannot be had, a
-# served model cannot be asked it, its tier is not for this checkpoint, or the queue passed it over.
+# missing: not asked, and nobody is about to: the task came later, or a person cancelled its run. skipped: its data
+# cannot be had, a served model cannot be asked it, its tier is not for this checkpoint, or the queue passed it over.
 State = Literal["waiting", "refused", "queued", "running", "published", "held", "failed", "missing", "skipped"]
 
 _TASKS = """
@@ -101,6 +103,10 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
     at_work: dict[str, list[launching.Running]] = {}
     for one in launching.running(config):
         at_work.setdefault(one.plan.arrival.key, []).append(one)
+    cancelled: dict[str, dict[str, str]] = {}
+    for row in (row for row in over if row["tier"].startswith(queueing.CANCELLED)):
+        why = f"{row['reason']}; {_by_hand(row['key'], by_key[row['key']][0]['uri'])}"
+        cancelled.setdefault(row["key"], {}).update(dict.fromkeys(row["tasks"], why))
     unasked = _unasked(config, lock, by_key, over)
     found = [
         _one(
@@ -112,6 +118,7 @@ def status(config: Config, store: Store, lock: TaskLock) -> list[CheckpointStatu
             expected[models[key]] if key in models else planning.Expected({}, None),
             not_asked(config, lock, store, key),
             unasked[key],
+            cancelled.get(key, {}),
         )
         for key, group in by_key.items()
     ]
@@ -142,6 +149,7 @@ def _one(
     expected: planning.Expected,
     impossible: dict[str, str],
     unasked: dict[str, str],
+    cancelled: dict[str, str],
 ) -> CheckpointStatus:
     first = rows[0]
     known = {row["task"]: row for row in rows if row["task"] is not None}
@@ -162,6 +170,8 @@ def _one(
             tasks.append(TaskStatus(name, "failed", reason))
         elif (worker := _whose(workers, name)) is not None:
             tasks.append(_running(name, worker))
+        elif name in cancelled:
+            tasks.append(TaskStatus(name, "missing", cancelled[name]))
         elif name in unasked:
             tasks.append(TaskStatus(name, "skipped", unasked[name]))
         else:
@@ -172,8 +182,8 @@ def _one(
     states = {task.state for task in tasks}
     no_tasks: State = "queued"
     worst = min(states, key=_ATTENTION.index) if states else no_tasks
-    told = set(unasked.values())
-    if worst == "skipped" and len(told) == 1:  # not in its tasks alone, which are shown when they are asked for
+    told = set(unasked.values() if worst == "skipped" else cancelled.values() if worst == "missing" else ())
+    if len(told) == 1:  # not in its tasks alone, which are shown when they are asked for
         reason = told.pop()
     where = "; ".join(dict.fromkeys(worker.where for worker in workers if worker.where))
     given = {task.name for worker in workers for task in worker.plan.tasks}
@@ -208,6 +218,16 @@ def queue_left(found: Sequence[CheckpointStatus], slots: int) -> float | None:
     return planning.end_of_queue([one or 0.0 for one in at_work], [one or 0.0 for one in waiting], slots)
 
 
+def _by_hand(key: str, uri: str) -> str:
+    """How a person has a checkpoint evaluated whose run was cancelled."""
+    command = f"run --checkpoint {shlex.quote(uri)}"
+    if key.startswith(f"{SERVED_ROOT}/"):
+        command = f"run --served {shlex.quote(key.removeprefix(f'{SERVED_ROOT}/'))}"
+    elif uri.startswith("hf://"):
+        command = "backfill"  # the address names a commit, which `run` takes for another checkpoint
+    return f"to have it evaluated re-execute that run there, or `eval-platform {command}`"
+
+
 def _unasked(
     config: Config, lock: TaskLock, by_key: Mapping[str, Sequence[dict[str, Any]]], over: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, str]]:
@@ -225,6 +245,7 @@ def _unasked(
             arrived = row["arrived_at"].isoformat() if row["arrived_at"] is not None else ""
             point = queueing.Point(key, row["n"], row["step"], arrived, row["is_last"])
             runs.setdefault(row["run"], []).append(point)
+    over = [row for row in over if not row["tier"].startswith(queueing.CANCELLED)]
     passed = {(row["key"], row["tier"]) for row in over}
     now = datetime.now(UTC)
     tiers = queueing.tiers(config.queue, config.suites, lock)

@@ -140,6 +140,12 @@ def in_order(
     ]
 
 
+def was_cancelled(run: dg.DagsterRun) -> bool:
+    """Whether a person ended the run. What the platform takes off the queue says so of itself; what Dagster ends, for
+    its time or since its process is gone, has failed."""
+    return run.status == dg.DagsterRunStatus.CANCELED and PASSED_TAG not in run.tags
+
+
 def waits(instance: dg.DagsterInstance) -> int:
     """How many evaluations wait in the queue."""
     return instance.get_runs_count(_waiting())

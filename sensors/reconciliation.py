@@ -40,7 +40,7 @@ from eval_platform.tasks import TaskLock
 from resources.store import StoreResource
 from resources.warehouse import WarehouseResource
 from sensors.queue import in_order
-from sensors.repairs import Repairs, is_busy, release_holds, repairs, reruns
+from sensors.repairs import Repairs, is_busy, record_cancelled, release_holds, repairs, reruns
 from sensors.tiers import Look, gaps, later_tiers, may_be_last
 
 MIRRORED_KEYS_PER_TICK = 25
@@ -93,6 +93,7 @@ def reconciliation_sensor(lock: TaskLock) -> dg.SensorDefinition:
         added = sorted(set(mirrored) - known)
         known.update(added)
 
+        cursor["cancelled_since"] = record_cancelled(instance, opened, lock, cursor.get("cancelled_since"))
         tiers = queueing.tiers(config.queue, config.suites, lock)
         requests = list(
             repairs(instance, config, opened, lock, memory.unfinished, known, memory.repairs, tiers, memory.skipped)

@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 
-from assets.results import ARRIVAL_TAG, GOING_ON, TASKS_TAG, arrival_name, results_key
+from assets.results import ARRIVAL_TAG, EVALUATES, GOING_ON, TASKS_TAG, arrival_name, results_key
 from assets.standing import Skipped, Unfinished
 from eval_platform import queueing
 from eval_platform.checkpoints import hold, release_other_holds
@@ -19,7 +19,7 @@ from eval_platform.served import ROOT as SERVED_ROOT
 from eval_platform.store import Store, arrivals, commits, layout, log, tries
 from eval_platform.tasks import TaskLock
 from sensors.arrivals import run_request
-from sensors.queue import TIER_TAG, Part, at_once, is_apart, of_tiers
+from sensors.queue import PASSED_TAG, TIER_TAG, Part, at_once, is_apart, of_tiers, was_cancelled
 
 REPAIRS_PER_TICK = 25
 LOOKED_AT_PER_TICK = 200
@@ -70,7 +70,7 @@ def repairs(
 
     What is asked of an arrival is what its runs were asked for, and what a changed task makes due (`_due`). Each
     further run of an arrival waits twice as long. What was passed over is nobody's due: it has its turn when nothing
-    waits.
+    waits. What a person cancelled is nobody's due either, until a person has it run again.
     """
     over: dict[tuple[str, int], frozenset[str]] = {}
     for each in skipped:
@@ -102,13 +102,13 @@ def repairs(
         if any(_will_be_retried(record, records) for record in records):
             continue
         passed = over.get((one.key, one.n), frozenset())
-        asked = {task for record in records for task in _asked_of(record.dagster_run, lock)}
+        asked, cancelled = _wanted([record.dagster_run for record in records], lock)
         had_first = any(record.dagster_run.tags.get(TIER_TAG) not in later for record in records)
         if not had_first and (is_served or one.key.partition("/")[0] in roots):
             # `eval-platform run` asks its own checkpoints what it was told to ask, no more.
-            asked |= at_once(config, tiers, lock, one.key) - passed
+            asked |= at_once(config, tiers, lock, one.key) - passed - cancelled
         impossible = not_asked(config, lock, store, one.key).keys()
-        due = _due(config, tiers, one) - passed
+        due = _due(config, tiers, one) - passed - cancelled
         owed = (asked | due) & one.missing - impossible - under_way
         if not owed and under_way:
             continue
@@ -192,6 +192,8 @@ def reruns(
             continue  # failed for good, until `retry`
         name = f"{evaluation_id}-{attempt}"
         records = list(instance.get_run_records(dg.RunsFilter(tags={RERUN_TAG: name})))
+        if records and was_cancelled(records[0].dagster_run):
+            continue
         if _too_soon(records) or any(_will_be_retried(record, records) for record in records):
             continue
         part = Part(frozenset([task]), place=None if config.queue is None else queueing.BY_HAND)
@@ -217,10 +219,41 @@ def _due(config: Config, tiers: Sequence[Tier], one: Unfinished) -> frozenset[st
     return one.answered | one.missing & frozenset[str]().union(*asks)
 
 
+def record_cancelled(instance: dg.DagsterInstance, store: Store, lock: TaskLock, since: str | None) -> str:
+    """Remember in the results root which runs a person cancelled since then, so that `status` does not call their tasks
+    queued; returns the time from which to look next. since: ISO 8601; None: always.
+    """
+    # A state that changed while a tick looked is seen by the next.
+    next_time = (datetime.now(UTC) - timedelta(seconds=RECENT_SECONDS)).isoformat()
+    after = None if since is None else datetime.fromisoformat(since)
+    where = dg.RunsFilter(tags=EVALUATES, statuses=[dg.DagsterRunStatus.CANCELED], updated_after=after)
+    for run in instance.get_runs(where):
+        key, _, n = run.tags.get(ARRIVAL_TAG, "").rpartition("@")
+        tasks = _asked_of(run, lock)
+        if key and tasks and was_cancelled(run):
+            tier = f"{queueing.CANCELLED}{run.run_id[:8]}"
+            arrivals.record_skip(store, key, int(n), tier, tasks, queueing.why_cancelled(run.run_id))
+    return next_time
+
+
+def _wanted(runs: Sequence[dg.DagsterRun], lock: TaskLock) -> tuple[set[str], set[str]]:
+    """(tasks that the runs of an arrival were asked for, tasks that a person cancelled): the newest of a task's says.
+
+    runs: newest first. One that was passed over says nothing.
+    """
+    asked: set[str] = set()
+    cancelled: set[str] = set()
+    for run in runs:
+        own = set(_asked_of(run, lock)) - asked - cancelled
+        if was_cancelled(run):
+            cancelled |= own
+        elif PASSED_TAG not in run.tags or run.status != dg.DagsterRunStatus.CANCELED:
+            asked |= own
+    return asked, cancelled
+
+
 def _asked_of(run: dg.DagsterRun, lock: TaskLock) -> list[str]:
-    """Tasks of the lock that a run was asked for; none if a person cancelled it."""
-    if run.status == dg.DagsterRunStatus.CANCELED:
-        return []
+    """Tasks of the lock that a run was asked for."""
     if TASKS_TAG in run.tags:
         return [task for task in json.loads(run.tags[TASKS_TAG]) if task in lock.tasks]
     if run.asset_selection is None:

@@ -95,6 +95,12 @@ class Up:
         query = f'mutation {{ terminateRun(runId: "{run}", terminatePolicy: SAFE_TERMINATE) {{ __typename }} }}'
         assert self.ask(query)["terminateRun"]["__typename"] == "TerminateRunSuccess"
 
+    def execute_again(self, run: str) -> None:
+        """As the UI's button "Re-execute" does it, for a run that a person cancelled."""
+        query = f"""mutation {{ launchRunReexecution(reexecutionParams: {{parentRunId: "{run}", strategy: ALL_STEPS}})
+            {{ __typename }} }}"""
+        assert self.ask(query)["launchRunReexecution"]["__typename"] == "LaunchRunSuccess"
+
     def printed(self, run: str) -> str:
         """The standard output that the run's page shows."""
         query = f"""{{ logsForRun(runId: "{run}") {{ ... on EventConnection {{ events {{

@@ -202,12 +202,15 @@ def test_what_is_passed_over_is_recorded_and_has_its_turn_when_nothing_waits(
     # Somebody cancels it by hand: that is meant.
     world.end(world.runs("runs/a/step_1")[0], dg.DagsterRunStatus.CANCELED)
     assert queue.tick("reconciliation") == []
-    rows = world.sql("select key, n, step, tier, tasks, reason from skipped order by step")
+    rows = world.sql("select key, n, step, tier, tasks, reason from skipped order by step, time")
     assert [(row["key"], row["n"], row["tasks"]) for row in rows] == [
-        ("runs/a/step_1", 1, ["a"]),
+        *[("runs/a/step_1", 1, ["a"])] * 2,
         ("runs/a/step_2", 1, ["a"]),
     ]
     assert "more than 2 were waiting" in rows[0]["reason"]
+    assert "cancelled in Dagster" in rows[1]["reason"]
+    told = {one.key: one for one in status(world.config, world.store, read_lock(world.config.lock_path))}
+    assert (told["runs/a/step_1"].state, told["runs/a/step_2"].state) == ("missing", "skipped")
 
 
 def evaluated(world: DagsterWorld, key: str, checkpoint_id: str, tasks: str = "a") -> None:

@@ -10,6 +10,7 @@ from dagster_world import DagsterWorld, dagster_world
 from warehouse_world import commit_record
 
 from eval_platform.checkpoints import hold
+from eval_platform.status import status as status_of
 from eval_platform.store import arrivals, commits, layout, log, tries
 from eval_platform.tasks import read_lock
 from resources.warehouse import WarehouseResource
@@ -298,6 +299,42 @@ def test_does_not_repeat(world: DagsterWorld, no_backoff: None, case: str) -> No
         assert requested(world.tick("reconciliation")) == []
 
 
+@pytest.mark.parametrize("on_task_change", ["new_only", "backfill"])
+def test_what_a_person_cancelled_is_not_begun_again_and_status_says_how(
+    world: DagsterWorld, no_backoff: None, on_task_change: str
+) -> None:
+    world.file.write_text(world.file.read_text() + f'[tasks]\non_task_change = "{on_task_change}"\n')
+    arrival = world.arrive("runs/x", "C")
+    ask(world, "runs/x", FAILURE)
+    (again,) = world.tick("reconciliation").run_requests  # after a crash it is begun again
+    assert standing(world) == ("queued", "")
+    (run, _) = world.runs("runs/x")
+    world.end(run, CANCELED)
+    for _ in range(2):
+        assert requested(world.tick("reconciliation")) == []
+        world.reload()
+    state, reason = standing(world)
+    assert state == "missing"
+    assert f"run {run.run_id[:8]} was cancelled" in reason
+    assert f"`eval-platform run --checkpoint {arrival.uri}`" in reason
+    # A person has it run again, and that run crashes: it is the platform's to begin once more.
+    executed = world.run(again, parent=run.run_id)
+    assert executed is not None
+    world.end(executed)
+    assert requested(world.tick("reconciliation")) == [("runs/x@1#3", "runs/x", None)]
+    for task in "ab":
+        world.publish("C", task, f"{task}1")
+    assert standing(world) == ("published", "")
+
+
+def standing(world: DagsterWorld) -> tuple[str, str]:
+    """(state, reason) of the only checkpoint, for all its tasks; what the queue's end counts is what is queued."""
+    (one,) = status_of(world.config, world.store, read_lock(world.config.lock_path))
+    assert {task.state for task in one.tasks} == {one.state}
+    assert (one.waiting != 0) == (one.state == "queued")
+    return one.state, one.reason
+
+
 def test_a_retry_makes_a_failed_arrival_owed_again(world: DagsterWorld, no_backoff: None) -> None:
     arrival = world.arrive("runs/x", None)
     ask(world, "runs/x", FAILURE)
@@ -400,6 +437,18 @@ def test_a_rerun_is_run_once_and_again_if_it_crashes(world: DagsterWorld, no_bac
     result = world.tick("reconciliation")
     assert requested(result) == []
     assert (world.events(["results", "a"], "runs/x")[0].tags or {})["dagster/data_version"] == f"{evaluation}.2"
+
+
+def test_a_rerun_that_a_person_cancelled_is_not_run_again(world: DagsterWorld, no_backoff: None) -> None:
+    rerun_asked(world)
+    (request,) = world.tick("reconciliation").run_requests
+    run = world.runs("runs/x")[0]
+    world.end(run, CANCELED)
+    assert requested(world.tick("reconciliation")) == []
+    executed = world.run(request, parent=run.run_id)
+    assert executed is not None
+    world.end(executed)
+    assert len(requested(world.tick("reconciliation"))) == 1
 
 
 def test_a_rerun_that_failed_for_good_waits_for_a_retry(world: DagsterWorld, no_backoff: None) -> None:

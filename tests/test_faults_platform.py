@@ -13,7 +13,9 @@ from kubernetes_server import api_server, manifest_that_mounts
 from running_platform import Up
 from tiny_models import make_checkpoint
 
+from eval_platform.status import status
 from eval_platform.store import layout, tries
+from eval_platform.tasks import read_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.dagster, pytest.mark.timeout(900)]
 
@@ -64,6 +66,12 @@ def decided(place):
 def ended(runs):
     statuses = list(runs.values())
     return bool(statuses) and set(statuses) <= {"SUCCESS", "FAILURE", "CANCELED"} and statuses[0] == "SUCCESS"
+
+
+def told(place, key):
+    """What `eval-platform status` says of one checkpoint."""
+    found = status(place.config("onlooker"), place.store, read_lock(place.config().lock_path))
+    return next(one for one in found if one.key == key)
 
 
 def is_slot_free(place):
@@ -128,6 +136,15 @@ def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ende
     place.revoke("pause_answer")
     assert len(place.journaled()) == journaled + PAUSE
 
+    # Nothing begins it again, and `status` says so; a person does.
+    until(lambda: told(place, third).state == "missing", "status to say that nobody comes back to it", PATIENCE_S)
+    assert f"run {run[:8]} was cancelled" in told(place, third).reason
+    after.execute_again(run)
+    until(lambda: len(decided(place)) == 3, "the third checkpoint to be decided", PATIENCE_S)
+    until(lambda: ended(after.runs(f"{third}@1")), "no run to be left as started", PATIENCE_S, every_s=2)
+    assert len(after.runs(f"{third}@1")) == 2
+    assert told(place, third).state == "published"
+
     # The same where workers are jobs of Kubernetes: the pod is told to leave, and its job is deleted.
     with (place.folder / "eval_platform.toml").open("a") as more:
         more.write(f"""
@@ -148,7 +165,7 @@ def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ende
     until(lambda: not cluster.jobs and not psutil.pid_exists(worker), "the job to be deleted", 10.0)
     until(lambda: after.runs(f"{fourth}@1") == {run: "CANCELED"}, "the run to be cancelled", PATIENCE_S)
     place.revoke("pause_answer")
-    assert len(place.journaled()) == journaled + 2 * PAUSE
+    assert len(place.journaled()) == journaled + 80 + PAUSE
 
     rows = place.sql(
         "select a.key, a.n, attempt, status, evaluation_id from evaluations e "
@@ -158,13 +175,14 @@ def test_power_cut_in_mid_task_daemon_killed_between_tick_and_run_and_a_run_ende
     assert [(row["key"], row["n"], row["attempt"], row["status"]) for row in rows] == [
         (first, 1, 1, "published"),
         (second, 1, 1, "published"),
+        (third, 1, 1, "published"),
     ]
-    assert [row[0] for row in place.board(state="onlooker")] == [first, second]
-    assert len(place.commits()) == 2
+    assert [row[0] for row in place.board(state="onlooker")] == [first, second, third]
+    assert len(place.commits()) == 3
     outcomes = [
         [told.outcome for told in tries.history(place.store, tries.evaluation_subject(row["evaluation_id"], 1))]
         for row in rows
     ]
-    assert outcomes == [[None, "committed"], ["committed"]]
-    assert len(place.asked()) == asked + 80 - 64 + 80 + 2 * 80
+    assert outcomes == [[None, "committed"], ["committed"], ["interrupted", "committed"]]
+    assert len(place.asked()) == asked + 80 - 64 + 80 + 2 * 80 + 80 - PAUSE
     assert place.problems(state="onlooker") == []

@@ -182,7 +182,8 @@ def record_identity(store: Store, arrival: Arrival, checkpoint: Checkpoint) -> N
 
 
 def record_skip(store: Store, key: str, n: int, tier: str, tasks: Collection[str], reason: str) -> bool:
-    """Remember that the n-th arrival of `key` was passed over in its turn for these tasks; False when it was before.
+    """Remember that the n-th arrival of `key` was passed over in its turn for these tasks, or that its run for them was
+    cancelled (`queueing.CANCELLED` in place of a tier); False when it was before.
 
     It says nothing of the checkpoint, and nothing stands in the way of asking it later.
     """

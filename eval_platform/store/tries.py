@@ -165,7 +165,8 @@ def retry(store: Store, subject: Subject, actor: str, reason: str) -> list[str]:
     forgiven = [told.try_id for told in _counted(store, subject)]
     if not forgiven:
         raise EvalPlatformError(
-            f"{_name(subject)} has no failed try to forgive", remedy="nothing is needed: it is tried by itself"
+            f"{_name(subject)} has no failed try to forgive",
+            remedy="nothing is needed: it is tried by itself, unless `eval-platform status` says otherwise",
         )
     record = {"tries": forgiven, "actor": actor, "reason": reason, "time": utc_now()}
     log.write(store, "asked", action="retry", **_announced(subject))
