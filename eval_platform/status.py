@@ -220,12 +220,13 @@ def queue_left(found: Sequence[CheckpointStatus], slots: int) -> float | None:
 
 def _by_hand(key: str, uri: str) -> str:
     """How a person has a checkpoint evaluated whose run was cancelled."""
+    again = "to have it evaluated re-execute that run there"
     command = f"run --checkpoint {shlex.quote(uri)}"
     if key.startswith(f"{SERVED_ROOT}/"):
         command = f"run --served {shlex.quote(key.removeprefix(f'{SERVED_ROOT}/'))}"
     elif uri.startswith("hf://"):
-        command = "backfill"  # the address names a commit, which `run` takes for another checkpoint
-    return f"to have it evaluated re-execute that run there, or `eval-platform {command}`"
+        return again  # the address names a commit, which `run` takes for another checkpoint
+    return f"{again}, or `eval-platform {command}`"
 
 
 def _unasked(

@@ -61,7 +61,7 @@ _WHAT_NEXT = {
     "look, `release ID` or `rerun ID` to act",
     "failed": "failed     mend the cause, then `eval-platform retry ID-or-checkpoint --reason ...`",
     "skipped": "skipped    each says why; where there is no data, `eval-platform tasks list` says how to get it",
-    "missing": "missing    not asked yet (a task added later, a trial by hand, a run that was cancelled): "
+    "missing": "missing    not asked yet: where it says nothing else (a task added later, a trial by hand) "
     "`eval-platform backfill` asks it",
 }
 
