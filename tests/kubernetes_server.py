@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from servers import AS_IN_A_CONTAINER
 
 from eval_platform.launching import manifests
 
@@ -220,8 +221,7 @@ class ApiServer:
         said = {one["name"]: one["value"] for one in container["env"]}
         environment = {"PATH": os.environ["PATH"], **self.environment, **said}
         process = subprocess.Popen(
-            # As in a container: no signal is ignored, though it be where the tests run (in a shell's background, say).
-            ["env", "--default-signal", *command, *arguments],
+            [*AS_IN_A_CONTAINER, *command, *arguments],
             env=environment,
             text=True,
             stdin=subprocess.DEVNULL,

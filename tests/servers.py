@@ -8,6 +8,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+# Before a command: it begins as in a container, with no signal ignored, though it be where the tests run (in the
+# background of a shell, say).
+AS_IN_A_CONTAINER = ("env", "--default-signal")
+
 
 def start(command: Sequence[str], *, cwd: Path, env: Mapping[str, str], out: Path) -> subprocess.Popen[bytes]:
     """A server that the kernel kills when this process dies; what it prints is added to `out`."""

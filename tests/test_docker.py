@@ -72,7 +72,9 @@ while os.getppid() == starter:
         (tmp_path / name).chmod(0o755)
     command = [word.replace("$$", "$").replace("4000", str(port)) for word in OURS["code_location"]["command"]]
     told = [tmp_path / "dagster.told", tmp_path / "dagster-daemon.told"]
-    with subprocess.Popen(command, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}) as both:
+    with subprocess.Popen(
+        [*servers.AS_IN_A_CONTAINER, *command], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ) as both:
         try:
             deadline = time.monotonic() + 30
             while not all(one.is_symlink() for one in told):
