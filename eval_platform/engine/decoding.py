@@ -307,9 +307,9 @@ class _Run:
         if before is None:
             tokens = torch.tensor([one.completion.tokens[-1] for one in active])
         else:
-            row_of = {one: row for row, one in enumerate(before.samples)}
             tokens = before.tokens
             if active != before.samples:  # some have ended since, others moved to their rows
+                row_of = {one: row for row, one in enumerate(before.samples)}
                 rows = torch.tensor([row_of[one] for one in active], pin_memory=tokens.is_cuda)
                 tokens = tokens[rows.to(tokens.device, non_blocking=True)]
         positions = [one.length + count - 1 for one, count in zip(active, drawn, strict=True)]
